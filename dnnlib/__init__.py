@@ -1,0 +1,1 @@
+"""General utilities that need no tensors."""

@@ -1,0 +1,89 @@
+"""Checks of the architecture arguments that a file gives, before anything is built from them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch_utils.safe_pickle import CheckpointError
+
+POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
+Check = Callable[[Any], bool]
+
+_IGNORED = frozenset({"has_controlnet", "gradient_checkpoint"})  # of inner parts: implied, or without effect here
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """Returns `value` if it is a number in [low, high]; raises CheckpointError otherwise, also for NaN."""
+    if not _number(low, high)(value):
+        raise CheckpointError(f"{name} in the file is not a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def check_init_kwargs(kwargs: Any) -> dict[str, Any]:
+    """Returns the arguments of a network if all are known and within sane bounds; raises CheckpointError otherwise."""
+    if type(kwargs) is not dict:
+        raise CheckpointError("the architecture arguments in the file are not a dictionary")
+    for name, value in kwargs.items():
+        if name not in _CHECKS:
+            raise CheckpointError(f"unknown architecture argument {ascii(name)[:60]}")
+        if not _CHECKS[name](value):
+            raise CheckpointError(f"architecture argument {name} has a value that no network uses")
+    if missing := [name for name in POSITIONAL[:3] if name not in kwargs]:
+        raise CheckpointError(f"architecture arguments missing: {', '.join(missing)}")
+    return kwargs
+
+
+def kwargs_of_part(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """Keyword arguments of a network or one of its parts as the published pickles store them.
+
+    Positional arguments get their names. Raises CheckpointError for unknown arguments.
+    """
+    args, kwargs = state.get("_init_args", ()), state.get("_init_kwargs", {})
+    if type(args) not in (tuple, list) or type(kwargs) is not dict or len(args) > len(POSITIONAL):
+        raise CheckpointError(f"the architecture arguments of {name} are damaged")
+    merged = dict(zip(POSITIONAL, args, strict=False))
+    if twice := sorted(merged.keys() & kwargs.keys()):
+        raise CheckpointError(f"architecture argument {twice[0]} of {name} is given twice")
+    merged |= {key: value for key, value in kwargs.items() if key not in _IGNORED}
+    return check_init_kwargs(merged)
+
+
+
+
+def _integer(low: int, high: int) -> Check:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _number(low: float, high: float) -> Check:
+    return lambda value: type(value) in (int, float) and low <= value <= high
+
+
+def _sequence(item: Check, max_length: int) -> Check:
+    return lambda value: type(value) in (list, tuple) and len(value) <= max_length and all(map(item, value))
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+_CHECKS: dict[str, Check] = {
+    "img_resolution": _integer(1, 8192),
+    "img_channels": _integer(1, 1024),
+    "label_dim": _integer(0, 1_000_000),
+    "use_fp16": lambda value: type(value) is bool,
+    "sigma_data": _number(1e-3, 1e3),
+    "logvar_channels": _integer(1, 8192),
+    "model_channels": _integer(1, 8192),
+    "channel_mult": _sequence(_integer(1, 64), 12),
+    "channel_mult_noise": _optional(_integer(1, 64)),
+    "channel_mult_emb": _optional(_integer(1, 64)),
+    "num_blocks": _integer(1, 64),
+    "attn_resolutions": _sequence(_integer(1, 8192), 12),
+    "label_balance": _number(0, 1),
+    "concat_balance": _number(0, 1),
+    "channels_per_head": _integer(1, 8192),
+    "dropout": _number(0, 0.99),
+    "resample_filter": _sequence(_number(-100, 100), 16),
+    "res_balance": _number(0, 1),
+    "attn_balance": _number(0, 1),
+    "clip_act": _optional(_number(1e-3, 1e6)),
+}

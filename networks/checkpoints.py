@@ -1,0 +1,364 @@
+"""Files of networks: the project's own format, and the published pickles of EDM2 and NCVSD.
+
+The own format is one safetensors file. The weights stand under the keys of `net.state_dict()`; the metadata entry
+"ncvsd" is a JSON object:
+
+    format_version   1
+    kind             "Precond", "PrecondCondition", "GenerativeDenoiser" or "Discriminator"
+    init_kwargs      arguments that rebuild the network (of the inner PrecondCondition for a GenerativeDenoiser)
+    gamma            extra noise of a GenerativeDenoiser; null for the others
+    init_sigma       top of a GenerativeDenoiser's noise levels, in data units; null for the others
+    encoder          description of the encoder, see `networks.encoders.encoder_from_config`
+    dataset          facts about the training data, or null
+    provenance       how the network was trained (git commit, command, images seen, EMA std, seed, ...), or null
+
+Kernels and matrices are stored in float32 or float16. Scalars, vectors and the Fourier frequencies and phases are
+always float32: they are few, and float16 would lose the phase of the higher frequencies.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from dnnlib.util import atomic_path, open_url
+from networks.architecture import check_init_kwargs, check_number, kwargs_of_part
+from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
+from networks.encoders import Encoder, encoder_from_config
+from torch_utils import safe_pickle
+from torch_utils.safe_pickle import CheckpointError, Record, UnsafeCheckpointError
+
+__all__ = ["CheckpointError", "LoadedNetwork", "UnsafeCheckpointError", "load", "save"]
+
+Network = Precond | PrecondCondition | GenerativeDenoiser | Discriminator
+
+_FORMAT_VERSION = 1
+_METADATA_KEY = "ncvsd"
+_MAX_HEADER = 16 * 2**20  # bytes of safetensors header; the largest networks need about 0.3 MiB
+_MODEL_KINDS = {"Precond": Precond, "PrecondCondition": PrecondCondition, "Discriminator": Discriminator}
+_FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A network ready for evaluation, with what belongs to it."""
+
+    net: Network            # eval mode, no gradients, float32 parameters
+    encoder: Encoder        # between pixels and what the network sees
+    config: dict[str, Any]  # kind, init_kwargs, gamma, init_sigma, encoder, dataset, provenance, source
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What either kind of file holds; unchecked."""
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def save(
+    path: str | os.PathLike[str],
+    net: Network,
+    encoder: Encoder,
+    *,
+    dtype: torch.dtype = torch.float32,            # of kernels and matrices in the file: float32 or float16
+    dataset: Mapping[str, Any] | None = None,      # facts about the training data, JSON-able
+    provenance: Mapping[str, Any] | None = None,   # how the network was trained, JSON-able
+) -> None:
+    """Writes a network to a safetensors file, whole or not at all. The format is described at the top of this module.
+
+    Raises CheckpointError (a ValueError) for another class of network, another dtype, facts that JSON cannot hold,
+    and weights that overflow float16; an existing file is then left as it was.
+    """
+    if dtype not in (torch.float32, torch.float16):
+        raise CheckpointError(f"{path}: weights are stored as float32 or float16, not {dtype}")
+    kind = type(net).__name__
+    if kind != "GenerativeDenoiser" and type(net) is not _MODEL_KINDS.get(kind):
+        raise CheckpointError(f"{path}: cannot store a {kind}; known are {', '.join(_MODEL_KINDS)}, GenerativeDenoiser")
+    generative = isinstance(net, GenerativeDenoiser)
+    config = {
+        "format_version": _FORMAT_VERSION,
+        "kind": kind,
+        "init_kwargs": dict(net.model.init_kwargs if generative else net.init_kwargs),
+        "gamma": float(net.gamma) if generative else None,
+        "init_sigma": float(net.init_sigma) if generative else None,
+        "encoder": encoder.to_config(),
+        "dataset": dict(dataset) if dataset is not None else None,
+        "provenance": dict(provenance) if provenance is not None else None,
+    }
+    try:
+        metadata = json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the description of the network cannot be written as JSON: {error}") from None
+
+    tensors = {}
+    for key, tensor in net.state_dict().items():
+        stored = tensor.detach().to("cpu", torch.float32)
+        if stored.ndim >= 2 and dtype == torch.float16:
+            if stored.numel() and stored.abs().max() > torch.finfo(torch.float16).max:
+                raise CheckpointError(f"{path}: {key} overflows float16; store float32")
+            stored = stored.to(torch.float16)
+        tensors[key] = stored.clone(memory_format=torch.contiguous_format)
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={_METADATA_KEY: metadata})
+
+
+def load(
+    source: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    sha256: str | None = None,  # expected hash of a file behind a path or URL, 64 hexadecimal digits
+    quiet: bool = False,        # no progress bar while downloading
+) -> LoadedNetwork:
+    """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`.
+
+    Reads files written by `save`, EDM2's network pickles and the NCVSD authors' pickles, told apart by their content.
+    Nothing in a file is executed. Raises CheckpointError (a ValueError) for files that are damaged, of another kind,
+    or whose weights do not fit their architecture; UnsafeCheckpointError, a kind of CheckpointError, for pickles that
+    hold anything outside the allowed set; and ValueError for failed downloads.
+    """
+    path = _local_path(source, sha256, quiet)
+    try:
+        contents = _read(path)
+        net = _build(contents, path.stat().st_size, torch.device(device))
+        encoder = _build_encoder(contents.config["encoder"], net.img_channels).to(device)
+    except UnsafeCheckpointError:
+        raise
+    except (CheckpointError, OSError) as error:
+        prefix = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise CheckpointError(f"{prefix}{error}") from None
+    model = net.model if isinstance(net, GenerativeDenoiser) else net
+    config = {**contents.config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
+    return LoadedNetwork(net, encoder, {**config, "source": os.fspath(source)})
+
+
+def _local_path(source: str | os.PathLike[str], sha256: str | None, quiet: bool) -> Path:
+    text = os.fspath(source)
+    if not text.startswith("hf://"):
+        return open_url(text, sha256=sha256, quiet=quiet)
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([\w./-]+))?", text)
+    if match is None:
+        raise CheckpointError(f"{text}: write hf://owner/repository/path/to/file or the same with @revision")
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.hf_hub_download(match[1], match[2], revision=match[3])
+    except Exception as error:  # the Hub's client, its HTTP library and its cache have no common error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{text}: cannot fetch this from the Hugging Face Hub: {reason}") from None
+    return open_url(path, sha256=sha256)
+
+
+def _read(path: Path) -> _Contents:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(9)
+    header = int.from_bytes(start[:8], "little")
+    if len(start) == 9 and start[8:] == b"{":
+        if header > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(f"damaged safetensors file: a header of {header} bytes in a file of {size} bytes")
+        return _read_safetensors(path)
+    if len(start) == 9 and start[:1] == b"\x80" and 2 <= start[1] <= 5:
+        return _read_pickle(path)
+    if start.startswith(b"PK"):
+        raise CheckpointError("a ZIP archive (perhaps of torch.save) is not a network file: use .safetensors or .pkl")
+    if start.lstrip()[:1] == b"<":
+        raise CheckpointError("this is a web page, not a network file: check the address it was downloaded from")
+    raise CheckpointError("neither a safetensors file nor a pickle of protocol 2 to 5, or cut off at the start")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two formats
+
+
+def _read_safetensors(path: Path) -> _Contents:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get(_METADATA_KEY)
+            if metadata is None:
+                raise CheckpointError(f"safetensors file without the metadata {_METADATA_KEY!r}: not written by NCVSD")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"damaged safetensors file: {_show(error)}") from None
+    try:
+        config = json.loads(metadata)
+    except (ValueError, RecursionError):
+        raise CheckpointError("damaged safetensors file: its description of the network is not JSON") from None
+    names = ("kind", "init_kwargs", "gamma", "init_sigma", "encoder", "dataset", "provenance")
+    if type(config) is not dict or config.get("format_version") != _FORMAT_VERSION:
+        found = config.get("format_version") if type(config) is dict else None
+        raise CheckpointError(f"format version {_show(found)} is not {_FORMAT_VERSION}: written by another NCVSD")
+    if missing := [name for name in names if name not in config]:
+        raise CheckpointError(f"its description of the network lacks {', '.join(missing)}")
+    for name in ("dataset", "provenance"):
+        if type(config[name]) not in (dict, type(None)):
+            raise CheckpointError(f"its {name} is not a JSON object")
+    return _Contents({name: config[name] for name in names}, tensors)
+
+
+def _read_pickle(path: Path) -> _Contents:
+    data = safe_pickle.load(path)
+    if type(data) is not dict or type(data.get("ema")) is not Record:
+        raise CheckpointError("a pickle without a network under 'ema': not a network file of EDM2 or NCVSD")
+    outer = model = data["ema"]
+    generative = outer.qualname == "GenerativeDenoiser"
+    if generative:
+        model = _entries(outer, "_modules").get("model")
+    kinds = ("PrecondCondition",) if generative else ("Precond", "PrecondCondition")
+    if type(model) is not Record or model.qualname not in kinds:
+        name = _show(getattr(model, "qualname", None))
+        raise CheckpointError(f"a network of class {name}; known: {', '.join(kinds)}")
+    for name in ("unet", "ctrl", "enc", "dec"):
+        part = _entries(model, "_modules").get(name)
+        if type(part) is Record:
+            kwargs_of_part(part.state, f"{model.qualname}.{name}")
+    dataset = data.get("dataset_kwargs")
+    init_kwargs = kwargs_of_part(model.state, model.qualname)
+    config = {
+        "kind": outer.qualname,
+        "init_kwargs": init_kwargs,
+        "gamma": outer.state.get("gamma") if generative else None,
+        "init_sigma": outer.state.get("init_sigma") if generative else None,
+        "encoder": _encoder_config(data.get("encoder"), init_kwargs["img_channels"]),
+        "dataset": _scalars(dataset) if type(dataset) is dict else None,
+        "provenance": None,
+    }
+    return _Contents(config, _collect_tensors(outer))
+
+
+def _entries(record: Record, name: str) -> dict[str, Any]:
+    entries = record.state.get(name, {})
+    if type(entries) is not dict or not all(type(key) is str and len(key) <= 100 for key in entries):
+        raise CheckpointError(f"damaged: {name} of a {_show(record.qualname)} is not a dictionary of short names")
+    return entries
+
+
+def _collect_tensors(record: Record) -> dict[str, torch.Tensor]:
+    """The state dictionary of an inert module: keys are paths through its submodules."""
+    tensors: dict[str, torch.Tensor] = {}
+    pending: list[tuple[str, Any]] = [("", record)]
+    seen: set[int] = set()
+    while pending:
+        prefix, module = pending.pop()
+        if module is None:
+            continue
+        if type(module) is not Record or id(module) in seen or len(prefix) > 1000:
+            raise CheckpointError(f"damaged: the modules at {_show(prefix)} are not a tree")
+        seen.add(id(module))
+        temporary = module.state.get("_non_persistent_buffers_set")
+        skipped = temporary if type(temporary) is set else set()
+        values = _entries(module, "_parameters") | {
+            name: value for name, value in _entries(module, "_buffers").items() if name not in skipped
+        }
+        for name, value in values.items():
+            if value is None:
+                continue
+            if type(value) is not torch.Tensor:
+                raise CheckpointError(f"damaged: {_show(prefix + name)} is not a tensor")
+            tensors[prefix + name] = value
+        pending += [(f"{prefix}{name}.", child) for name, child in _entries(module, "_modules").items()]
+    return tensors
+
+
+def _encoder_config(encoder: Any, img_channels: int) -> dict[str, Any]:
+    if encoder is None and img_channels in (1, 3):
+        return {"type": "rgb"}  # what EDM2 assumes for files that name none
+    name = getattr(encoder, "qualname", None)
+    if name == "StandardRGBEncoder":
+        return {"type": "rgb"}
+    if name != "StabilityVAEEncoder":
+        raise CheckpointError(f"an encoder of class {_show(name)}; known are StandardRGBEncoder, StabilityVAEEncoder")
+    state = encoder.state
+    arrays = {key: state.get(key) for key in ("scale", "bias")}
+    if any(getattr(array, "ndim", None) != 1 or len(array) > 64 for array in arrays.values()):
+        raise CheckpointError("damaged: scale or bias of its encoder is not a short list of numbers")
+    return {
+        "type": "sd-vae",
+        "vae_name": state.get("vae_name"),
+        **{key: array.tolist() for key, array in arrays.items()},
+        "batch_size": state.get("batch_size"),
+    }
+
+
+def _scalars(items: Mapping[Any, Any]) -> dict[str, Any]:
+    """The entries of a dictionary that are simple and short enough to show."""
+    return {
+        key: value
+        for key, value in list(items.items())[:100]
+        if type(key) is str
+        and type(value) in (str, int, float, bool, type(None))
+        and len(key) < 1000
+        and not (type(value) is str and len(value) >= 1000)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From contents to network
+
+
+def _build(contents: _Contents, file_size: int, device: torch.device) -> Network:
+    """Builds the network without memory, compares it with the tensors, and only then allocates and fills it."""
+    kind, kwargs = contents.config["kind"], check_init_kwargs(contents.config["init_kwargs"])
+    generative = kind == "GenerativeDenoiser"
+    if not generative and (type(kind) is not str or kind not in _MODEL_KINDS):
+        raise CheckpointError(f"a network of unknown kind {_show(kind)}")
+    if generative:
+        gamma = check_number("gamma", contents.config["gamma"], 0, 100)
+        init_sigma = check_number("init_sigma", contents.config["init_sigma"], 1e-3, 1e6)
+    try:
+        with torch.device("meta"):
+            net = PrecondCondition(**kwargs) if generative else _MODEL_KINDS[kind](**kwargs)
+            if generative:
+                net = GenerativeDenoiser(net, gamma=gamma, init_sigma=init_sigma)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"its architecture cannot be built: {_show(error)}") from None
+
+    expected, found = net.state_dict(), contents.tensors
+    count = sum(tensor.numel() for tensor in expected.values())
+    if count > file_size:
+        raise CheckpointError(f"a file of {file_size} bytes cannot hold the {count} weights of its architecture")
+    if missing := expected.keys() - found.keys():
+        raise CheckpointError(f"missing weights: {_list(missing)}")
+    if unexpected := found.keys() - expected.keys():
+        raise CheckpointError(f"unexpected weights: {_list(unexpected)}")
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            raise CheckpointError(f"{key} has the shape {list(found[key].shape)}, expected {list(tensor.shape)}")
+        if found[key].dtype not in _FLOAT_TYPES:
+            raise CheckpointError(f"{key} is stored as {found[key].dtype}, expected floating-point numbers")
+
+    net = net.to_empty(device=device).eval().requires_grad_(False)
+    for key, tensor in net.state_dict().items():
+        tensor.copy_(found[key])
+    return net
+
+
+def _build_encoder(config: Any, img_channels: int) -> Encoder:
+    if type(config) is not dict or type(config.get("vae_name", "")) is not str:
+        raise CheckpointError("the description of its encoder is not a dictionary with the name of an autoencoder")
+    try:
+        encoder = encoder_from_config(config)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"its encoder cannot be built: {_show(error)}") from None
+    if config["type"] == "sd-vae" and len(encoder.scale) != img_channels:
+        raise CheckpointError(f"its encoder gives {len(encoder.scale)} channels, its network takes {img_channels}")
+    return encoder
+
+
+def _list(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(_show(name) for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if ordered[3:] else "")
+
+
+def _show(value: Any) -> str:
+    """Short printable form of something that a file says; nothing is shown of compound values."""
+    if isinstance(value, (str, int, float, bool, Exception, type(None))):
+        return str(value)[:150].encode("ascii", "backslashreplace").decode().replace("\n", " ").replace("\x1b", "?")
+    return f"a {type(value).__name__}"

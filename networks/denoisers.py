@@ -1,0 +1,285 @@
+"""Teacher, conditional denoiser, generative denoiser and discriminator around one U-Net and one preconditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks.layers import MPConv, MPFourier, mp_cat
+from networks.posterior import expand_sigma, few_step_posterior, few_step_sigmas
+from networks.unet import Decoder, Encoder, UNet, UNetConfig
+
+RandnLike = Callable[[Tensor], Tensor]
+Sigma = float | Tensor  # a number, [N] or [N,1,1,1]
+
+
+@dataclass(frozen=True)
+class Scalings:
+    """Coefficients of D(x, sigma) = c_skip·x + c_out·F(c_in·x, c_noise); c_noise is [N], the others [N,1,1,1]."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+def preconditioning(sigma: Tensor, sigma_data: float) -> Scalings:
+    """EDM's preconditioning (EDM, Table 1) at noise levels [N,1,1,1]."""
+    total = sigma.square() + sigma_data**2
+    return Scalings(
+        c_skip=sigma_data**2 / total,
+        c_out=sigma * sigma_data / total.sqrt(),
+        c_in=1 / total.sqrt(),
+        c_noise=sigma.flatten().log() / 4,
+    )
+
+
+class PreconditionedNet(nn.Module):
+    """What teacher, conditional denoiser and discriminator share: architecture, labels, precision, preconditioning."""
+
+    def __init__(
+        self,
+        img_resolution: int,  # pixels
+        img_channels: int,
+        label_dim: int,  # 0 = unconditional
+        use_fp16: bool = True,  # run the U-Net in float16 where the network is on a CUDA device
+        sigma_data: float = 0.5,  # standard deviation of the data
+        logvar_channels: int = 128,  # width of the uncertainty estimate; unused by the discriminator
+        **unet_kwargs: Any,  # further fields of UNetConfig
+    ) -> None:
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.use_fp16 = use_fp16
+        self.sigma_data = sigma_data
+        self.logvar_channels = logvar_channels
+        self.init_kwargs: dict[str, Any] = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            use_fp16=use_fp16,
+            sigma_data=sigma_data,
+            logvar_channels=logvar_channels,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in unet_kwargs.items()},
+        )
+        self._unet_config = UNetConfig(img_resolution, img_channels, label_dim, **unet_kwargs)
+        self._compute_dtype: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the U-Net's activations; everything around it is float32.
+
+        float16 on CUDA where `use_fp16` is set, else float32, unless assigned. Assigning None restores that default.
+        """
+        if self._compute_dtype is not None:
+            return self._compute_dtype
+        return torch.float16 if self.use_fp16 and self.device.type == "cuda" else torch.float32
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"compute dtype must be float32, bfloat16 or float16, not {dtype}")
+        if dtype == torch.float16 and self.device.type not in ("cuda", "meta"):
+            raise ValueError(f"float16 needs a CUDA device and the network is on {self.device}: use float32 or bfloat16")
+        self._compute_dtype = dtype
+
+    def _prepare(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Scalings, Tensor]:
+        """Float32 image, its scalings, and the U-Net's input in the compute dtype."""
+        x = x.to(torch.float32)
+        scalings = preconditioning(expand_sigma(sigma, x), self.sigma_data)
+        return x, scalings, (scalings.c_in * x).to(self.compute_dtype)
+
+    def _prepare_labels(self, labels: Tensor | None, batch: int) -> Tensor | None:
+        """Class weights [N,label_dim] in float32; the zero vector where a conditional net gets none."""
+        if not self.label_dim:
+            return None
+        if labels is None:
+            return torch.zeros(batch, self.label_dim, device=self.device)
+        return labels.to(torch.float32).reshape(-1, self.label_dim)
+
+
+class Denoiser(PreconditionedNet):
+    """A preconditioned network with EDM2's estimate of its loss's log variance (EDM2, Eq. 19 and 109)."""
+
+    def _add_logvar(self) -> None:
+        self.logvar_fourier = MPFourier(self.logvar_channels)
+        self.logvar_linear = MPConv(self.logvar_channels, 1)
+
+    def logvar(self, c_noise: Tensor) -> Tensor:
+        """Log variance u [N,1,1,1] at c_noise [N]."""
+        return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+
+
+class Precond(Denoiser):
+    """The EDM2 denoiser D(x, sigma), an estimate of E[x0 | x] for x = x0 + sigma·n: the teacher."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unet = UNet(self._unet_config)
+        self._add_logvar()
+
+    def forward(self, x: Tensor, sigma: Sigma, labels: Tensor | None = None, *, return_logvar: bool = False):
+        """Denoised [N,C,H,W] for noisy x [N,C,H,W] and class weights [N,label_dim]; with return_logvar also [N,1,1,1]."""
+        x, s, x_in = self._prepare(x, sigma)
+        f = self.unet(x_in, s.c_noise, self._prepare_labels(labels, len(x)))
+        denoised = s.c_skip * x + s.c_out * f.to(torch.float32)
+        return (denoised, self.logvar(s.c_noise)) if return_logvar else denoised
+
+
+class PrecondCondition(Denoiser):
+    """The conditional denoiser D(x, sigma | y, sigma_y): the teacher's U-Net with a control branch that sees y.
+
+    Two of them make NCVSD: inside the generative denoiser, and as the score network of its samples.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ctrl = Encoder(self._unet_config)
+        self.enc = Encoder(self._unet_config)
+        self.dec = Decoder(self._unet_config)
+        self._add_logvar()
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Sigma,
+        y: Tensor,
+        sigma_y: Sigma,
+        labels: Tensor | None = None,
+        *,
+        return_logvar: bool = False,
+    ):
+        """Denoised [N,C,H,W] for x and y [N,C,H,W] at their noise levels; with return_logvar also [N,1,1,1]."""
+        x, s, x_in = self._prepare(x, sigma)
+        _, s_y, y_in = self._prepare(y, sigma_y)
+        labels = self._prepare_labels(labels, len(x))
+        control = self.ctrl(y_in, s_y.c_noise, labels)
+        features = self.enc(x_in, s.c_noise, labels)
+        f = self.dec(features, control, s.c_noise, labels)
+        denoised = s.c_skip * x + s.c_out * f.to(torch.float32)
+        return (denoised, self.logvar(s.c_noise)) if return_logvar else denoised
+
+    @torch.no_grad()
+    def init_from_teacher(self, net: Precond) -> PrecondCondition:
+        """Copy the teacher's weights, so that the output equals the teacher's whatever y; logvar stays fresh."""
+        copy_part(self.ctrl, net.unet)
+        copy_part(self.enc, net.unet)
+        copy_part(self.dec, net.unet, except_for=("additional_x_weight", "additional_skips_weight"))
+        return self
+
+
+class Discriminator(PreconditionedNet):
+    """Logits that x0 + sigma·n is real rather than generated, given y (SiDA, arXiv 2410.14919, made conditional)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ctrl = Encoder(self._unet_config)
+        self.enc = Encoder(self._unet_config)
+        self.out_conv = MPConv(2 * self._unet_config.skip_channels[-1], 1)
+        for module in self.modules():
+            if isinstance(module, MPConv):
+                module.forced = False
+
+    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None) -> Tensor:
+        """Logits [N] for x and y [N,C,H,W] at their noise levels."""
+        x, s, x_in = self._prepare(x, sigma)
+        _, s_y, y_in = self._prepare(y, sigma_y)
+        labels = self._prepare_labels(labels, len(x))
+        control = self.ctrl(y_in, s_y.c_noise, labels)[-1]
+        features = self.enc(x_in, s.c_noise, labels)[-1]
+        pooled = mp_cat(control, features).mean(dim=(2, 3), dtype=torch.float32)
+        return self.out_conv(pooled).flatten()
+
+    @torch.no_grad()
+    def init_from_teacher(self, net: Precond) -> Discriminator:
+        """Copy the teacher's encoder into both branches; the output layer stays fresh."""
+        copy_part(self.ctrl, net.unet)
+        copy_part(self.enc, net.unet)
+        return self
+
+
+def copy_part(target: nn.Module, source: nn.Module, except_for: Sequence[str] = ()) -> None:
+    """Copy into `target` the tensors of the same names in `source`. Raises ValueError where they do not fit."""
+    weights = source.state_dict()
+    for name, tensor in target.state_dict().items():
+        if name in except_for:
+            continue
+        if name not in weights or weights[name].shape != tensor.shape:
+            found = list(weights[name].shape) if name in weights else "nothing"
+            raise ValueError(f"the teacher's architecture differs: {name} is {list(tensor.shape)}, teacher has {found}")
+        tensor.copy_(weights[name])
+
+
+class GenerativeDenoiser(nn.Module):
+    """G(y, sigma): a sample of p(x0 | y) for y = x0 + sigma·n, in one network evaluation (NCVSD, Section 4).
+
+    y is first noised a little further, to (1 + gamma)·sigma: that noise is the sample's source of randomness.
+    """
+
+    def __init__(self, model: PrecondCondition, gamma: float = 0.414, init_sigma: float = 80.0) -> None:
+        super().__init__()
+        self.model = model
+        self.gamma = gamma
+        self.init_sigma = init_sigma
+
+    @property
+    def img_resolution(self) -> int:
+        return self.model.img_resolution
+
+    @property
+    def img_channels(self) -> int:
+        return self.model.img_channels
+
+    @property
+    def label_dim(self) -> int:
+        return self.model.label_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Precision of the U-Net's activations, see `PreconditionedNet.compute_dtype`."""
+        return self.model.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.model.compute_dtype = dtype
+
+    def forward(
+        self,
+        y: Tensor,  # noisy images [N,C,H,W]
+        sigma: Sigma,  # their noise level
+        labels: Tensor | None = None,  # class weights [N,label_dim]
+        *,
+        ts: Sequence[int] | None = None,  # grid indices of a few-step draw; None = one evaluation
+        zeta: float = 1.0,  # share of fresh noise between steps
+        return_logvar: bool = False,  # also return u [N,1,1,1]; one-step calls only
+        randn_like: RandnLike = torch.randn_like,
+    ):
+        """A draw of x0 [N,C,H,W] given y. Raises ValueError for invalid ts, or ts with return_logvar."""
+        if ts is not None:
+            if return_logvar:
+                raise ValueError("the log variance belongs to a one-step draw: leave out ts")
+            levels = few_step_sigmas(ts, sigma_max=self.init_sigma, device=y.device)
+
+            def one_step(y_eff: Tensor, sigma_eff: Tensor) -> Tensor:
+                return self(y_eff, sigma_eff, labels, randn_like=randn_like)
+
+            return few_step_posterior(one_step, y, sigma, levels, zeta=zeta, randn_like=randn_like)
+
+        y = y.to(torch.float32)
+        sigma = expand_sigma(sigma, y)
+        sigma_hat = (1 + self.gamma) * sigma
+        y_hat = y + (sigma_hat.square() - sigma.square()).sqrt() * randn_like(y)
+        return self.model(y_hat, sigma_hat, y, sigma, labels, return_logvar=return_logvar)

@@ -1,0 +1,249 @@
+"""Encoders: how stored images become the latents that a network sees, and how its latents become pixels.
+
+`raw` is what a data set stores: uint8 pixels [N,C,H,W], or for Stable-Diffusion latents float32 [N,8,h,w], mean then
+standard deviation of the autoencoder's posterior. Latents are float32 with standard deviation about 0.5.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+RandnLike = Callable[[torch.Tensor], torch.Tensor]
+
+
+class RGBEncoder:
+    """Pixels as latents: x = px/127.5 - 1, any number of channels; px = x·127.5 + 128, clipped to [0, 255], truncated.
+
+    The EDM2 convention for networks in pixel space (arXiv 2312.02696); stateless.
+    """
+
+    name = "rgb"
+
+    def to(self, device: torch.device | str) -> "RGBEncoder":
+        return self
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raw form of uint8 pixels [N,C,H,W]: the pixels themselves."""
+        return pixels
+
+    def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels [N,C,H,W]. Draws no noise."""
+        return raw.to(torch.float32) / 127.5 - 1
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels, uint8 [N,C,H,W], of latents [N,C,H,W]."""
+        return (latents.to(torch.float32) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+    def latent_channels(self, raw_channels: int) -> int:
+        """Channels of the latents of a data set with `raw_channels` channels."""
+        return raw_channels
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able description, see `encoder_from_config`."""
+        return {"type": self.name}
+
+
+class StabilityVAEEncoder:
+    """Latents of Stable Diffusion's autoencoder, rescaled to a given mean and standard deviation per channel.
+
+    The autoencoder sees pixels in [0, 1]; its posterior (mean, std) is stored, and a draw from it becomes
+    latents = scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696). The weights are read, from safetensors only, on
+    the first operation on pixels: training on stored posteriors never needs them.
+
+    Args:
+        vae_name: local folder in the layout of diffusers, or a Hugging Face Hub id.
+        raw_mean, raw_std: statistics of the raw latents, per channel.
+        final_mean, final_std: statistics of the latents that the network sees.
+        scale, bias: per channel; given directly they replace the four statistics.
+        batch_size: images per pass of the autoencoder.
+
+    Raises ValueError for scale and bias that do not fit together; `encode_pixels` and `decode` raise ValueError
+    where the autoencoder cannot be found.
+    """
+
+    name = "sd-vae"
+
+    def __init__(
+        self,
+        vae_name: str = "stabilityai/sd-vae-ft-mse",
+        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
+        raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
+        final_mean: float | Sequence[float] = 0.0,
+        final_std: float | Sequence[float] = 0.5,
+        scale: Sequence[float] | None = None,
+        bias: Sequence[float] | None = None,
+        batch_size: int = 8,
+    ):
+        if (scale is None) != (bias is None):
+            raise ValueError("sd-vae encoder: give both scale and bias, or neither")
+        if scale is None:
+            scale = np.float32(final_std) / np.float32(raw_std)
+            bias = np.float32(final_mean) - np.float32(raw_mean) * scale
+        self.vae_name = str(vae_name)
+        self.scale = np.array(scale, dtype=np.float32)
+        self.bias = np.array(bias, dtype=np.float32)
+        self.batch_size = int(batch_size)
+        if self.scale.ndim != 1 or self.scale.shape != self.bias.shape or not self.scale.size:
+            raise ValueError("sd-vae encoder: scale and bias must be two lists of one length, the latent channels")
+        if not (np.isfinite(self.scale).all() and np.isfinite(self.bias).all() and (self.scale > 0).all()):
+            raise ValueError("sd-vae encoder: scale must be positive and bias finite")
+        if self.batch_size < 1:
+            raise ValueError(f"sd-vae encoder: batch_size is {self.batch_size}; it must be at least 1")
+        self.device = torch.device("cpu")
+        self._vae: torch.nn.Module | None = None
+
+    def to(self, device: torch.device | str) -> "StabilityVAEEncoder":
+        """Move the autoencoder, now or once it is loaded, to `device`."""
+        self.device = torch.device(device)
+        if self._vae is not None:
+            self._vae.to(self.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_vae": None}
+
+    def _autoencoder(self) -> torch.nn.Module:
+        if self._vae is None:
+            self._vae = load_autoencoder(self.vae_name).to(self.device)
+            channels = self._vae.config.latent_channels
+            if channels != self.scale.size:
+                self._vae = None
+                raise ValueError(f"autoencoder {self.vae_name}: {channels} latent channels, not {self.scale.size}")
+        return self._vae
+
+    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, bias = (torch.from_numpy(v).to(like.device).reshape(1, -1, 1, 1) for v in (self.scale, self.bias))
+        return scale, bias
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W], on the encoder's device.
+
+        Raises ValueError for pixels of another dtype, channel count or indivisible size, and where the autoencoder
+        cannot be found.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"sd-vae encoder: needs uint8 pixels [N,3,H,W], got {pixels.dtype} {list(pixels.shape)}")
+        vae = self._autoencoder()
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if pixels.shape[2] % factor or pixels.shape[3] % factor:
+            raise ValueError(f"sd-vae encoder: image size {list(pixels.shape[2:])} is not a multiple of {factor}")
+        parts = []
+        for chunk in pixels.split(self.batch_size):
+            posterior = vae.encode(chunk.to(self.device, torch.float32) / 255).latent_dist
+            parts.append(torch.cat([posterior.mean, posterior.std], dim=1))
+        return torch.cat(parts)
+
+    def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        """Latents, float32 [N,4,h,w], drawn from stored posteriors [N,8,h,w], or from uint8 pixels [N,3,H,W].
+
+        Draws one noise tensor like the mean. Raises ValueError for another number of channels.
+        """
+        if raw.dtype == torch.uint8:
+            raw = self.encode_pixels(raw)
+        if raw.ndim != 4 or raw.shape[1] != 2 * self.scale.size:
+            raise ValueError(f"sd-vae encoder: needs [N,{2 * self.scale.size},h,w] (mean, std), got {list(raw.shape)}")
+        mean, std = raw.to(torch.float32).chunk(2, dim=1)
+        scale, bias = self._affine(mean)
+        return (mean + std * randn_like(mean)) * scale + bias
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels, uint8 [N,3,H,W], of latents [N,4,h,w], on the encoder's device.
+
+        Raises ValueError where the autoencoder cannot be found.
+        """
+        scale, bias = self._affine(latents)
+        return self.decode_raw((latents.to(torch.float32) - bias) / scale)
+
+    @torch.no_grad()
+    def decode_raw(self, raw: torch.Tensor) -> torch.Tensor:
+        """Pixels, uint8 [N,3,H,W], of the autoencoder's own (not rescaled) latents [N,4,h,w]."""
+        vae = self._autoencoder()
+        parts = [vae.decode(c.to(self.device, torch.float32)).sample for c in raw.split(self.batch_size)]
+        return (torch.cat(parts).clamp(0, 1) * 255).to(torch.uint8)
+
+    def latent_channels(self, raw_channels: int) -> int:
+        """Channels of the latents of a data set with `raw_channels` channels: 8 stored, or 3 of pixels, give 4.
+
+        Raises ValueError for any other number.
+        """
+        if raw_channels not in (3, 2 * self.scale.size):
+            raise ValueError(
+                f"sd-vae encoder: the data has {raw_channels} channels, but needs {2 * self.scale.size} (mean and std "
+                "of latents; see dataset_tool.py encode) or 3 (pixels)"
+            )
+        return int(self.scale.size)
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able description, see `encoder_from_config`."""
+        return {
+            "type": self.name,
+            "vae_name": self.vae_name,
+            "scale": self.scale.tolist(),
+            "bias": self.bias.tolist(),
+            "batch_size": self.batch_size,
+        }
+
+
+Encoder: TypeAlias = RGBEncoder | StabilityVAEEncoder
+
+
+def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
+    """Rebuild an encoder from its `to_config()`: {"type": "rgb"} or {"type": "sd-vae", "vae_name": ..., ...}.
+
+    Raises ValueError for an unknown type or unknown entries.
+    """
+    options = dict(config)
+    kind = options.pop("type", None)
+    allowed = {"rgb": set(), "sd-vae": {"vae_name", "scale", "bias", "batch_size"}}
+    if not isinstance(kind, str) or kind not in allowed:
+        raise ValueError(f"unknown encoder type {kind!r}; known are 'rgb' and 'sd-vae'")
+    unknown = sorted(map(str, options.keys() - allowed[kind]))
+    if unknown:
+        raise ValueError(f"unknown entries of the {kind} encoder: {', '.join(unknown)}")
+    if kind == "rgb":
+        return RGBEncoder()
+    try:
+        return StabilityVAEEncoder(**options)
+    except TypeError as error:
+        raise ValueError(f"sd-vae encoder: bad entry ({error})") from None
+
+
+def load_autoencoder(vae_name: str) -> torch.nn.Module:
+    """diffusers' `AutoencoderKL`, float32 and in eval mode, from a local folder or the Hub; safetensors weights only.
+
+    Raises ValueError, with how to get the files, where it is neither local nor reachable.
+    """
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError("the Stable-Diffusion autoencoder needs diffusers: pip install diffusers") from None
+    files = ["config.json", "diffusion_pytorch_model.safetensors"]
+    looks_local = vae_name.startswith((".", "/", "~")) or vae_name.count("/") != 1
+    advice = (
+        f"put {' and '.join(files)} into a folder (hf download "
+        f"{'stabilityai/sd-vae-ft-mse' if looks_local else vae_name} --local-dir FOLDER) and name that"
+    )
+    if not os.path.isdir(vae_name) and looks_local:
+        raise ValueError(f"autoencoder {vae_name}: no such folder; {advice}")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # the one-line error below says it all
+    try:
+        folder = vae_name if os.path.isdir(vae_name) else snapshot_download(vae_name, allow_patterns=files)
+        vae, report = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"the file lacks {len(report['missing_keys'])} of its weights")
+    except Exception as error:  # network, Hub, file and JSON errors of several libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+        raise ValueError(
+            f"autoencoder {vae_name}: neither a usable folder nor reachable ({reason}); {advice}"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return vae.eval().requires_grad_(False).to(torch.float32)

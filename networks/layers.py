@@ -1,0 +1,164 @@
+"""Magnitude-preserving primitives of EDM2 ("config G", arXiv 2312.02696) and the U-Net block made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def normalize(x: Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
+    """Scale each group of `x` to unit root-mean-square (EDM2, Eq. 65-66).
+
+    dims are the dimensions of one group; None means all but the first. The norm is taken in float32.
+    """
+    dims = tuple(range(1, x.ndim)) if dims is None else tuple(dims)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+    scale = torch.add(eps, norm, alpha=math.sqrt(norm.numel() / x.numel()))
+    return x / scale.to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU scaled to keep unit magnitude on unit-variance input (EDM2, Eq. 81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, t: float | Tensor = 0.5) -> Tensor:
+    """Blend of uncorrelated `a` and `b` that preserves magnitude (EDM2, Eq. 88). A tensor `t` receives gradients."""
+    if isinstance(t, Tensor):
+        return (a * (1 - t) + b * t) / ((1 - t) ** 2 + t**2).sqrt()
+    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
+    """Channel concatenation in which the inputs contribute in the ratio (1-t):t (EDM2, Eq. 103)."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    c = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (c * (1 - t) / math.sqrt(n_a)), b * (c * t / math.sqrt(n_b))], dim=1)
+
+
+def resample(x: Tensor, mode: str = "keep", filter_taps: Sequence[float] = (1, 1)) -> Tensor:
+    """Halve ('down') or double ('up') the resolution of [N,C,H,W] with a separable filter, or 'keep' it."""
+    if mode == "keep":
+        return x
+    taps = np.asarray(filter_taps, dtype=np.float64)
+    if taps.ndim != 1 or len(taps) % 2 != 0:
+        raise ValueError(f"resample filter must have an even number of taps, got {list(filter_taps)}")
+    if len(taps) == 2 and taps[0] == taps[1]:  # equal to the convolutions below, and much faster on CPU
+        return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+    taps = taps / taps.sum()
+    kernel = torch.as_tensor(np.outer(taps, taps), dtype=x.dtype, device=x.device)
+    kernel = kernel[None, None].expand(x.shape[1], -1, -1, -1)
+    pad = (len(taps) - 1) // 2
+    if mode == "down":
+        return F.conv2d(x, kernel, stride=2, padding=pad, groups=x.shape[1])
+    return F.conv_transpose2d(x, kernel * 4, stride=2, padding=pad, groups=x.shape[1])
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of a scalar, [N] to [N,num_channels] (EDM2, Eq. 75). `freqs` and `phases` are buffers."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle = torch.outer(x.to(torch.float32), self.freqs.to(torch.float32)) + self.phases.to(torch.float32)
+        return (angle.cos() * math.sqrt(2)).to(x.dtype)
+
+
+class MPConv(nn.Module):
+    """Bias-free convolution, or linear layer for kernel [], with normalised weights (EDM2, Eq. 47 and 66).
+
+    With `forced` (EDM2's forced weight normalisation) a training-mode forward pass first replaces the stored
+    weight by its normalised value, without gradient.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.forced = True
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
+        if self.training and self.forced:
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight.to(torch.float32)))
+        w = normalize(self.weight.to(torch.float32))
+        w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
+        if w.ndim == 2:
+            return x @ w.t()
+        return F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    """One U-Net block of EDM2 config G (EDM2, Fig. 21): resample, residual branch with embedding gain, attention.
+
+    [N,in_channels,H,W] and embedding [N,emb_channels] to [N,out_channels,H',W'].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        flavor: str,  # "enc" normalises its input per pixel, "dec" does not
+        resample_mode: str = "keep",  # "keep", "up" or "down"
+        resample_filter: Sequence[float] = (1, 1),
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        res_balance: float = 0.3,  # share of the residual branch
+        attn_balance: float = 0.3,  # share of the attention branch
+        clip_act: float | None = 256.0,  # bound on the output's magnitude; None = unbounded
+    ) -> None:
+        super().__init__()
+        self.flavor = flavor
+        self.resample_mode = resample_mode
+        self.resample_filter = tuple(resample_filter)
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.dropout = dropout
+        self.res_balance = res_balance
+        self.attn_balance = attn_balance
+        self.clip_act = clip_act
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, (3, 3))
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
+        self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.num_heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.num_heads else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = resample(x, self.resample_mode, self.resample_filter)
+        if self.flavor == "enc":
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            x = normalize(x, dims=(1,))
+
+        gain = self.emb_linear(emb, gain=self.emb_gain) + 1
+        h = self.conv_res0(mp_silu(x))
+        h = mp_silu(h * gain[:, :, None, None].to(h.dtype))
+        if self.training and self.dropout:
+            h = F.dropout(h, p=self.dropout)
+        h = self.conv_res1(h)
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, h, self.res_balance)
+
+        if self.num_heads:
+            x = mp_sum(x, self._attention(x), self.attn_balance)
+        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        """Self-attention over pixels with normalised queries, keys and values (EDM2, Section 2.3)."""
+        n, c, height, width = x.shape
+        qkv = self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
+        q, k, v = (part.transpose(2, 3) for part in normalize(qkv, dims=(2,)).unbind(3))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.attn_proj(h.transpose(2, 3).reshape(n, c, height, width))

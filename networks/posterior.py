@@ -1,0 +1,119 @@
+"""Observations at two noise levels, the Karras grid, and few-step sampling of p(x0 | y).
+
+A leaf module: everything here is a function of tensors and of a callable `denoiser(y, sigma)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+TS_GRID_SIZE = 40  # few-step schedules are indices of the 40-point Karras grid
+
+
+def karras_sigmas(
+    num: int,
+    sigma_min: float = 0.002,  # last level, in data units
+    sigma_max: float = 80.0,  # first level, in data units
+    rho: float = 7.0,  # larger = more levels near sigma_min
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Return `num` decreasing noise levels [num] from `sigma_max` to `sigma_min` (EDM, arXiv 2206.00364, equation 5).
+
+    Raises ValueError if there are fewer than two levels or the range is not 0 <= sigma_min < sigma_max.
+    """
+    if num < 2:
+        raise ValueError(f"a Karras grid needs at least 2 levels, not {num}")
+    if not 0 <= sigma_min < sigma_max or rho <= 0:
+        raise ValueError(
+            "a Karras grid needs 0 <= sigma_min < sigma_max and rho > 0, "
+            f"not sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}"
+        )
+    fraction = torch.arange(num, dtype=dtype, device=device) / (num - 1)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + fraction * (low - high)) ** rho
+
+
+def few_step_sigmas(
+    ts: Sequence[int],  # grid indices t_0 < t_1 < ... < t_n, at least two
+    *,
+    sigma_max: float = 80.0,  # level of index 0: the generator's init_sigma
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Return the noise levels [len(ts)] of few-step grid indices.
+
+    n+1 indices mean n network evaluations: the last level is where the result would be re-noised to.
+    Raises ValueError unless the indices are at least two, integers in 0..39, and strictly increasing.
+    """
+    ts = list(ts)
+    shown = ",".join(str(t) for t in ts)
+    if any(isinstance(t, bool) or int(t) != t or not 0 <= t < TS_GRID_SIZE for t in ts):
+        raise ValueError(f"ts {shown}: every entry must be an integer from 0 to {TS_GRID_SIZE - 1}")
+    if any(a >= b for a, b in zip(ts, ts[1:], strict=False)):
+        raise ValueError(f"ts {shown}: the entries must increase strictly (noise levels decrease), as in 10,22,39")
+    if len(ts) < 2:
+        raise ValueError(f"ts {shown or '(empty)'}: at least two entries are needed, as in 10,39")
+    return karras_sigmas(TS_GRID_SIZE, sigma_max=sigma_max, device=device)[[int(t) for t in ts]]
+
+
+def expand_sigma(sigma: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a noise level per sample as float32 [N,1,1,1] on x's device, for x [N,C,H,W].
+
+    `sigma` is a number, or a tensor of 1 or N elements shaped [], [N] or [N,1,1,1]; raises ValueError otherwise.
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    if sigma.numel() not in (1, x.shape[0]) or sigma.shape.numel() != (sigma.shape[0] if sigma.ndim else 1):
+        raise ValueError(f"sigma of shape {list(sigma.shape)} does not fit a batch of {x.shape[0]}: give 1 or N values")
+    return sigma.reshape(-1, *[1] * (x.ndim - 1)).expand(x.shape[0], *[1] * (x.ndim - 1))
+
+
+def combine_observations(
+    y: torch.Tensor,  # first observation x0 + sigma·n, [N,C,H,W]
+    sigma: float | torch.Tensor,  # its level: number, [N] or [N,1,1,1]
+    x_t: torch.Tensor,  # second, independent observation x0 + t·n, [N,C,H,W]
+    t: float | torch.Tensor,  # its level
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two noisy observations of one image into the sufficient one: (y_eff [N,C,H,W], sigma_eff [N,1,1,1]).
+
+    sigma_eff^-2 = sigma^-2 + t^-2 and y_eff = sigma_eff^2·(y/sigma^2 + x_t/t^2), written as a convex combination so
+    that no intermediate overflows or cancels (NCVSD, arXiv 2506.09416).
+    """
+    sigma, t = expand_sigma(sigma, y), expand_sigma(t, x_t)
+    total = torch.hypot(sigma, t)
+    y_eff = (t / total).square() * y + (sigma / total).square() * x_t
+    return y_eff, sigma * (t / total)
+
+
+def few_step_posterior(
+    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # (y [N,C,H,W], sigma [N,1,1,1]) -> draw of x0
+    y: torch.Tensor,  # observation x0 + sigma·n, [N,C,H,W]
+    sigma: float | torch.Tensor,  # its level: number, [N] or [N,1,1,1]
+    ts_sigmas: Sequence[float] | torch.Tensor,  # decreasing levels [n+1]; the last is not evaluated
+    *,
+    zeta: float = 1.0,  # share of fresh noise in each re-noising: 1 = all fresh, 0 = all kept
+    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+) -> torch.Tensor:
+    """Draw x0 [N,C,H,W] from p(x0 | y) in n evaluations of a one-step generative denoiser.
+
+    Algorithm of NCVSD (arXiv 2506.09416, Proposition 2): each step merges y with the current x_i at level t_i, draws
+    x0, and re-noises it to t_{i+1}. Noise is drawn in the order start, [denoiser's own], re-noise, [denoiser's own], …
+    and none after the last evaluation. Raises ValueError for fewer than two levels or zeta outside [0, 1].
+    """
+    if not 0 <= zeta <= 1:
+        raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
+    levels = torch.as_tensor(ts_sigmas, dtype=torch.float32, device=y.device)
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"few-step sampling needs at least two noise levels, not {levels.numel()}")
+    x = levels[0] * randn_like(y)
+    for i in range(len(levels) - 1):
+        x0 = denoiser(*combine_observations(y, sigma, x, levels[i]))
+        if i == len(levels) - 2:
+            break
+        noise = randn_like(x0)
+        if zeta < 1:
+            noise = zeta**0.5 * noise + (1 - zeta) ** 0.5 * (x - x0) / levels[i]
+        x = x0 + levels[i + 1] * noise
+    return x0

@@ -1,0 +1,217 @@
+"""The EDM2 U-Net in parts: embedding, encoder, decoder, and the whole network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from networks.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Architecture of a U-Net. Raises ValueError where the numbers do not describe one."""
+
+    img_resolution: int  # height and width of the input, in pixels
+    img_channels: int  # image or latent channels
+    label_dim: int  # number of classes; 0 = unconditional
+    model_channels: int = 192  # base width
+    channel_mult: Sequence[int] = (1, 2, 3, 4)  # width of each level, in units of the base width
+    channel_mult_noise: int | None = None  # width of the noise features; None = channel_mult[0]
+    channel_mult_emb: int | None = None  # width of the embedding; None = max(channel_mult)
+    num_blocks: int = 3  # blocks per level of the encoder; the decoder has one more
+    attn_resolutions: Sequence[int] = (16, 8)  # levels with self-attention
+    label_balance: float = 0.5  # share of the class embedding
+    concat_balance: float = 0.5  # share of the skip connection
+    channels_per_head: int = 64
+    dropout: float = 0.0
+    resample_filter: Sequence[float] = (1, 1)
+    res_balance: float = 0.3
+    attn_balance: float = 0.3
+    clip_act: float | None = 256
+
+    def __post_init__(self) -> None:
+        positive = ("img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head")
+        for name in positive:
+            if int(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.label_dim < 0:
+            raise ValueError(f"label_dim must be 0 (unconditional) or a number of classes, got {self.label_dim}")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(f"channel_mult must list one positive width per level, got {self.channel_mult}")
+        if self.img_resolution % 2 ** (len(self.channel_mult) - 1):
+            raise ValueError(
+                f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, "
+                f"once for each level of channel_mult after the first"
+            )
+
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        """(resolution, width) of each level, finest first."""
+        return [(self.img_resolution >> i, self.model_channels * mult) for i, mult in enumerate(self.channel_mult)]
+
+    @property
+    def noise_channels(self) -> int:
+        return self.model_channels * (self.channel_mult_noise or self.channel_mult[0])
+
+    @property
+    def emb_channels(self) -> int:
+        return self.model_channels * (self.channel_mult_emb or max(self.channel_mult))
+
+    @property
+    def skip_channels(self) -> list[int]:
+        """Width of each skip connection in the order in which the encoder produces them."""
+        widths = [self.levels[0][1]]
+        for i, (_, channels) in enumerate(self.levels):
+            widths += [widths[-1]] * (i > 0) + [channels] * self.num_blocks
+        return widths
+
+    def block(self, in_channels: int, out_channels: int, flavor: str, **kwargs) -> Block:
+        """A block of this network."""
+        return Block(
+            in_channels,
+            out_channels,
+            self.emb_channels,
+            flavor=flavor,
+            resample_filter=self.resample_filter,
+            channels_per_head=self.channels_per_head,
+            dropout=self.dropout,
+            res_balance=self.res_balance,
+            attn_balance=self.attn_balance,
+            clip_act=self.clip_act,
+            **kwargs,
+        )
+
+
+def build_encoder(config: UNetConfig) -> nn.ModuleDict:
+    """Layers from the image (with its channel of ones) down to the lowest level, keyed as in EDM2's checkpoints."""
+    layers = nn.ModuleDict()
+    channels = config.img_channels + 1
+    for level, (res, width) in enumerate(config.levels):
+        if level == 0:
+            layers[f"{res}x{res}_conv"] = MPConv(channels, width, (3, 3))
+            channels = width
+        else:
+            layers[f"{res}x{res}_down"] = config.block(channels, channels, "enc", resample_mode="down")
+        for i in range(config.num_blocks):
+            attention = res in config.attn_resolutions
+            layers[f"{res}x{res}_block{i}"] = config.block(channels, width, "enc", attention=attention)
+            channels = width
+    return layers
+
+
+def build_decoder(config: UNetConfig) -> nn.ModuleDict:
+    """Layers from the lowest level up to full resolution, keyed as in EDM2's checkpoints."""
+    layers = nn.ModuleDict()
+    skips = config.skip_channels
+    channels = skips[-1]
+    for level, (res, width) in reversed(list(enumerate(config.levels))):
+        if level == len(config.levels) - 1:
+            layers[f"{res}x{res}_in0"] = config.block(channels, channels, "dec", attention=True)
+            layers[f"{res}x{res}_in1"] = config.block(channels, channels, "dec")
+        else:
+            layers[f"{res}x{res}_up"] = config.block(channels, channels, "dec", resample_mode="up")
+        for i in range(config.num_blocks + 1):
+            attention = res in config.attn_resolutions
+            layers[f"{res}x{res}_block{i}"] = config.block(channels + skips.pop(), width, "dec", attention=attention)
+            channels = width
+    return layers
+
+
+def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
+    """Every output of the encoder for image [N,C,H,W] and embedding [N,emb_channels], finest first."""
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    outputs = []
+    for layer in layers.values():
+        x = layer(x) if isinstance(layer, MPConv) else layer(x, emb)
+        outputs.append(x)
+    return outputs
+
+
+def run_decoder(layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: Tensor, concat_balance: float) -> Tensor:
+    """Features [N,C,H,W] at full resolution, from the lowest features and the skips in the encoder's order."""
+    skips = list(skips)
+    for name, layer in layers.items():
+        if "_block" in name:
+            x = mp_cat(x, skips.pop(), concat_balance)
+        x = layer(x, emb)
+    return x
+
+
+class EmbeddedNet(nn.Module):
+    """A network with an embedding of the noise level and, for conditional ones, of the class."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.emb_fourier = MPFourier(config.noise_channels)
+        self.emb_noise = MPConv(config.noise_channels, config.emb_channels)
+        self.emb_label = MPConv(config.label_dim, config.emb_channels) if config.label_dim else None
+
+    def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Embedding [N,emb_channels] in float32 of c_noise [N] and class weights [N,label_dim]."""
+        emb = self.emb_noise(self.emb_fourier(c_noise))
+        if self.emb_label is not None:
+            class_emb = self.emb_label(labels * math.sqrt(self.config.label_dim))
+            emb = mp_sum(emb, class_emb, self.config.label_balance)
+        return mp_silu(emb)
+
+
+class Encoder(EmbeddedNet):
+    """A U-Net's encoder with an embedding of its own."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        self.enc = build_encoder(config)
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> list[Tensor]:
+        return run_encoder(self.enc, x, self.embed(c_noise, labels))
+
+
+class Decoder(EmbeddedNet):
+    """A U-Net's decoder with an embedding of its own, which blends a control encoder's features into the encoder's.
+
+    The blend weights start at 0, where the control branch has no effect, and are kept within [0, 1].
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        self.dec = build_decoder(config)
+        self.out_conv = MPConv(config.levels[0][1], config.img_channels, (3, 3))
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.additional_x_weight = nn.Parameter(torch.zeros(1))
+        self.additional_skips_weight = nn.Parameter(torch.zeros(len(config.skip_channels)))
+
+    def forward(self, skips: list[Tensor], control: list[Tensor], c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.additional_x_weight.clamp_(0, 1)
+                self.additional_skips_weight.clamp_(0, 1)
+        dtype = skips[0].dtype
+        x_weight = self.additional_x_weight.clamp(0, 1).to(dtype)
+        skip_weights = self.additional_skips_weight.clamp(0, 1).to(dtype)
+        x = mp_sum(skips[-1], control[-1], x_weight)
+        blended = [mp_sum(a, b, w) for a, b, w in zip(skips, control, skip_weights, strict=True)]
+        x = run_decoder(self.dec, x, blended, self.embed(c_noise, labels), self.config.concat_balance)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+class UNet(EmbeddedNet):
+    """The EDM2 U-Net: raw network output [N,C,H,W] for a scaled image, c_noise [N] and class weights."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        self.enc = build_encoder(config)
+        self.dec = build_decoder(config)
+        self.out_conv = MPConv(config.levels[0][1], config.img_channels, (3, 3))
+        self.out_gain = nn.Parameter(torch.zeros([]))
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        emb = self.embed(c_noise, labels)
+        skips = run_encoder(self.enc, x, emb)
+        x = run_decoder(self.dec, skips[-1], skips, emb, self.config.concat_balance)
+        return self.out_conv(x, gain=self.out_gain)

@@ -1,0 +1,1 @@
+"""Samplers: noise schedules, few-step sampling, deterministic ODE sampling, per-image random streams, image grids."""

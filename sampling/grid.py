@@ -1,0 +1,86 @@
+"""Images and contact sheets as PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dnnlib.util import atomic_write
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save_image(path: str | Path, image: np.ndarray | torch.Tensor) -> None:
+    """Write one uint8 image [C,H,W] as PNG, grey for one channel and RGB for three; the file appears whole or not.
+
+    Raises ValueError for another shape or type.
+    """
+    from PIL import Image
+
+    array = _as_uint8(image)
+    if array.ndim != 3 or array.shape[0] not in (1, 3):
+        raise ValueError(f"{path}: a PNG needs 1 or 3 channels, not an array of shape {list(array.shape)}")
+    picture = Image.fromarray(array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    with atomic_write(path) as file:
+        file.write(data.getvalue())
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Return a PNG as uint8 [C,H,W], one channel for grey files and three otherwise."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        array = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def image_grid(
+    images: Any,  # uint8 [N,C,H,W], array or tensor
+    *,
+    columns: int | None = None,  # None = as square as possible
+    padding: int = 2,  # background pixels between and around images
+    scale: int | None = None,  # whole-number magnification; None = images of at least 64 pixels where they are smaller
+    background: int = 255,
+) -> np.ndarray:
+    """Return a contact sheet, uint8 [C,H',W'], row by row in the order given; missing cells show the background."""
+    array = _as_uint8(images)
+    if array.ndim != 4 or len(array) == 0:
+        raise ValueError(f"a contact sheet needs images of shape [N,C,H,W] with N > 0, not {list(array.shape)}")
+    scale = scale or max(1, math.ceil(64 / max(array.shape[2:])))
+    array = array.repeat(scale, axis=2).repeat(scale, axis=3)
+    count, channels, height, width = array.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    sheet_shape = (channels, rows * (height + padding) + padding, columns * (width + padding) + padding)
+    sheet = np.full(sheet_shape, background, dtype=np.uint8)
+    for i, image in enumerate(array):
+        top = padding + i // columns * (height + padding)
+        left = padding + i % columns * (width + padding)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_grid(
+    path: str | Path,
+    images: Any,
+    *,
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int | None = None,
+) -> None:
+    """Write a contact sheet of uint8 images [N,C,H,W] as PNG; arguments as in `image_grid`."""
+    save_image(path, image_grid(images, columns=columns, padding=padding, scale=scale))
+
+
+def _as_uint8(images: Any) -> np.ndarray:
+    array = images.detach().cpu().numpy() if hasattr(images, "detach") else np.asarray(images)
+    if array.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 (0 to 255), not {array.dtype}: decode them first")
+    return array

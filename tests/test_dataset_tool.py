@@ -1,0 +1,429 @@
+"""dataset_tool.py: crops against an independent resampler, sources, labels, latents, and errors."""
+
+import gzip
+import hashlib
+import io
+import json
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import dataset_tool
+from training.dataset import ImageDataset
+from training.dataset_convert import transform_image
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(dataset_tool.cli, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    if code:  # one clear line, nothing else
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        lines = [line for line in result.output.splitlines() if "Error" in line]
+        assert len(lines) == 1 and result.output.rstrip().endswith(lines[0])
+        return lines[0]
+    return result.output
+
+
+def picture(height, width, channels=3, seed=0):
+    """Smooth random uint8 [C,H,W], so that filters matter but rounding stays small."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, [channels, (height + 4) // 5, (width + 4) // 5])
+    return np.repeat(np.repeat(coarse, 5, axis=1), 5, axis=2)[:, :height, :width].astype(np.uint8)
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))).save(path)
+
+
+def pixels_of(path):
+    dataset = ImageDataset(path)
+    return [dataset[i][0] for i in range(len(dataset))], [dataset.get_raw_label(i) for i in range(len(dataset))]
+
+
+# ----------------------------------------------------------------------------
+# An independent resampler: filter stretched by the reduction factor, weights normalised, columns then rows
+
+
+def lanczos(x):
+    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+
+
+def box(x):
+    return ((x > -0.5) & (x <= 0.5)).astype(float)
+
+
+def bicubic(x, a=-0.5):
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+def resize_axis(image, size, kernel, axis):
+    length = image.shape[axis]
+    factor = length / size
+    stretch = max(factor, 1)
+    centres = (np.arange(size) + 0.5) * factor
+    weights = kernel((np.arange(length)[None] + 0.5 - centres[:, None]) / stretch)
+    weights /= weights.sum(1, keepdims=True)
+    moved = np.moveaxis(image.astype(np.float64), axis, -1) @ weights.T
+    return np.clip(np.floor(np.moveaxis(moved, -1, axis) + 0.5), 0, 255)
+
+
+def resize(image, width, height, kernel):
+    return resize_axis(resize_axis(image, width, kernel, 2), height, kernel, 1)
+
+
+def assert_close(image, expected):
+    assert image.dtype == np.uint8 and image.shape == expected.shape
+    assert np.abs(image.astype(float) - expected).max() <= 1  # rounding
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (33, 33)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_none_scales_with_lanczos(height, width, channels):
+    image = picture(height, width, channels)
+    assert_close(transform_image(image, "none", (16, 16)), resize(image, 16, 16, lanczos))
+    assert np.array_equal(transform_image(image, "none", None), image)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 61), (61, 40), (33, 33), (8, 21)])
+def test_center_crop(height, width):
+    image = picture(height, width)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    expected = resize(image[:, top : top + side, left : left + side], 16, 16, lanczos)
+    assert_close(transform_image(image, "center-crop", (16, 16)), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (52, 66), (100, 70), (150, 200)])
+def test_center_crop_wide(height, width):
+    image = picture(height, width)
+    rows = int(np.rint(64 * height / width))
+    top = (height - rows) // 2
+    expected = np.zeros([3, 64, 64])
+    expected[:, 8:56] = resize(image[:, top : top + rows], 64, 48, lanczos)
+    result = transform_image(image, "center-crop-wide", (64, 48))
+    assert_close(result, expected)
+    assert not result[:, :8].any() and not result[:, 56:].any()
+    assert transform_image(picture(48, 63), "center-crop-wide", (64, 48)) is None  # too narrow
+    assert transform_image(picture(47, 64), "center-crop-wide", (64, 48)) is None  # too flat
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 31), (31, 20), (48, 72), (96, 64), (131, 200), (9, 14)])
+def test_center_crop_dhariwal(height, width):
+    image = picture(height, width)
+    expected = image.astype(float)
+    while min(expected.shape[1:]) >= 32:
+        expected = resize(expected, expected.shape[2] // 2, expected.shape[1] // 2, box)
+    scale = 16 / min(expected.shape[1:])
+    expected = resize(expected, round(expected.shape[2] * scale), round(expected.shape[1] * scale), bicubic)
+    top, left = (expected.shape[1] - 16) // 2, (expected.shape[2] - 16) // 2
+    assert_close(
+        transform_image(image, "center-crop-dhariwal", (16, 16)), expected[:, top : top + 16, left : left + 16]
+    )
+
+
+def test_box_filter_is_the_exact_block_mean():
+    image = np.random.default_rng(0).integers(0, 256, [1, 32, 32], dtype=np.uint8)
+    sums = image.astype(int).reshape(1, 16, 2, 16, 2).sum((2, 4))
+    assert np.array_equal(transform_image(image, "none", (16, 16), "box"), (sums + 2) // 4)
+
+
+# ----------------------------------------------------------------------------
+# convert
+
+
+def image_folder(path, sizes, channels=3):
+    """Class folders b, a, ... with one PNG each; returns images in sorted order."""
+    images = {}
+    for i, (height, width) in enumerate(sizes):
+        name = f"{'ba'[i % 2]}/x{i}.png"
+        images[name] = picture(height, width, channels, seed=i)
+        save(path / name, images[name])
+    return [images[name] for name in sorted(images)], [int(name[0] == "b") for name in sorted(images)]
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+@pytest.mark.parametrize("transform", ["center-crop", "center-crop-dhariwal", "none"])
+def test_convert_folder(tmp_path, dest, transform):
+    images, labels = image_folder(tmp_path / "in", [(20, 30), (30, 20), (16, 16), (40, 41)])
+    output = run(
+        "convert", "--source", tmp_path / "in", "--dest", tmp_path / dest,
+        "--resolution", "16x16", "--transform", transform,
+    )  # fmt: skip
+    assert "4 files of 3x16x16" in output
+    got, got_labels = pixels_of(tmp_path / dest)
+    assert got_labels == labels == [0, 0, 1, 1]
+    for image, result in zip(images, got, strict=True):
+        assert np.array_equal(result, transform_image(image, transform, (16, 16)))
+    names = ImageDataset(tmp_path / dest)._names
+    assert names == [f"00000/img{i:08d}.png" for i in range(4)]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_archive_is_stored_uncompressed_and_deterministic(tmp_path):
+    image_folder(tmp_path / "in", [(16, 16)] * 3)
+    for name in ("a.zip", "b.zip"):
+        run("convert", "--source", tmp_path / "in", "--dest", tmp_path / name)
+        time.sleep(0.01)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        pngs = [i for i in archive.infolist() if i.filename.endswith(".png")]
+        assert len(pngs) == 3 and all(i.compress_type == zipfile.ZIP_STORED for i in pngs)
+        assert min(i.file_size for i in pngs) > 16 * 16 * 3
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "c.zip", "--compress")
+    assert (tmp_path / "c.zip").stat().st_size < (tmp_path / "a.zip").stat().st_size
+    for one, other in zip(pixels_of(tmp_path / "a.zip")[0], pixels_of(tmp_path / "c.zip")[0], strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_zip_and_folder_give_the_same(tmp_path):
+    image_folder(tmp_path / "in", [(20, 30), (30, 20), (17, 17)])
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        for path in (tmp_path / "in").rglob("*.png"):
+            archive.write(path, path.relative_to(tmp_path / "in"))
+    for source in ("in", "in.zip"):
+        run("convert", "--source", tmp_path / source, "--dest", tmp_path / f"{source}-out", "--resolution", 8)
+    files = [
+        {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()}
+        for d in (tmp_path / "in-out", tmp_path / "in.zip-out")
+    ]
+    assert files[0] == files[1] and len(files[0]) == 4
+
+
+def test_jpeg_grey_rgb_and_max_images(tmp_path):
+    for i in range(4):
+        save(tmp_path / "in" / f"{i}.jpg", picture(16, 16, 1, seed=i))
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "grey", "--max-images", 3)
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "rgb", "--rgb")
+    grey, labels = pixels_of(tmp_path / "grey")
+    rgb, _ = pixels_of(tmp_path / "rgb")
+    assert len(grey) == 3 and labels == [None] * 3 and grey[0].shape == (1, 16, 16)
+    assert all(np.array_equal(np.repeat(g, 3, axis=0), c) for g, c in zip(grey, rgb, strict=False))
+    assert json.loads((tmp_path / "grey" / "dataset.json").read_text()) == {"labels": None}
+
+
+def test_labels_from_json_folders_and_none(tmp_path):
+    _, by_folder = image_folder(tmp_path / "in", [(8, 8)] * 4)
+    names = sorted(str(p.relative_to(tmp_path / "in")) for p in (tmp_path / "in").rglob("*.png"))
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps({"labels": [[n, 7 + i] for i, n in enumerate(names)]}))
+    expected = {"auto": [7, 8, 9, 10], "json": [7, 8, 9, 10], "folders": by_folder, "none": [None] * 4}
+    for labels, values in expected.items():
+        run("convert", "--source", tmp_path / "in", "--dest", tmp_path / labels, "--labels", labels)
+        assert pixels_of(tmp_path / labels)[1] == values
+    run("convert", "--source", tmp_path / "json", "--dest", tmp_path / "again")
+    assert pixels_of(tmp_path / "again")[1] == expected["json"]
+    vectors = {"labels": [[n, [0.5, i]] for i, n in enumerate(names)]}
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps(vectors))
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "vectors.zip")
+    assert pixels_of(tmp_path / "vectors.zip")[1] == [[0.5, i] for i in range(4)]
+    (tmp_path / "none" / "dataset.json").unlink()
+    (tmp_path / "none" / "00000").rename(tmp_path / "none" / "00001")
+    save(tmp_path / "none" / "00000" / "img00000000.png", picture(8, 8))
+    run("convert", "--source", tmp_path / "none", "--dest", tmp_path / "shards")  # numbered folders are no classes
+    assert pixels_of(tmp_path / "shards")[1] == [None] * 5
+
+
+def idx_files(folder, images, labels, prefix="train-", suffix=".gz"):
+    folder.mkdir(exist_ok=True)
+    pack = gzip.compress if suffix else bytes
+    header = struct.pack(">4i", 0x803, *images.shape)
+    (folder / f"{prefix}images-idx3-ubyte{suffix}").write_bytes(pack(header + images.tobytes()))
+    if labels is not None:
+        header = struct.pack(">2i", 0x801, len(labels))
+        (folder / f"{prefix}labels-idx1-ubyte{suffix}").write_bytes(pack(header + bytes(labels)))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx(tmp_path, suffix):
+    images = np.random.default_rng(0).integers(0, 256, [5, 28, 28], dtype=np.uint8)
+    idx_files(tmp_path / "in", images, [3, 1, 4, 1, 5], suffix=suffix)
+    idx_files(tmp_path / "in", images[:2], [0, 1], prefix="t10k-", suffix=suffix)
+    options = ["--pad", 2, "--resolution", 16, "--filter", "box", "--max-images", 4]
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "out.zip", *options)
+    got, labels = pixels_of(tmp_path / "out.zip")
+    sums = np.pad(images[:4].astype(int), ((0, 0), (2, 2), (2, 2))).reshape(4, 16, 2, 16, 2).sum((2, 4))
+    assert np.array_equal(np.stack(got)[:, 0], (sums + 2) // 4) and labels == [3, 1, 4, 1]
+    test_set = tmp_path / "in" / f"t10k-images-idx3-ubyte{suffix}"
+    run("convert", "--source", test_set, "--dest", tmp_path / "test")
+    assert pixels_of(tmp_path / "test")[1] == [0, 1]
+    run("convert", "--source", test_set, "--dest", tmp_path / "plain", "--labels", "none")
+    assert pixels_of(tmp_path / "plain")[1] == [None, None]
+
+
+def test_idx_errors(tmp_path):
+    images = np.zeros([3, 8, 8], dtype=np.uint8)
+    cases = {
+        "no labels": (images, None),
+        "2 labels": (images, [1, 2]),
+    }
+    for expected, (array, labels) in cases.items():
+        idx_files(tmp_path / expected, array, labels)
+        assert expected in run("convert", "--source", tmp_path / expected, "--dest", tmp_path / "out", code=1)
+    idx_files(tmp_path / "cut", images, [0, 1, 2], suffix="")
+    path = tmp_path / "cut" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in run("convert", "--source", tmp_path / "cut", "--dest", tmp_path / "out", code=1)
+    path.write_bytes(struct.pack(">4i", 0x803, 2**31 - 1, 2**31 - 1, 2**31 - 1))
+    assert str(path) in run("convert", "--source", path, "--dest", tmp_path / "out", code=1)
+    path.write_bytes(b"text")
+    assert str(path) in run("convert", "--source", path, "--dest", tmp_path / "out", code=1)
+    idx_files(tmp_path / "two", images, [0, 1, 2], prefix="one-")
+    idx_files(tmp_path / "two", images, [0, 1, 2], prefix="two-")
+    assert "name one" in run("convert", "--source", tmp_path / "two", "--dest", tmp_path / "out", code=1)
+    json_labels = ["--dest", tmp_path / "out", "--labels", "json"]
+    assert "file beside it" in run("convert", "--source", tmp_path / "cut", *json_labels, code=1)
+
+
+def test_convert_errors_leave_nothing(tmp_path):
+    image_folder(tmp_path / "in", [(16, 16)] * 4)
+
+    def message(*options, source="in", code=1):
+        line = run("convert", "--source", tmp_path / source, "--dest", tmp_path / "out.zip", *options, code=code)
+        assert not (tmp_path / "out.zip").exists() and not list(tmp_path.glob(".out*"))
+        run("convert", "--source", tmp_path / source, "--dest", tmp_path / "out", *options, code=code)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+        return line
+
+    assert "missing" in message(source="missing")
+    (tmp_path / "empty").mkdir()
+    assert "no image" in message(source="empty")
+    assert "needs a resolution" in message("--transform", "center-crop")
+    assert "square" in message("--transform", "center-crop-dhariwal", "--resolution", "16x8")
+    assert "wider" in message("--transform", "center-crop-wide", "--resolution", "8x16")
+    assert "smaller than the resolution" in message("--transform", "center-crop-wide", "--resolution", "64x32")
+    assert "not a size" in message("--resolution", "big", code=2)
+    assert "dataset.json" in message("--labels", "json")
+    assert "16x8 is not square" in message("--resolution", "16x8")
+    bad = tmp_path / "in" / "b" / "x2.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:50])
+    assert str(bad) in message()
+    save(bad, picture(17, 17))
+    assert str(bad) in message() and "17x17 differs from 16x16" in message()
+    save(bad, picture(16, 16, 1))
+    assert str(bad) in message() and "--rgb" in message()
+    bad.write_bytes(good)
+    names = sorted(str(p.relative_to(tmp_path / "in")) for p in (tmp_path / "in").rglob("*.png"))
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps({"labels": [[n, 0] for n in names[:-1]]}))
+    assert names[-1] in message()
+    (tmp_path / "in" / "dataset.json").unlink()
+    save(tmp_path / "in" / "loose.png", picture(16, 16))
+    assert "loose.png" in message("--labels", "folders")
+
+
+def test_existing_destination_is_kept(tmp_path):
+    image_folder(tmp_path / "in", [(16, 16)] * 2)
+    (tmp_path / "out.zip").write_text("precious")
+    (tmp_path / "out").mkdir()
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "out")  # empty: accepted
+    for name in ("out", "out.zip"):
+        assert "exists" in run("convert", "--source", tmp_path / "in", "--dest", tmp_path / name, code=1)
+    assert (tmp_path / "out.zip").read_text() == "precious" and len(ImageDataset(tmp_path / "out")) == 2
+    (tmp_path / "file").write_text("")
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "file" / "x", code=1)
+
+
+def test_asset_is_what_its_readme_says():
+    """The record of how the data were made: checksum, number of images, licence."""
+    readme = (ROOT / "assets" / "README.md").read_text()
+    assert hashlib.sha256((ROOT / "assets" / "fashion16.zip").read_bytes()).hexdigest() in readme
+    assert "Zalando" in (ROOT / "assets" / "fashion16-LICENSE.txt").read_text()
+
+
+# ----------------------------------------------------------------------------
+# encode and decode, with a tiny random stand-in for Stable Diffusion's autoencoder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("standin-vae")
+    diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.mark.parametrize("dest", ["latents", "latents.zip"])
+def test_encode_and_decode(tmp_path, vae, dest):
+    import torch
+
+    from networks.encoders import StabilityVAEEncoder
+
+    image_folder(tmp_path / "in", [(16, 16)] * 5)
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "data.zip")
+    common = ["--vae", vae, "--batch", 2, "--device", "cpu"]
+    output = run("encode", "--source", tmp_path / "data.zip", "--dest", tmp_path / dest, *common)
+    assert "5 files of 8x8x8" in output
+    images, labels = pixels_of(tmp_path / "data.zip")
+    latents, latent_labels = pixels_of(tmp_path / dest)
+    assert latent_labels == labels and ImageDataset(tmp_path / dest)._names[4] == "00000/img-mean-std-00000004.npy"
+    encoder = StabilityVAEEncoder(str(vae))
+    expected = encoder.encode_pixels(torch.from_numpy(np.stack(images)))
+    torch.testing.assert_close(torch.from_numpy(np.stack(latents)), expected, rtol=1e-4, atol=1e-5)
+
+    run("decode", "--source", tmp_path / dest, "--dest", tmp_path / "decoded", *common, "--max-images", 3)
+    decoded, decoded_labels = pixels_of(tmp_path / "decoded")
+    assert decoded_labels == labels[:3] and decoded[0].shape == (3, 16, 16)
+    with torch.no_grad():
+        pixels = encoder.decode((expected[:3, :4]) * torch.tensor(encoder.scale).reshape(1, 4, 1, 1)
+                                + torch.tensor(encoder.bias).reshape(1, 4, 1, 1))  # fmt: skip
+    assert np.abs(np.stack(decoded).astype(int) - pixels.numpy()).max() <= 1
+
+
+def test_encode_grey_and_errors(tmp_path, vae):
+    for i in range(2):
+        save(tmp_path / "in" / f"{i}.png", picture(8, 8, 1, seed=i))
+    common = ["--vae", vae, "--device", "cpu"]
+    run("encode", "--source", tmp_path / "in", "--dest", tmp_path / "latents", *common)
+    assert ImageDataset(tmp_path / "latents").image_shape == [8, 4, 4]
+    out = ["--dest", tmp_path / "out"]
+    assert "pixels" in run("encode", "--source", tmp_path / "latents", *out, *common, code=1)
+    assert "latents have 8" in run("decode", "--source", tmp_path / "in", *out, *common, code=1)
+    missing = run("encode", "--source", tmp_path / "in", *out, "--vae", tmp_path / "none", "--device", "cpu", code=1)
+    assert "no such folder" in missing
+    save(tmp_path / "odd" / "0.png", picture(9, 9))
+    assert "multiple of 2" in run("encode", "--source", tmp_path / "odd", *out, *common, code=1)
+    assert "device" in run("encode", "--source", tmp_path / "in", *out, "--vae", vae, "--device", "toaster", code=1)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_help_is_quick_and_light():
+    start = time.perf_counter()
+    for command in ([], ["convert"], ["encode"], ["decode"]):
+        assert CliRunner().invoke(dataset_tool.cli, [*command, "--help"]).exit_code == 0
+    assert time.perf_counter() - start < 0.5
+    code = "import sys, dataset_tool; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_png_of_an_image_is_read_back(tmp_path):
+    image = picture(8, 8)
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(stream, format="webp", lossless=True)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.webp").write_bytes(stream.getvalue())
+    run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "out")
+    assert np.array_equal(pixels_of(tmp_path / "out")[0][0], image)

@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_utils import distributed
+
+ROOT = Path(__file__).parents[2]
+
+WORKER = """
+import torch
+import torch.distributed as dist
+from torch_utils import distributed
+
+device = distributed.init("cpu")
+assert distributed.init("cpu") == device == torch.device("cpu")
+assert dist.get_backend() == "gloo"
+total = torch.tensor([distributed.rank() + 1])
+dist.all_reduce(total)
+distributed.print0(f"main of {distributed.world_size()}: {total.item()}")
+assert distributed.is_main() == (distributed.rank() == 0) and distributed.local_rank() == distributed.rank()
+distributed.barrier()
+distributed.destroy()
+assert (distributed.rank(), distributed.world_size()) == (0, 1)
+"""
+
+
+@pytest.fixture
+def no_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_single_process_needs_no_group(no_torchrun, capsys):
+    assert distributed.init("cpu") == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
+    distributed.barrier()
+    distributed.print0("once")
+    distributed.destroy()
+    assert distributed.is_main() and capsys.readouterr().out == "once\n"
+
+
+def test_device_names(no_torchrun):
+    assert distributed.device_for("cpu") == distributed.device_for(torch.device("cpu")) == torch.device("cpu")
+    wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert distributed.device_for("auto").type == wanted
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", ""])
+def test_unknown_devices_are_refused(no_torchrun, name):
+    with pytest.raises(ValueError, match="is not known|does not exist"):
+        distributed.device_for(name)
+
+
+def test_two_processes_form_a_gloo_group(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["main of 2: 3"]

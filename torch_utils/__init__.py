@@ -1,0 +1,1 @@
+"""Utilities around PyTorch: distributed execution and the reading of untrusted checkpoint files."""

@@ -1,0 +1,100 @@
+"""Process groups under torchrun, and the same calls in a single process.
+
+All state is torch.distributed's own: without `init`, every function answers for one process.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def launched_by_torchrun() -> bool:
+    """Return whether the environment describes a process group (torchrun sets RANK and WORLD_SIZE)."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "0")) > 0
+
+
+def local_rank() -> int:
+    """Return this process's index on its machine (0 without torchrun)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device_for(name: str | torch.device = "auto") -> torch.device:
+    """Resolve a device name: 'auto' is CUDA if there is one, else MPS, else the CPU; under torchrun 'cuda' and 'auto'
+    become this process's own GPU. Raises ValueError for an unknown or absent device.
+    """
+    if str(name) == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index
+        if index is None:
+            index = local_rank() if launched_by_torchrun() else torch.cuda.current_device() if count else 0
+        if index >= count:
+            raise ValueError(f"device cuda:{index} does not exist: PyTorch sees {count} CUDA device(s) on this machine")
+        device = torch.device("cuda", index)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps does not exist on this machine: use --device cpu")
+    return device
+
+
+def init(device: str | torch.device = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
+    """Resolve the device and, under torchrun, join the process group (NCCL on CUDA, gloo otherwise).
+
+    Safe to call twice. Raises ValueError for an unknown or absent device.
+    """
+    device = device_for(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launched_by_torchrun() and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return device
+
+
+def destroy() -> None:
+    """Leave the process group, if one was joined."""
+    if _in_group():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Return this process's index in the group (0 without one)."""
+    return dist.get_rank() if _in_group() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes in the group (1 without one)."""
+    return dist.get_world_size() if _in_group() else 1
+
+
+def is_main() -> bool:
+    """Return whether this is the process that prints and writes shared files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every process of the group."""
+    if _in_group():
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[torch.cuda.current_device()])
+        else:
+            dist.barrier()
+
+
+def print0(*args: object, **kwargs: object) -> None:
+    """Print from the main process only."""
+    if is_main():
+        print(*args, **kwargs)
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,256 @@
+"""A stack machine for pickles that cannot import: every name a file uses is looked up in a given vocabulary.
+
+The built-in unpickler resolves names by importing modules and calls what it finds. This one treats a name as a pair of
+strings; whether it may occur, and what it does, is said by a `Vocabulary`. Only the instructions that checkpoints need
+exist, and lengths are checked before memory is set aside.
+"""
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+MAX_INSTRUCTIONS = 1_000_000  # the largest published checkpoints need about a fifth of this
+
+_SCALARS = (str, int, float, bool, type(None))
+_MARK = object()
+_LITERALS = frozenset(
+    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
+    " BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
+)
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file is damaged, incomplete, or not what it should be."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint file asks for something outside the allowed set."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A global that a pickle names. It is never imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return ascii(f"{self.module}.{self.name}")[1:-1][:100]
+
+
+@dataclass(eq=False, repr=False)
+class Record:
+    """An object of a class that is not imported: the names it was stored under and its attributes."""
+
+    module: str    # module named by the file; "torch_utils.persistence" for objects of persistent classes
+    qualname: str  # class name
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<record of {self.module}.{self.qualname}>"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the names in a pickle stand for."""
+
+    functions: Mapping[Name, Callable[..., Any]]  # called as f(machine, *arguments in the file); must check them
+    record_classes: frozenset[Name]               # whose objects become `Record`s
+    dict_classes: frozenset[Name]                 # whose objects become plain dicts
+    words: frozenset[Name]                        # may be mentioned, cannot be called
+    builders: Mapping[type, Callable[..., None]]  # sets the state of an object: f(machine, object, state)
+
+    def __contains__(self, name: Name) -> bool:
+        return any(name in part for part in (self.functions, self.record_classes, self.dict_classes, self.words))
+
+
+class BoundedReader:
+    """The stream that pickletools reads from: clamps each length to what is left, before memory is set aside."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._left = file, size
+
+    def read(self, count: int) -> bytes:
+        data = self._file.read(max(min(count, self._left), 0))
+        self._left -= len(data)
+        return data
+
+    def readline(self) -> bytes:
+        data = self._file.readline(min(self._left, 1024))
+        self._left -= len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+class Machine:
+    """Executes one pickle. Persistent ids are refused unless `persistent` resolves them.
+
+    Raises UnsafeCheckpointError for what is not allowed; damaged input raises whatever exception it leads to.
+    """
+
+    def __init__(
+        self, reader: Any, size: int, vocabulary: Vocabulary, persistent: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.reader = reader
+        self.vocabulary = vocabulary
+        self.persistent = persistent
+        self.position = 0                   # byte at which the current instruction stands
+        self._budget = 4 * size + (1 << 16)  # bytes that functions may still allocate
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        """Reads up to the end of one pickle and returns its value."""
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(self.reader)):
+            self.position = position or 0
+            if count == 0 and (opcode.name != "PROTO" or not 2 <= argument <= 5):
+                raise ValueError("does not begin as a pickle of protocol 2 to 5")
+            if count > MAX_INSTRUCTIONS:
+                raise UnsafeCheckpointError(f"has more than {MAX_INSTRUCTIONS} instructions")
+            if opcode.name == "STOP":
+                (result,) = self._pop(1)
+                if self._stack:
+                    raise ValueError("values left over at the end")
+                return result
+            self._step(opcode.name, argument)
+        raise ValueError("no end found")
+
+    def spend(self, count: int) -> None:
+        """Accounts for `count` bytes about to be allocated by a function of the vocabulary."""
+        self._budget -= count
+        if self._budget < 0:
+            raise UnsafeCheckpointError("unfolds to much more data than the file holds")
+
+    def _step(self, opcode: str, argument: Any) -> None:
+        push = self._stack.append
+        if opcode in _LITERALS:
+            if type(argument) is int and argument.bit_length() > 128:
+                raise ValueError("integer of more than 128 bits")
+            push(argument)
+        elif opcode in _CONSTANTS:
+            push(_CONSTANTS[opcode]())
+        elif opcode in ("PROTO", "FRAME"):
+            pass
+        elif opcode in ("BINGET", "LONG_BINGET"):
+            push(self._memo[argument])
+        elif opcode in ("BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = self._top()
+        elif opcode == "MEMOIZE":
+            self._memo[len(self._memo)] = self._top()
+        elif opcode == "MARK":
+            push(_MARK)
+        elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            push(tuple(self._pop(int(opcode[-1]))))
+        elif opcode == "TUPLE":
+            push(tuple(self._pop_mark()))
+        elif opcode == "APPEND":
+            (item,) = self._pop(1)
+            self._top(list).append(item)
+        elif opcode == "APPENDS":
+            items = self._pop_mark()
+            self._top(list).extend(items)
+        elif opcode == "ADDITEMS":
+            items = self._pop_mark()
+            self._top(set).update(scalar_key(item) for item in items)
+        elif opcode == "FROZENSET":
+            push(frozenset(scalar_key(item) for item in self._pop_mark()))
+        elif opcode == "SETITEM":
+            key, value = self._pop(2)
+            self._top(dict)[scalar_key(key)] = value
+        elif opcode == "SETITEMS":
+            items = self._pop_mark()
+            self._top(dict).update((scalar_key(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
+        elif opcode == "GLOBAL":
+            push(self._name(*argument.split(" ", 1)))
+        elif opcode == "STACK_GLOBAL":
+            push(self._name(*self._pop(2)))
+        elif opcode == "REDUCE":
+            push(self._call(*self._pop(2)))
+        elif opcode == "NEWOBJ":
+            push(self._create(*self._pop(2)))
+        elif opcode == "BUILD":
+            (state,) = self._pop(1)
+            self._build(self._top(), state)
+        elif opcode == "BINPERSID" and self.persistent is not None:
+            push(self.persistent(*self._pop(1)))
+        else:
+            raise UnsafeCheckpointError(f"uses the instruction {opcode}, which no known checkpoint needs")
+
+    def _top(self, kind: type = object) -> Any:
+        top = self._stack[-1]
+        if top is _MARK or (kind is not object and type(top) is not kind):
+            raise ValueError(f"expected a {kind.__name__} on the stack")
+        return top
+
+    def _pop(self, count: int) -> list[Any]:
+        items = self._stack[-count:]
+        if len(items) < count or any(item is _MARK for item in items):
+            raise ValueError("too few values on the stack")
+        del self._stack[-count:]
+        return items
+
+    def _pop_mark(self) -> list[Any]:
+        for index in range(len(self._stack) - 1, -1, -1):
+            if self._stack[index] is _MARK:
+                items = self._stack[index + 1 :]
+                del self._stack[index:]
+                return items
+        raise ValueError("no mark on the stack")
+
+    def _name(self, module: Any, name: Any) -> Name:
+        if type(module) is not str or type(name) is not str:
+            raise UnsafeCheckpointError("names a global by something other than text")
+        found = Name(module, name)
+        if found not in self.vocabulary:
+            raise UnsafeCheckpointError(f"names {found}, which is not on the list of what a checkpoint may use")
+        return found
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if type(function) is not Name or function not in self.vocabulary.functions:
+            raise UnsafeCheckpointError(f"calls {_describe(function)}")
+        if type(arguments) is not tuple:
+            raise ValueError(f"arguments of {function} are not a tuple")
+        return self.vocabulary.functions[function](self, *arguments)
+
+    def _create(self, cls: Any, arguments: Any) -> Any:
+        if type(cls) is Name and type(arguments) is tuple and not arguments:
+            if cls in self.vocabulary.dict_classes:
+                return {}
+            if cls in self.vocabulary.record_classes:
+                return Record(cls.module, cls.name)
+        raise UnsafeCheckpointError(f"creates an object of {_describe(cls)}")
+
+    def _build(self, target: Any, state: Any) -> None:
+        if type(target) in self.vocabulary.builders:
+            self.vocabulary.builders[type(target)](self, target, state)
+        elif type(target) is Record:
+            if target.state:
+                raise UnsafeCheckpointError(f"sets the state of {target} twice")
+            target.state = attributes(state)
+        elif type(target) is not dict or state not in (None, {}):
+            raise UnsafeCheckpointError(f"sets the state of a {type(target).__name__}")
+
+
+def attributes(state: Any) -> dict[str, Any]:
+    """The instance dictionary of an object, checked to be one."""
+    if type(state) is not dict or not all(type(key) is str for key in state):
+        raise UnsafeCheckpointError("sets the state of an object to something other than its attributes")
+    return state
+
+
+def scalar_key(key: Any) -> Any:
+    """A dictionary key or set member. Only scalars: the hash of nested tuples can take exponential time."""
+    if type(key) not in _SCALARS:
+        raise ValueError(f"a {type(key).__name__} as dictionary key or set member")
+    return key
+
+
+def _describe(item: Any) -> str:
+    return str(item) if type(item) is Name else f"a {type(item).__name__}"

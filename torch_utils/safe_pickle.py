@@ -1,0 +1,289 @@
+"""Reads the pickles of published checkpoints into plain data, without running anything they contain.
+
+A pickle is a program for a small stack machine whose instructions may import and call anything. It is run here on a
+machine that knows no importing (see `pickle_machine`), with the vocabulary at the end of this file: what a name stands
+for is a function of this module that checks its arguments. Classes become inert `Record`s; source code that a file
+carries is dropped unread.
+"""
+
+import io
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from torch_utils.pickle_machine import (
+    BoundedReader,
+    CheckpointError,
+    Machine,
+    Name,
+    Record,
+    UnsafeCheckpointError,
+    Vocabulary,
+    attributes,
+    scalar_key,
+)
+
+__all__ = ["MAX_BYTES", "CheckpointError", "Record", "UnsafeCheckpointError", "load"]
+
+MAX_BYTES = 16 * 2**30  # largest file read by default
+_MAX_DIMS = 16
+
+
+def load(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Reads a pickle (protocols 2 to 5) from a path, bytes or a binary file.
+
+    Returns dicts, lists, tuples, sets, strings, numbers, numpy arrays, CPU torch tensors (parameters become tensors)
+    and `Record`s. Objects may be shared within the result and may contain themselves: walk it with care.
+    Memory stays within a small multiple of the file's size. Raises UnsafeCheckpointError, naming the offending item,
+    for anything outside the allowed set, and CheckpointError for damaged, truncated or too large input.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _run(io.BytesIO(source), len(source), "pickle", max_bytes)
+    if hasattr(source, "read"):
+        data = source.read(max_bytes + 1)
+        return _run(io.BytesIO(data), len(data), str(getattr(source, "name", "pickle")), max_bytes)
+    path = Path(source)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        return _run(file, path.stat().st_size, str(path), max_bytes)
+
+
+def _run(file: BinaryIO, size: int, name: str, max_bytes: int) -> Any:
+    if size > max_bytes:
+        raise CheckpointError(f"{name}: larger than the limit of {max_bytes} bytes")
+    machine = Machine(BoundedReader(file, size), size, _VOCABULARY)
+    try:
+        return machine.run()
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"{name}: refused at byte {machine.position}: {error}") from None
+    except Exception as error:  # whatever damaged input makes the reader stumble over
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise CheckpointError(f"{name}: damaged or not a checkpoint (byte {machine.position}): {reason}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Containers and objects. Each function takes the machine, then the arguments found in the file.
+
+
+def _persistent_object(machine: Machine, meta: Any) -> Record:
+    """Object of a class whose source travels in the file: its name and attributes are kept, the source is dropped."""
+    if type(meta) is not dict or meta.get("type") != "class" or type(meta.get("class_name")) is not str:
+        raise ValueError("a persistent object is not described as one")
+    return Record(_PERSISTENT.module, meta["class_name"], attributes(meta.get("state")))
+
+
+def _ordered_dict(machine: Machine, items: Any = ()) -> dict[Any, Any]:
+    if type(items) not in (list, tuple) or not all(type(item) in (list, tuple) and len(item) == 2 for item in items):
+        raise ValueError("an OrderedDict is not made of pairs")
+    machine.spend(200 * len(items))
+    return {scalar_key(key): value for key, value in items}
+
+
+def _set(machine: Machine, items: Any = ()) -> set[Any]:
+    if type(items) not in (list, tuple):
+        raise ValueError("a set is not made of a list")
+    machine.spend(200 * len(items))
+    return {scalar_key(item) for item in items}
+
+
+def _empty_bytes(machine: Machine) -> bytes:
+    return b""
+
+
+def _encode(machine: Machine, text: Any, encoding: Any) -> bytes:
+    """How protocol 2 stores bytes."""
+    if type(text) is not str or encoding != "latin1":
+        raise UnsafeCheckpointError("encodes text in an unexpected way")
+    machine.spend(len(text))
+    return text.encode("latin1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numpy
+
+
+class _DType:
+    """numpy.dtype under construction: the byte order arrives after the kind and size."""
+
+    def __init__(self, value: np.dtype) -> None:
+        self.value = value
+
+
+def _dtype(machine: Machine, code: Any, align: Any = False, copy: Any = False) -> _DType:
+    if type(code) is not str or code not in _NUMPY_CODES:
+        raise UnsafeCheckpointError("uses a numpy type that is not a plain number (such as objects or records)")
+    return _DType(np.dtype(code))
+
+
+def _set_byte_order(machine: Machine, target: _DType, state: Any) -> None:
+    if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "|", "="):
+        raise ValueError("a numpy type has an unexpected state")
+    if any(part is not None for part in state[2:5]):
+        raise UnsafeCheckpointError("uses a numpy type with fields")
+    target.value = target.value.newbyteorder(state[1])
+
+
+def _array_values(machine: Machine, dtype: Any, shape: Any, data: Any) -> np.ndarray:
+    """The elements of an array of the given shape, in the order of the file, native byte order."""
+    if type(dtype) is not _DType or type(data) not in (bytes, bytearray):
+        raise ValueError("a numpy array is not made of a type and bytes")
+    if math.prod(_counts(shape)) * dtype.value.itemsize != len(data):
+        raise ValueError("a numpy array does not have the size its shape says")
+    machine.spend(2 * len(data))
+    return np.frombuffer(data, dtype=dtype.value).astype(dtype.value.newbyteorder("="))  # a copy, writable
+
+
+def _reconstruct(machine: Machine, cls: Any, shape: Any, code: Any) -> np.ndarray:
+    if cls != Name("numpy", "ndarray") or shape != (0,) or code not in (b"b", "b"):
+        raise UnsafeCheckpointError("reconstructs something other than a numpy array")
+    return np.empty(0, dtype="b1")
+
+
+def _fill_array(machine: Machine, target: np.ndarray, state: Any) -> None:
+    if type(state) is not tuple or len(state) != 5 or target.size:
+        raise ValueError("a numpy array has an unexpected state")
+    _, shape, dtype, fortran, data = state
+    values = _array_values(machine, dtype, shape, data)
+    # In place, since other parts of the file may refer to this array already. Every part of the state is checked.
+    target.__setstate__((1, shape, values.dtype, fortran is True, values.tobytes()))
+
+
+def _frombuffer(machine: Machine, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    if order not in ("C", "F"):
+        raise ValueError("a numpy array has an unexpected order")
+    return _array_values(machine, dtype, shape, data).reshape(shape, order=order)
+
+
+def _scalar(machine: Machine, dtype: Any, data: Any) -> Any:
+    return _array_values(machine, dtype, (), data)[0]
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    """A shape or strides, checked to be a short tuple of natural numbers."""
+    if type(values) is not tuple or len(values) > _MAX_DIMS:
+        raise ValueError("a shape is not a short tuple")
+    return tuple(_count(value) for value in values)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise ValueError("a size, stride or offset is not a sensible number")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch
+
+
+class _Storage:
+    """A torch storage, as a one-dimensional tensor."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+
+def _rebuild_tensor(
+    machine: Machine, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any
+) -> torch.Tensor:
+    size, stride, offset = _counts(size), _counts(stride), _count(offset)
+    if type(storage) is not _Storage or len(size) != len(stride) or type(hooks) is not dict or hooks:
+        raise UnsafeCheckpointError("rebuilds a tensor from something other than a storage, a shape and strides")
+    available, wanted = storage.values.numel(), math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if wanted > available or offset > available or (wanted and last >= available):
+        raise ValueError("a tensor reaches beyond its storage")
+    return torch.as_strided(storage.values, size, stride, offset)
+
+
+def _rebuild_parameter(machine: Machine, data: Any, requires_grad: Any, hooks: Any) -> torch.Tensor:
+    if type(data) is not torch.Tensor or type(hooks) is not dict or hooks:
+        raise UnsafeCheckpointError("rebuilds a parameter from something other than a tensor")
+    return data
+
+
+# How torch.save writes a storage in its format without ZIP: five pickles (magic number, version, system, object, list
+# of storage keys), then the number of elements in 8 bytes, then the elements. This is the first two.
+_STORAGE_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+
+
+def _load_storage(machine: Machine, data: Any) -> _Storage:
+    """torch.load with `weights_only`, after checking that the bytes are one storage of the size it claims."""
+    if type(data) is not bytes or not data.startswith(_STORAGE_START):
+        raise UnsafeCheckpointError("holds a nested file that is not one torch storage in the format without ZIP")
+    stream = io.BytesIO(data)
+    stream.seek(len(_STORAGE_START))
+    described: list[tuple[torch.dtype, int]] = []
+
+    def describe(item: Any) -> Any:
+        if type(item) is not tuple or len(item) != 6 or item[0] != "storage" or item[5] is not None or described:
+            raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
+        if type(item[1]) is not Name or item[1] not in _STORAGE_TYPES:
+            raise UnsafeCheckpointError("a nested file holds a storage of an unknown type")
+        described.append((_STORAGE_TYPES[item[1]], _count(item[4])))
+        return described
+
+    system, content, keys = (Machine(stream, len(data), _STORAGE_VOCABULARY, describe).run() for _ in range(3))
+    if content is not described or type(keys) is not list or len(keys) != 1:
+        raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise ValueError("a storage was not written on a little-endian machine")
+    dtype, numel = described[0]
+    if int.from_bytes(stream.read(8), "little") != numel or len(data) - stream.tell() != numel * dtype.itemsize:
+        raise ValueError("a storage does not have the size it claims")
+    machine.spend(len(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on typed storages, which are what these files hold
+        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return _Storage(torch.empty(0, dtype=dtype).set_(storage.untyped()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vocabulary
+
+
+_PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")
+_NUMPY_CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())
+_STORAGE_TYPES = {
+    Name("torch", f"{name}Storage"): dtype
+    for name, dtype in {
+        "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
+        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
+}  # fmt: skip
+_VOCABULARY = Vocabulary(
+    functions={
+        _PERSISTENT: _persistent_object,
+        Name("collections", "OrderedDict"): _ordered_dict,
+        Name("builtins", "set"): _set,
+        Name("__builtin__", "set"): _set,
+        Name("__builtin__", "bytes"): _empty_bytes,
+        Name("_codecs", "encode"): _encode,
+        Name("numpy", "dtype"): _dtype,
+        **{Name(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+        **{Name(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+        **{Name(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+        Name("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        Name("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        Name("torch.storage", "_load_from_bytes"): _load_storage,
+    },
+    record_classes=frozenset(
+        {
+            Name("torch.nn.modules.container", "ModuleDict"),
+            Name("training.networks_edm2", "GenerativeDenoiser"),
+            Name("training.training_loop", "LogNormalNoiseSampler"),
+        }
+    ),
+    dict_classes=frozenset({Name("dnnlib.util", "EasyDict")}),
+    words=frozenset({Name("numpy", "ndarray")}),
+    builders={_DType: _set_byte_order, np.ndarray: _fill_array},
+)
+_STORAGE_VOCABULARY = Vocabulary(
+    functions={}, record_classes=frozenset(), dict_classes=frozenset(), words=frozenset(_STORAGE_TYPES), builders={}
+)

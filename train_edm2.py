@@ -1,0 +1,48 @@
+"""Pretrain an EDM2 diffusion model: the teacher that train_ncvsd.py distils."""
+
+import click
+
+from training.launch import common_options, launch
+from training.presets import EDM2Config, config_options
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@common_options(EDM2Config)
+@config_options(EDM2Config)
+def main(**options) -> None:
+    """Train a denoiser on a data set with the EDM2 loss.
+
+    Running the same command again resumes from the newest valid state in OUTDIR.
+
+    \b
+    python train_edm2.py --preset fashion16-teacher --data assets/fashion16.zip --outdir training-runs/teacher
+    torchrun --standalone --nproc-per-node 8 train_edm2.py --data img64.zip --outdir training-runs/img64-s
+    """
+    launch(EDM2Config, options, build)
+
+
+def build(config: EDM2Config, options: dict, dataset, device):
+    """Task of pretraining a fresh network on `dataset`, and the encoder that the data asks for."""
+    import torch
+
+    from networks import Precond
+    from training.encoders import RGBEncoder, StabilityVAEEncoder
+    from training.tasks import pretraining_task
+
+    encoder = StabilityVAEEncoder() if dataset.num_channels == 8 else RGBEncoder()
+    net = Precond(
+        dataset.resolution,
+        encoder.latent_channels(dataset.num_channels),
+        dataset.label_dim,
+        model_channels=config.model_channels,
+        channel_mult=list(config.channel_mult),
+        num_blocks=config.num_blocks,
+        attn_resolutions=list(config.attn_resolutions),
+        channels_per_head=config.channels_per_head,
+        dropout=config.dropout,
+    )
+    return pretraining_task(net.to(device, memory_format=torch.channels_last), config), encoder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Reading the files of an EDM2 data set: folders and ZIP archives, images, NPY latents, and `dataset.json`.
+
+Nothing that a data set contains is ever executed: NPY headers are checked and read without pickling, labels are JSON.
+"""
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+LATENT_EXTENSION = ".npy"
+_MAX_FILE_BYTES = 1 << 30  # one image or one dataset.json; anything larger is a mistake or a bomb
+_MAX_CLASSES = 1_000_000
+
+
+class DatasetError(ValueError):
+    """A data set cannot be used; the message is one line that names the file."""
+
+
+class FileSource:
+    """Read-only view of the files in a folder (recursively) or a ZIP archive.
+
+    Names are relative, with forward slashes, sorted. Hidden files and macOS resource forks are left out.
+    Safe across processes: an archive is opened on first use in each process and is never pickled.
+
+    Raises `DatasetError` where the path is missing or is not a folder or ZIP archive.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self.is_zip = False
+        self._zip: zipfile.ZipFile | None = None
+        self._zip_pid = -1
+        if os.path.isdir(self.path):
+            self.names = sorted(self._walk())
+        elif os.path.isfile(self.path):
+            self.is_zip = True
+            infos = [i for i in self._archive().infolist() if not i.is_dir() and not _is_hidden(i.filename)]
+            self.names = sorted(i.filename for i in infos)
+        else:
+            raise DatasetError(f"{self.path}: no such folder or ZIP file; check the path of the data set")
+
+    def _walk(self) -> Iterator[str]:
+        for folder, subfolders, files in os.walk(self.path):
+            subfolders[:] = [s for s in subfolders if not _is_hidden(s)]
+            relative = os.path.relpath(folder, self.path).replace(os.sep, "/")
+            for name in files:
+                if not _is_hidden(name):
+                    yield name if relative == "." else f"{relative}/{name}"
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._zip is None or self._zip_pid != os.getpid():  # a forked child must not share the file offset
+            try:
+                self._zip = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
+                raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({error})") from None
+            self._zip_pid = os.getpid()
+        return self._zip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_zip": None, "_zip_pid": -1}
+
+    def where(self, name: str) -> str:
+        """The name to show in messages, such as `faces.zip:00000/img00000000.png`."""
+        return f"{self.path}:{name}" if self.is_zip else os.path.join(self.path, name)
+
+    def signature(self, name: str) -> tuple[int, ...]:
+        """Size in bytes, and the CRC where the archive's directory has it."""
+        if self.is_zip:
+            info = self._archive().getinfo(name)
+            return info.file_size, info.CRC
+        return (os.stat(os.path.join(self.path, name)).st_size,)
+
+    def read(self, name: str) -> bytes:
+        """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds 1 GiB."""
+        try:
+            if self.signature(name)[0] > _MAX_FILE_BYTES:
+                raise DatasetError(f"{self.where(name)}: larger than 1 GiB, which no image of a data set is")
+            if self.is_zip:
+                return self._archive().read(name)
+            with open(os.path.join(self.path, name), "rb") as file:
+                return file.read()
+        except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise DatasetError(f"{self.where(name)}: cannot be read ({error})") from None
+
+    def close(self) -> None:
+        if self._zip is not None and self._zip_pid == os.getpid():
+            self._zip.close()
+        self._zip = None
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/") if part)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether the extension is that of a pixel format."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def decode_pixels(data: bytes, where: str) -> np.ndarray:
+    """Decode an image file to uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); palettes are expanded, alpha is dropped.
+
+    Raises `DatasetError`, naming `where`, for damaged files and for more than 8 bits per channel.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            if file.mode.startswith(("I", "F")):
+                raise DatasetError(f"{where}: {file.mode} pixels; convert the image to 8 bits per channel")
+            mode = "L" if file.mode in ("1", "L", "LA", "La") else "RGB"
+            if file.mode == "P":  # by way of RGBA: a transparent palette entry keeps its colour
+                pixels = np.array(file.convert("RGBA"))[..., :3]
+            else:
+                pixels = np.array(file.convert(mode))
+    except DatasetError:
+        raise
+    except UnidentifiedImageError:
+        raise DatasetError(f"{where}: damaged or not an image") from None
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged data
+        raise DatasetError(f"{where}: damaged image ({str(error) or type(error).__name__})") from None
+    return pixels[np.newaxis] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def decode_latents(data: bytes, where: str) -> np.ndarray:
+    """Decode an NPY file to float32 [C,H,W]; float16 and float32 are accepted.
+
+    Raises `DatasetError`, naming `where`, for damaged files, other dtypes or shapes, and values that are not finite.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"NPY version {version[0]}.{version[1]}")
+    except Exception as error:  # the header is a Python literal: SyntaxError, RecursionError, ... when damaged
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DatasetError(f"{where}: damaged or not an NPY file ({reason})") from None
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4):
+        raise DatasetError(f"{where}: dtype {dtype}; latents must be float16 or float32")
+    if len(shape) != 3 or min(shape) < 1:
+        raise DatasetError(f"{where}: shape {list(shape)}; latents must have three dimensions [C,H,W]")
+    count = int(np.prod([int(n) for n in shape], dtype=object))
+    if len(data) - stream.tell() != count * dtype.itemsize:
+        raise DatasetError(f"{where}: damaged NPY file: its size does not fit shape {list(shape)}")
+    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
+    array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise DatasetError(f"{where}: holds NaN or infinite values")
+    return array
+
+
+def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
+    """Labels of `names` from the source's `dataset.json`: int64 [N] classes, float32 [N, D] vectors, or None.
+
+    Raises `DatasetError` for invalid JSON, files without a label, and labels that are neither a class index >= 0
+    nor a vector of numbers of one common length.
+    """
+    if "dataset.json" not in source.names:
+        return None
+    where = source.where("dataset.json")
+    try:
+        content = json.loads(source.read("dataset.json"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{where}: not valid JSON ({error})") from None
+    entries = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or (entries is not None and not isinstance(entries, list)):
+        raise DatasetError(f'{where}: must be {{"labels": [[name, label], ...]}} or {{"labels": null}}')
+    if not entries:
+        return None
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise DatasetError(f"{where}: entry {number} of labels is not a pair [name, label]")
+    by_name = {name.replace("\\", "/"): label for name, label in entries}
+    missing = [name for name in names if by_name.get(name) is None]
+    if missing:
+        raise DatasetError(f"{where}: no label for {missing[0]} ({len(missing)} of {len(names)} files have none)")
+    return _label_array([by_name[name] for name in names], names, where)
+
+
+def _label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
+    if not isinstance(labels[0], list):
+        for name, label in zip(names, labels, strict=True):
+            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
+                raise DatasetError(f"{where}: label {json.dumps(label)[:40]} of {name} is not a class index >= 0")
+        return np.array(labels, dtype=np.int64)
+    for name, label in zip(names, labels, strict=True):
+        if not isinstance(label, list) or len(label) != len(labels[0]) or not label:
+            raise DatasetError(f"{where}: label of {name} is not a vector of {len(labels[0])} numbers like the first")
+        if not all(type(value) in (int, float) and abs(value) < 1e30 for value in label):
+            raise DatasetError(f"{where}: label of {name} holds something that is not a finite number")
+    return np.array(labels, dtype=np.float32)

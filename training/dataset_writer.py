@@ -1,0 +1,107 @@
+"""Writing data sets in the EDM2 layout (see `training.dataset`): a folder or a ZIP that appears only when complete."""
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from training.dataset_files import DatasetError
+
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed: the same images give the same bytes
+
+
+def encode_png(image: np.ndarray, compress: bool = False) -> bytes:
+    """PNG file of uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); stored uncompressed (fast to read) by default."""
+    from PIL import Image
+
+    pixels = image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    stream = io.BytesIO()
+    options = {"optimize": True, "compress_type": 0} if compress else {"compress_level": 0}
+    Image.fromarray(pixels).save(stream, format="png", **options)
+    return stream.getvalue()
+
+
+def encode_npy(latents: np.ndarray) -> bytes:
+    """NPY file of float32 [C,H,W]."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
+    return stream.getvalue()
+
+
+class DatasetWriter:
+    """Collects files under a temporary name beside `dest` and renames it on success; on error nothing remains.
+
+    A `dest` ending in `.zip` becomes an uncompressed archive, anything else a folder. Use as a context manager:
+
+        with DatasetWriter('out.zip') as writer:
+            writer.add('00000/img00000000.png', data, label=3)
+
+    Labels may be class indices or lists of numbers; without any the file says `{"labels": null}`.
+    Raises `DatasetError` where `dest` exists already (an empty folder is accepted) or cannot be written.
+    """
+
+    def __init__(self, dest: str | os.PathLike):
+        self.dest = os.path.normpath(os.fspath(dest))
+        self._is_zip = self.dest.lower().endswith(".zip")
+        if os.path.isfile(self.dest) or (os.path.isdir(self.dest) and (self._is_zip or os.listdir(self.dest))):
+            raise DatasetError(f"{self.dest}: exists already and is kept; choose another destination or remove it")
+        folder, base = os.path.split(self.dest)
+        self._temporary = os.path.join(folder, f".{base}.tmp{os.getpid()}")
+        self._labels: list[list[Any]] = []
+        self._zip: zipfile.ZipFile | None = None
+        try:
+            if folder:
+                os.makedirs(folder, exist_ok=True)
+            if self._is_zip:
+                self._zip = zipfile.ZipFile(self._temporary, "w")
+            else:
+                os.makedirs(self._temporary)
+        except OSError as error:
+            raise DatasetError(f"{self.dest}: cannot be written ({error.strerror})") from None
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def add(self, name: str, data: bytes, label: int | list[float] | None = None) -> None:
+        """Store one image or latent file under `name` (relative, forward slashes)."""
+        self._store(name, data, zipfile.ZIP_STORED)
+        if label is not None:
+            self._labels.append([name, label])
+
+    def _store(self, name: str, data: bytes, compression: int) -> None:
+        try:
+            if self._zip is not None:
+                info = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
+                info.create_system = 3  # the same on every platform
+                info.external_attr = 0o644 << 16
+                info.compress_type = compression
+                self._zip.writestr(info, data)
+            else:
+                path = os.path.join(self._temporary, *name.split("/"))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(data)
+        except OSError as error:
+            raise DatasetError(f"{self.dest}: cannot be written ({error.strerror})") from None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                content = json.dumps({"labels": self._labels or None})
+                self._store("dataset.json", content.encode(), zipfile.ZIP_DEFLATED)
+                if self._zip is not None:
+                    self._zip.close()
+                if os.path.isdir(self.dest):
+                    os.rmdir(self.dest)  # empty, checked above
+                os.replace(self._temporary, self.dest)
+        finally:
+            if self._zip is not None:
+                self._zip.close()
+                if os.path.exists(self._temporary):
+                    os.remove(self._temporary)
+            else:
+                shutil.rmtree(self._temporary, ignore_errors=True)

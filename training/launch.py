@@ -1,0 +1,136 @@
+"""From command-line options to a run: what train_edm2.py and train_ncvsd.py share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from training.presets import TrainingConfig, load_config, preset_names
+
+CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
+DTYPES = ("auto", "float32", "bf16", "fp16")
+
+
+def common_options(kind: type[TrainingConfig]) -> Callable:
+    """Click decorator with the options that every training script has."""
+    names = ", ".join(preset_names(kind))
+    options = [
+        click.option("--outdir", metavar="DIR", required=True, help="Run folder: snapshots, statistics, states."),
+        click.option("--data", metavar="DIR|ZIP", required=True, help="Training images or latents."),
+        click.option("--preset", metavar="NAME|FILE", help=f"Settings to start from: {names}, or a .json file."),
+        click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, help="Of weights, order and noise."),
+        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
+        click.option(
+            "--dtype", type=click.Choice(DTYPES), default="auto", help="Of the U-Nets; auto = fp16 on CUDA, else float32."
+        ),
+        click.option("--workers", type=click.IntRange(0), default=None, help="Loader processes.  [default: 2 on CUDA, else 0]"),
+        click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the settings and stop."),
+        click.option("--quiet", is_flag=True, help="No progress bar."),
+    ]
+
+    def decorate(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
+    """Check the options, build the task with `build(config, options, data_shape, encoder, device)` and train.
+
+    Every mistake of the user's ends in one line and a non-zero exit.
+    """
+    from torch_utils import distributed
+
+    try:
+        _launch(kind, options, build)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        distributed.destroy()
+
+
+def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
+    settings = {f.name: options.pop(f.name) for f in dataclasses.fields(kind)}
+    config = load_config(kind, options["preset"], settings)
+
+    import torch
+
+    from torch_utils import distributed
+    from training.dataset import ImageDataset
+    from training.loop import Run, train
+    from training.optim import DivergenceError
+
+    device = distributed.init(options["device"])
+    dataset = ImageDataset(options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"]))
+    torch.manual_seed(options["seed"])
+    task, encoder = build(config, options, dataset, device)
+    for phase in task.phases:
+        phase.net.compute_dtype = compute_dtype(options["dtype"], device)
+    workers = options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda")
+    _describe(config, options, task, dataset, device)
+    if options["dry_run"]:
+        distributed.print0("dry run: nothing is written")
+        return
+
+    run_dir = Path(options["outdir"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    provenance = {"command": shlex.join(sys.argv), "git_commit": git_commit()}
+    run = Run(run_dir, device, options["seed"], workers, provenance, options["quiet"])
+    try:
+        train(task, dataset, encoder, config, run)
+    except DivergenceError as error:
+        raise click.ClickException(f"{error}; the newest state in {run_dir} is the last good one") from error
+
+
+def compute_dtype(name: str, device: Any) -> Any:
+    """Torch dtype of a --dtype choice; None for 'auto', the network's own default.
+
+    Raises ValueError for float16 anywhere but on CUDA.
+    """
+    import torch
+
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
+    return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with '+changes' where the working tree differs; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _is_small(path: str) -> bool:
+    """Whether a ZIP's images are worth keeping decoded; a folder is read file by file."""
+    return Path(path).is_file() and Path(path).stat().st_size <= CACHE_LIMIT // 8
+
+
+def _describe(config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any) -> None:
+    from torch_utils import distributed
+
+    facts = dataset.facts()
+    distributed.print0(f"data      {options['data']}: {json.dumps(facts)}")
+    for phase in task.phases:
+        count = sum(p.numel() for p in phase.net.parameters())
+        distributed.print0(f"{phase.name:9s} {count:,} parameters")
+    distributed.print0(f"device    {device}, {distributed.world_size()} process(es), dtype {options['dtype']}")
+    distributed.print0(f"settings  {json.dumps(dataclasses.asdict(config))}")

@@ -1,0 +1,83 @@
+"""Power-function EMA of weights and post-hoc reconstruction of other profiles (EDM2, Section 3)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def std_to_exp(std: float | np.ndarray) -> np.ndarray:
+    """Exponent gamma of the profile with relative standard deviation std = sqrt((γ+1)/((γ+2)²(γ+3))) (EDM2, Eq. 123).
+
+    Raises ValueError unless 0 < std < 1/sqrt(12), the value at gamma = 0.
+    """
+    std = np.asarray(std, dtype=np.float64)
+    if not np.all((std > 0) & (std <= 12**-0.5)):
+        raise ValueError(f"the relative width of an EMA profile must lie in (0, 0.2886], got {std}")
+    inverse = std.flatten() ** -2
+    roots = [np.roots([1, 7, 16 - s, 12 - s]).real.max() for s in inverse]  # (γ+2)²(γ+3) = (γ+1)/std²
+    return np.maximum(np.array(roots), 0).reshape(std.shape)
+
+
+def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
+    """Decay of the update that reaches `t_next` images from `t_delta` before: (1 - t_delta/t_next)^(γ+1) (EDM2, Eq. 127)."""
+    return float((1 - t_delta / t_next) ** (std_to_exp(std) + 1))
+
+
+def profile_product(t_a: np.ndarray, exp_a: np.ndarray, t_b: np.ndarray, exp_b: np.ndarray) -> np.ndarray:
+    """Inner product of two power-function profiles ending at t_a and t_b images (EDM2, Algorithm 3).
+
+    Written with ratios, since raw powers of image counts overflow.
+    """
+    t_min = np.minimum(t_a, t_b)
+    scale = (exp_a + 1) * (exp_b + 1) / (exp_a + exp_b + 1)
+    return scale * (t_min / t_a) ** exp_a * (t_min / t_b) ** exp_b / np.maximum(t_a, t_b)
+
+
+def solve_posthoc_coefficients(
+    in_nimg: Sequence[float],  # images seen at each stored snapshot, [stored]
+    in_std: Sequence[float],  # relative width of each stored snapshot, [stored]
+    out_nimg: Sequence[float],  # images at which each wanted profile ends, [wanted]
+    out_std: Sequence[float],  # relative width of each wanted profile, [wanted]
+) -> np.ndarray:
+    """Weights [stored, wanted] of the least-squares reconstruction, each column summing to 1 (EDM2, Section 3.2)."""
+    t_in, t_out = (np.atleast_1d(np.asarray(t, dtype=np.float64)) for t in (in_nimg, out_nimg))
+    exp_in, exp_out = std_to_exp(np.atleast_1d(in_std)), std_to_exp(np.atleast_1d(out_std))
+    t_in, exp_in = np.broadcast_arrays(t_in, exp_in)
+    t_out, exp_out = np.broadcast_arrays(t_out, exp_out)
+    a = profile_product(t_in[:, None], exp_in[:, None], t_in[None, :], exp_in[None, :])
+    b = profile_product(t_in[:, None], exp_in[:, None], t_out[None, :], exp_out[None, :])
+    x = np.linalg.solve(a, b)
+    return x / x.sum(axis=0)
+
+
+class PowerFunctionEMA:
+    """Averages of one network's parameters under several profiles, kept in float32 on the network's device."""
+
+    def __init__(self, net: nn.Module, stds: Sequence[float] = (0.05, 0.10)) -> None:
+        self.net = net
+        self.stds = tuple(stds)
+        self.averages = [copy.deepcopy(net).eval().requires_grad_(False) for _ in self.stds]
+
+    @torch.no_grad()
+    def update(self, nimg: int, batch: int) -> None:
+        """Take in the network's weights after the update that reached `nimg` images."""
+        weights = list(self.net.parameters())
+        for std, average in zip(self.stds, self.averages, strict=True):
+            beta = power_function_beta(std, nimg, batch)
+            torch._foreach_lerp_(list(average.parameters()), weights, 1 - beta)
+
+    def state_dict(self) -> dict:
+        """Averages by profile, with the profiles."""
+        return {"stds": list(self.stds), "averages": [average.state_dict() for average in self.averages]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the averages. Raises ValueError if they belong to other profiles."""
+        if tuple(state["stds"]) != self.stds:
+            raise ValueError(f"the state holds EMA profiles {state['stds']}, this run asks for {list(self.stds)}")
+        for average, weights in zip(self.averages, state["averages"], strict=True):
+            average.load_state_dict(weights)

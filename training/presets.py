@@ -1,0 +1,182 @@
+"""Settings of training runs: dataclasses with the published defaults, preset files, and command-line options.
+
+Imports no torch, so that scripts show their help at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dnnlib.util import parse_si
+
+PRESET_DIR = Path(__file__).resolve().parent.parent / "presets"
+
+
+class PresetError(ValueError):
+    """A preset or a setting that does not exist or has no valid value."""
+
+
+def setting(default: Any, text: str, *, si: bool = False, flags: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its help text; `si` fields are image counts such as 64Mi."""
+    return field(default=default, metadata={"help": text, "si": si, "flags": flags})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What teacher pretraining and distillation share. Image counts n advance by `batch` per iteration."""
+
+    duration: int = setting(64 << 20, "Train for this many images", si=True)
+    batch: int = setting(2048, "Images per optimizer update, over all processes", si=True)
+    batch_gpu: int = setting(64, "Images per process and forward pass; 0 = as many as the batch allows", si=True)
+    cond: bool = setting(True, "Condition on the data set's labels")
+    xflip: bool = setting(False, "Double the data set with mirrored images")
+    ref_lr: float = setting(0.010, "Learning rate before the decay, EDM2's alpha_ref")
+    ref_batches: float = setting(70000, "Start of the learning rate's decay, in batches, EDM2's t_ref; 0 = no decay")
+    rampup_mimg: float = setting(10, "Learning rate ramp-up, in million images")
+    cooldown_mimg: float = setting(0, "Linear fall of the learning rate to 0 at the end, in million images; 0 = none")
+    loss_scaling: float = setting(1.0, "Factor on every loss, for float16", flags=("--ls", "--loss-scaling"))
+    ema_stds: tuple[float, ...] = setting((0.05, 0.10), "Relative widths of the EMA profiles, comma-separated")
+    dropout: float = setting(0.0, "Dropout probability of the network being trained")
+    nonfinite: str = setting("zero", "Non-finite gradients: 'zero' them as published, or 'skip' the update")
+    nonfinite_limit: int = setting(50, "Stop after this many affected updates of one network in a row")
+    status: int = setting(128 << 10, "Write statistics every so many images", si=True)
+    snapshot: int = setting(1 << 20, "Write EMA networks and sample grids every so many images", si=True)
+    checkpoint: int = setting(4 << 20, "Write the training state every so many images", si=True)
+
+    def __post_init__(self) -> None:
+        for name in ("duration", "batch", "status", "snapshot", "checkpoint", "nonfinite_limit"):
+            if getattr(self, name) < 1:
+                raise PresetError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_gpu < 0 or (self.batch_gpu and self.batch % self.batch_gpu):
+            raise PresetError(f"batch {self.batch} must be a multiple of batch_gpu {self.batch_gpu}")
+        for name in ("ref_batches", "rampup_mimg", "cooldown_mimg"):
+            if getattr(self, name) < 0:
+                raise PresetError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("ref_lr", "loss_scaling"):
+            if not getattr(self, name) > 0:
+                raise PresetError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise PresetError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if not self.ema_stds or not all(0 < std < 0.2886 for std in self.ema_stds):
+            raise PresetError(f"ema_stds must lie between 0 and 0.288, got {self.ema_stds}")
+        if self.nonfinite not in ("zero", "skip"):
+            raise PresetError(f"nonfinite must be 'zero' or 'skip', got {self.nonfinite!r}")
+
+
+@dataclass(frozen=True)
+class NCVSDConfig(TrainingConfig):
+    """Distillation of a teacher into a generative denoiser (NCVSD, Tables 3 and 4)."""
+
+    gamma: float = setting(0.414, "Extra noise of the generative denoiser, sigma_hat = (1+gamma)·sigma")
+    init_sigma: float = setting(80.0, "Noise level of unconditional generation")
+    g_lr_scaling: float = setting(0.01, "Learning rate of the generator, relative to the score network's")
+    d_lr_scaling: float = setting(0.01, "Learning rate of the discriminator, relative to the score network's")
+    gan_loss_scaling: float = setting(1.0, "Weight of the adversarial loss")
+    gan_warmup_kimg: float = setting(16778, "Adversarial loss from here on, in thousand images")
+    g_p_mean: float = setting(-0.4, "Generator loss: mean of ln t")
+    g_p_std: float = setting(1.0, "Generator loss: standard deviation of ln t")
+    s_p_mean: float = setting(-0.4, "Score loss: mean of ln t")
+    s_p_std: float = setting(1.0, "Score loss: standard deviation of ln t")
+    d_p_mean: float = setting(-0.4, "Discriminator loss: mean of ln t")
+    d_p_std: float = setting(1.0, "Discriminator loss: standard deviation of ln t")
+    sigma_rho: float = setting(7.0, "Levels of y: uniform over a Karras grid of this rho")
+    sigma_steps: int = setting(1000, "Levels of y: points of that grid")
+    eval_ts: tuple[int, ...] = setting((10, 22, 39), "Grid indices of the sample grids' few-step schedule")
+
+
+@dataclass(frozen=True)
+class EDM2Config(TrainingConfig):
+    """Pretraining of a teacher with the EDM2 loss (EDM2, Section 2)."""
+
+    p_mean: float = setting(-0.4, "Mean of ln sigma")
+    p_std: float = setting(1.0, "Standard deviation of ln sigma")
+    model_channels: int = setting(192, "Base width of the U-Net")
+    channel_mult: tuple[int, ...] = setting((1, 2, 3, 4), "Width of each level, in units of the base width")
+    num_blocks: int = setting(3, "Blocks per level")
+    attn_resolutions: tuple[int, ...] = setting((16, 8), "Resolutions with self-attention")
+    channels_per_head: int = setting(64, "Channels per attention head")
+    eval_steps: int = setting(32, "Heun steps of the sample grids")
+
+
+def preset_names(kind: type) -> list[str]:
+    """Names of the preset files made for this dataclass."""
+    return sorted(p.stem for p in PRESET_DIR.glob("*.json") if _read(p).get("kind") == _kind_name(kind))
+
+
+def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Settings of `kind` from a preset, a name in presets/ or a path, with overrides (None = not given).
+
+    Raises PresetError for an unknown preset or setting and for values of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        path = Path(preset) if preset.endswith(".json") else PRESET_DIR / f"{preset}.json"
+        if not path.is_file():
+            raise PresetError(f"there is no preset {preset!r}: use one of {', '.join(preset_names(kind))}, or a .json file")
+        values = _read(path)
+        if values.pop("kind", None) != _kind_name(kind):
+            raise PresetError(f"{path} is no preset for this script: its \"kind\" is not {_kind_name(kind)!r}")
+        values.pop("description", None)
+    values.update({k: v for k, v in (overrides or {}).items() if v is not None})
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise PresetError(f"unknown setting {unknown[0]!r} in preset {preset}: known are {', '.join(fields)}")
+    types = typing.get_type_hints(kind)
+    return kind(**{k: convert(k, types[k], fields[k].metadata["si"], v) for k, v in values.items()})
+
+
+def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
+    """Value of one setting from JSON or from the command line. Raises PresetError naming it."""
+    try:
+        if typing.get_origin(kind) is tuple:
+            element = typing.get_args(kind)[0]
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(element(part) for part in parts)
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        if si:
+            return parse_si(value)
+        if kind is int and int(value) != float(value):
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise PresetError(f"{name.replace('_', '-')}: {value!r} is not valid ({error or 'wrong type'})") from None
+
+
+def config_options(kind: type) -> Callable:
+    """Click decorator that adds one option per setting of `kind`, all defaulting to the preset's value."""
+    import click
+
+    def decorate(function: Callable) -> Callable:
+        for f in reversed(dataclasses.fields(kind)):
+            flags = f.metadata["flags"] or (f"--{f.name.replace('_', '-')}",)
+            metavar = {bool: "BOOL", float: "FLOAT", int: "INT"}.get(typing.get_type_hints(kind)[f.name], "TEXT")
+            metavar = "COUNT" if f.metadata["si"] else metavar
+            text = f"{f.metadata['help']}  [default: preset's]"
+            function = click.option(*flags, f.name, metavar=metavar, default=None, help=text)(function)
+        return function
+
+    return decorate
+
+
+def _kind_name(kind: type) -> str:
+    return kind.__name__.removesuffix("Config").lower()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PresetError(f"cannot read preset {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise PresetError(f"preset {path} is not a JSON object")
+    return data

@@ -1,0 +1,133 @@
+"""What is trained: the one phase of teacher pretraining and the three of NCVSD, in the order of an iteration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
+from sampling.images import generate_images
+from sampling.seeds import SeededNoise
+from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
+from training.noise import LogNormalSigma, UniformKarrasSigma
+from training.presets import EDM2Config, NCVSDConfig
+
+
+@dataclass
+class Batch:
+    """What one forward pass sees."""
+
+    images: Tensor  # clean images or latents [N,C,H,W]
+    labels: Tensor | None  # class weights [N,label_dim]
+    noise: SeededNoise  # one random stream per image
+    nimg: int  # images seen before this iteration
+
+
+@dataclass
+class LossTerms:
+    """Elementwise loss to be summed over [N,C,H,W], and the terms to report."""
+
+    total: Tensor
+    reported: dict[str, Tensor]
+
+
+@dataclass
+class Phase:
+    """One network's part of an iteration, on a fresh batch."""
+
+    name: str
+    net: nn.Module  # the network being trained
+    lr_scaling: float  # relative to the schedule's rate
+    loss: Callable[[Batch], LossTerms]
+
+
+@dataclass
+class Task:
+    """Phases of one iteration, the network whose average is the result, and how to show it."""
+
+    kind: str  # "ncvsd" or "edm2"
+    phases: list[Phase]
+    result: nn.Module  # Precond or GenerativeDenoiser
+    schedules: dict[str, dict[str, Any]]  # name of a sample grid -> arguments of generate_images
+
+    def sample_grids(self, net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
+        """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
+        grids = {}
+        for name, arguments in self.schedules.items():
+            batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
+            grids[name] = torch.cat([b.images.cpu() for b in batches])
+        return grids
+
+
+def pretraining_task(net: Precond, config: EDM2Config) -> Task:
+    """Teacher pretraining (EDM2)."""
+    sigma_sampler = LogNormalSigma(config.p_mean, config.p_std)
+
+    def loss(batch: Batch) -> LossTerms:
+        sigma = sigma_sampler.sample(batch.noise, len(batch.images))
+        value = edm2_loss(net, batch.images, sigma, batch.labels, randn_like=batch.noise.randn_like)
+        return LossTerms(value, {"edm2": value})
+
+    schedules = {f"heun{2 * config.eval_steps - 1}": {"num_steps": config.eval_steps}}
+    return Task("edm2", [Phase("teacher", net, 1.0, loss)], net, schedules)
+
+
+def build_student(teacher: Precond, config: NCVSDConfig) -> tuple[GenerativeDenoiser, PrecondCondition, Discriminator]:
+    """Generator, score network and discriminator, initialised from the teacher, in the teacher's compute dtype."""
+    arguments = {**teacher.init_kwargs, "dropout": config.dropout}
+    conditional = PrecondCondition(**arguments).to(teacher.device).init_from_teacher(teacher)
+    score_net = copy.deepcopy(conditional)
+    discriminator = Discriminator(**arguments).to(teacher.device).init_from_teacher(teacher)
+    for net in (conditional, score_net, discriminator):
+        net.compute_dtype = teacher.compute_dtype
+    return GenerativeDenoiser(conditional, config.gamma, config.init_sigma), score_net, discriminator
+
+
+def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
+    """The three phases of NCVSD (NCVSD, Algorithm 1): score network, discriminator, generator."""
+    teacher.eval().requires_grad_(False)
+    generator, score_net, discriminator = build_student(teacher, config)
+    y_sampler = UniformKarrasSigma(config.sigma_steps, sigma_max=config.init_sigma, rho=config.sigma_rho)
+
+    def observe(batch: Batch, t_sampler: LogNormalSigma) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy y, its level sigma and the level t of x_t."""
+        sigma = y_sampler.sample(batch.noise, len(batch.images))
+        t = t_sampler.sample(batch.noise, len(batch.images))
+        return batch.images + sigma * batch.noise.randn_like(batch.images), sigma, t
+
+    def score_phase(batch: Batch) -> LossTerms:
+        y, sigma, t = observe(batch, LogNormalSigma(config.s_p_mean, config.s_p_std))
+        value = score_loss(generator, score_net, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like)
+        return LossTerms(value, {"score": value})
+
+    def discriminator_phase(batch: Batch) -> LossTerms:
+        y, sigma, t = observe(batch, LogNormalSigma(config.d_p_mean, config.d_p_std))
+        fake, real = discriminator_loss(
+            generator, discriminator, batch.images, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like
+        )
+        total = (0.5 * (fake + real)).expand_as(batch.images)
+        return LossTerms(total, {"disc_fake": fake, "disc_real": real})
+
+    def generator_phase(batch: Batch) -> LossTerms:
+        y, sigma, t = observe(batch, LogNormalSigma(config.g_p_mean, config.g_p_std))
+        adversarial = batch.nimg >= config.gan_warmup_kimg * 1000
+        critic = discriminator if adversarial else None
+        vsd, gan = generator_loss(
+            generator, teacher, score_net, critic, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like
+        )
+        if gan is None:
+            return LossTerms(vsd, {"vsd": vsd})
+        return LossTerms(vsd + config.gan_loss_scaling * gan, {"vsd": vsd, "gan": gan})
+
+    phases = [
+        Phase("score", score_net, 1.0, score_phase),
+        Phase("disc", discriminator, config.d_lr_scaling, discriminator_phase),
+        Phase("gen", generator, config.g_lr_scaling, generator_phase),
+    ]
+    schedules = {"1step": {}, "ts" + "_".join(map(str, config.eval_ts)): {"ts": config.eval_ts}}
+    return Task("ncvsd", phases, generator, schedules)
