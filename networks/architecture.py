@@ -1,6 +1,6 @@
 """Checks of the architecture arguments that a file gives, before anything is built from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch_utils.safe_pickle import CheckpointError
@@ -19,17 +19,34 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_init_kwargs(kwargs: Any) -> dict[str, Any]:
-    """Returns the arguments of a network if all are known and within sane bounds; raises CheckpointError otherwise."""
+    """Returns the arguments of a network if they are complete, all known and within sane bounds.
+
+    Raises CheckpointError otherwise.
+    """
     if type(kwargs) is not dict:
         raise CheckpointError("the architecture arguments in the file are not a dictionary")
+    _check_values(kwargs)
+    if missing := [name for name in POSITIONAL[:3] if name not in kwargs]:
+        raise CheckpointError(f"architecture arguments missing: {', '.join(missing)}")
+    return kwargs
+
+
+def _check_values(kwargs: dict[Any, Any]) -> None:
     for name, value in kwargs.items():
         if name not in _CHECKS:
             raise CheckpointError(f"unknown architecture argument {ascii(name)[:60]}")
         if not _CHECKS[name](value):
             raise CheckpointError(f"architecture argument {name} has a value that no network uses")
-    if missing := [name for name in POSITIONAL[:3] if name not in kwargs]:
-        raise CheckpointError(f"architecture arguments missing: {', '.join(missing)}")
-    return kwargs
+
+
+def merge_parts(kwargs: dict[str, Any], parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Arguments of a network together with those that only its parts name. Raises CheckpointError where they differ."""
+    merged = dict(kwargs)
+    for part, part_kwargs in parts.items():
+        for name, value in part_kwargs.items():
+            if merged.setdefault(name, value) != value:
+                raise CheckpointError(f"architecture argument {name} of the part {part} differs from the network's")
+    return merged
 
 
 def kwargs_of_part(state: dict[str, Any], name: str) -> dict[str, Any]:
@@ -44,7 +61,8 @@ def kwargs_of_part(state: dict[str, Any], name: str) -> dict[str, Any]:
     if twice := sorted(merged.keys() & kwargs.keys()):
         raise CheckpointError(f"architecture argument {twice[0]} of {name} is given twice")
     merged |= {key: value for key, value in kwargs.items() if key not in _IGNORED}
-    return check_init_kwargs(merged)
+    _check_values(merged)
+    return {key: list(value) if type(value) is tuple else value for key, value in merged.items()}
 
 
 

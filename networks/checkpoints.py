@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 from dnnlib.util import atomic_path, open_url
-from networks.architecture import check_init_kwargs, check_number, kwargs_of_part
+from networks.architecture import check_init_kwargs, check_number, kwargs_of_part, merge_parts
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder, encoder_from_config
 from torch_utils import safe_pickle
@@ -43,6 +43,7 @@ _FORMAT_VERSION = 1
 _METADATA_KEY = "ncvsd"
 _MAX_HEADER = 16 * 2**20  # bytes of safetensors header; the largest networks need about 0.3 MiB
 _MODEL_KINDS = {"Precond": Precond, "PrecondCondition": PrecondCondition, "Discriminator": Discriminator}
+_PARTS = ("unet", "ctrl", "enc", "dec")  # of the published networks, which carry architecture arguments too
 _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -215,18 +216,16 @@ def _read_pickle(path: Path) -> _Contents:
     if type(model) is not Record or model.qualname not in kinds:
         name = _show(getattr(model, "qualname", None))
         raise CheckpointError(f"a network of class {name}; known: {', '.join(kinds)}")
-    for name in ("unet", "ctrl", "enc", "dec"):
-        part = _entries(model, "_modules").get(name)
-        if type(part) is Record:
-            kwargs_of_part(part.state, f"{model.qualname}.{name}")
+    modules = {name: part for name, part in _entries(model, "_modules").items() if name in _PARTS}
+    parts = {name: kwargs_of_part(part.state, name) for name, part in modules.items() if type(part) is Record}
+    init_kwargs = merge_parts(kwargs_of_part(model.state, model.qualname), parts)
     dataset = data.get("dataset_kwargs")
-    init_kwargs = kwargs_of_part(model.state, model.qualname)
     config = {
         "kind": outer.qualname,
         "init_kwargs": init_kwargs,
         "gamma": outer.state.get("gamma") if generative else None,
         "init_sigma": outer.state.get("init_sigma") if generative else None,
-        "encoder": _encoder_config(data.get("encoder"), init_kwargs["img_channels"]),
+        "encoder": _encoder_config(data.get("encoder"), init_kwargs.get("img_channels")),
         "dataset": _scalars(dataset) if type(dataset) is dict else None,
         "provenance": None,
     }
@@ -267,7 +266,7 @@ def _collect_tensors(record: Record) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _encoder_config(encoder: Any, img_channels: int) -> dict[str, Any]:
+def _encoder_config(encoder: Any, img_channels: int | None) -> dict[str, Any]:
     if encoder is None and img_channels in (1, 3):
         return {"type": "rgb"}  # what EDM2 assumes for files that name none
     name = getattr(encoder, "qualname", None)

@@ -1,0 +1,85 @@
+"""Feature extractors: from uint8 images to the features that distances are taken in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DEMO_CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "demo" / "classifier.safetensors"
+
+
+class DemoClassifier(nn.Module):
+    """A small convolutional classifier of the embedded 16x16 grey images; its pooled features define `fd_demo`.
+
+    Distances in its features compare models on that data with one another and with nothing else: they are no FID.
+    """
+
+    name = "fd_demo"
+    feature_dim = 128
+
+    def __init__(self, num_classes: int = 10, resolution: int = 16) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.resolution = resolution
+        widths = (32, 64, self.feature_dim)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip((1, *widths), widths, strict=False)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
+        self.head = nn.Linear(self.feature_dim, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [N,128] of uint8 images [N,1,H,W]. Raises ValueError for any other shape or type."""
+        expected = (1, self.resolution, self.resolution)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected:
+            found = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{self.name} takes uint8 images [N,{','.join(map(str, expected))}], got {found}")
+        x = images.to(torch.float32) / 127.5 - 1
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = F.relu(norm(conv(x)))
+            x = F.avg_pool2d(x, 2) if i < 2 else x.mean(dim=(2, 3))
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features float32 [N,128] of uint8 images [N,1,H,W]."""
+        return self.features(images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class logits [N,num_classes]."""
+        return self.head(self.features(images))
+
+
+def save_demo_classifier(path: str | Path, classifier: DemoClassifier, facts: dict) -> None:
+    """Write the classifier as safetensors with its training facts as metadata, atomically."""
+    from safetensors.torch import save
+
+    from dnnlib.util import atomic_write
+
+    metadata = {
+        "detector": classifier.name,
+        "config": json.dumps({"num_classes": classifier.num_classes, "resolution": classifier.resolution}),
+        "training": json.dumps(facts),
+    }
+    with atomic_write(path) as file:
+        file.write(save({k: v.contiguous() for k, v in classifier.state_dict().items()}, metadata))
+
+
+def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.device | str = "cpu") -> DemoClassifier:
+    """Read the classifier, in eval mode. Raises ValueError naming the file if it is missing or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the demo classifier {path}: {error}") from None
+    if metadata.get("detector") != DemoClassifier.name:
+        raise ValueError(f"{path} is not a {DemoClassifier.name} classifier")
+    classifier = DemoClassifier(**json.loads(metadata["config"]))
+    classifier.load_state_dict(weights)
+    return classifier.eval().requires_grad_(False).to(device)

@@ -1,0 +1,63 @@
+"""Fréchet distance between Gaussians fitted to features (Heusel et al. 2017, arXiv 1706.08500)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FeatureMoments:
+    """Mean and covariance of features that arrive in batches, accumulated in float64; memory is O(D²).
+
+    Sums are taken about the first batch's mean, so that features far from 0 lose no digits.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self._shift: Tensor | None = None
+        self._sum = torch.zeros(dim, dtype=torch.float64)
+        self._outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Take in features [N,D]. Raises ValueError for another shape or for values that are not finite."""
+        if features.ndim != 2 or features.shape[1] != len(self._sum):
+            raise ValueError(f"features of shape {list(features.shape)} do not fit [N,{len(self._sum)}]")
+        if not torch.isfinite(features).all():
+            raise ValueError("features are not finite")
+        x = features.detach().to("cpu", torch.float64)
+        if self._shift is None:
+            self._shift = x.mean(dim=0)
+        x = x - self._shift
+        self.count += len(x)
+        self._sum += x.sum(dim=0)
+        self._outer += x.T @ x
+
+    def mean(self) -> Tensor:
+        """Mean [D]. Raises ValueError before the first feature."""
+        if not self.count:
+            raise ValueError("no features were added")
+        return self._shift + self._sum / self.count
+
+    def cov(self) -> Tensor:
+        """Unbiased covariance [D,D]. Raises ValueError for fewer than two features."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        return (self._outer - torch.outer(self._sum, self._sum) / self.count) / (self.count - 1)
+
+
+def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
+    """|mu1 - mu2|² + tr(C1 + C2 - 2·(C1·C2)^½) for means [D] and covariances [D,D], in float64.
+
+    The trace of the root is the sum of square roots of the eigenvalues of C1^½·C2·C1^½, which is symmetric, so that
+    nothing turns complex for singular covariances. Raises ValueError where shapes differ.
+    """
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mu1, cov1, mu2, cov2))
+    if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1), len(mu1)):
+        shapes = ", ".join(str(list(a.shape)) for a in (mu1, cov1, mu2, cov2))
+        raise ValueError(f"statistics do not fit together: shapes {shapes}")
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ cov2 @ root
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    trace = cov1.trace() + cov2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + trace)

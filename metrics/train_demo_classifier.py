@@ -1,0 +1,66 @@
+"""Train the classifier whose features define fd_demo:  python -m metrics.train_demo_classifier --help"""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", metavar="DIR|ZIP", default="assets/fashion16.zip", help="Labelled images.")
+@click.option("--out", metavar="FILE", default="assets/demo/classifier.safetensors", help="Where to write it.")
+@click.option("--epochs", type=click.IntRange(1), default=8)
+@click.option("--batch", type=click.IntRange(1), default=128)
+@click.option("--lr", type=float, default=2e-3, help="Peak learning rate of a one-cycle schedule.")
+@click.option("--held-out", type=click.IntRange(1), default=2000, help="Last images, kept to measure the accuracy.")
+@click.option("--seed", type=click.IntRange(0), default=0)
+def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int, seed: int) -> None:
+    """Train on all but the last images of a data set and report the accuracy on those."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from tqdm import tqdm
+
+    from metrics.detectors import DemoClassifier, save_demo_classifier
+    from training.dataset import ImageDataset
+
+    try:
+        dataset = ImageDataset(data, cache=True)
+        if not dataset.has_onehot_labels or held_out >= len(dataset):
+            raise ValueError(f"{data} needs class labels and more than {held_out} images")
+        pairs = [dataset[i] for i in range(len(dataset))]
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    images = torch.from_numpy(np.stack([image for image, _ in pairs]))
+    classes = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
+    split = len(images) - held_out
+
+    torch.manual_seed(seed)
+    net = DemoClassifier(dataset.label_dim, dataset.resolution).train()
+    steps = epochs * (split // batch)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    bar = tqdm(total=steps, unit="step")
+    for _ in range(epochs):
+        order = torch.randperm(split)
+        for k in range(split // batch):
+            index = order[k * batch : (k + 1) * batch]
+            loss = F.cross_entropy(net.logits(images[index]), classes[index], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
+    bar.close()
+
+    net.eval()
+    with torch.no_grad():
+        correct = torch.cat([net.logits(part).argmax(dim=1) for part in images[split:].split(500)]) == classes[split:]
+    accuracy = correct.float().mean().item()
+    facts = dict(data=dataset.name, epochs=epochs, batch=batch, lr=lr, seed=seed, held_out_accuracy=round(accuracy, 4))
+    save_demo_classifier(out, net, facts)
+    print(f"{out}: {accuracy:.1%} of {held_out} held-out images classified correctly")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The tests, on this machine's CPU (and its GPU where there is one). Arguments go to pytest: test.sh tests/networks -k golden
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+use_environment dev
+cd "$ROOT"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest "$@"
