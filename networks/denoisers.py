@@ -89,7 +89,9 @@ class PreconditionedNet(nn.Module):
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"compute dtype must be float32, bfloat16 or float16, not {dtype}")
         if dtype == torch.float16 and self.device.type not in ("cuda", "meta"):
-            raise ValueError(f"float16 needs a CUDA device and the network is on {self.device}: use float32 or bfloat16")
+            raise ValueError(
+                f"float16 needs a CUDA device and the network is on {self.device}: use float32 or bfloat16"
+            )
         self._compute_dtype = dtype
 
     def _prepare(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Scalings, Tensor]:
@@ -128,7 +130,7 @@ class Precond(Denoiser):
         self._add_logvar()
 
     def forward(self, x: Tensor, sigma: Sigma, labels: Tensor | None = None, *, return_logvar: bool = False):
-        """Denoised [N,C,H,W] for noisy x [N,C,H,W] and class weights [N,label_dim]; with return_logvar also [N,1,1,1]."""
+        """Denoised [N,C,H,W] for x [N,C,H,W] and class weights [N,label_dim]; with return_logvar also [N,1,1,1]."""
         x, s, x_in = self._prepare(x, sigma)
         f = self.unet(x_in, s.c_noise, self._prepare_labels(labels, len(x)))
         denoised = s.c_skip * x + s.c_out * f.to(torch.float32)

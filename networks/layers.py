@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def normalize(x: Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
@@ -19,19 +21,29 @@ def normalize(x: Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -
     dims = tuple(range(1, x.ndim)) if dims is None else tuple(dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     scale = torch.add(eps, norm, alpha=math.sqrt(norm.numel() / x.numel()))
-    return x / scale.to(x.dtype)
+    return x * scale.reciprocal().to(x.dtype)
+
+
+MP_SILU_GAIN = 1 / 0.596
 
 
 def mp_silu(x: Tensor) -> Tensor:
     """SiLU scaled to keep unit magnitude on unit-variance input (EDM2, Eq. 81)."""
-    return F.silu(x) / 0.596
+    return F.silu(x) * MP_SILU_GAIN
+
+
+def mp_sum_weights(t: float) -> tuple[float, float]:
+    """Factors of `a` and `b` in the magnitude-preserving sum (EDM2, Eq. 88)."""
+    scale = math.hypot(1 - t, t)
+    return (1 - t) / scale, t / scale
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float | Tensor = 0.5) -> Tensor:
     """Blend of uncorrelated `a` and `b` that preserves magnitude (EDM2, Eq. 88). A tensor `t` receives gradients."""
     if isinstance(t, Tensor):
         return (a * (1 - t) + b * t) / ((1 - t) ** 2 + t**2).sqrt()
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+    weight_a, weight_b = mp_sum_weights(t)
+    return torch.add(a * weight_a, b, alpha=weight_b)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
@@ -39,6 +51,12 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     n_a, n_b = a.shape[1], b.shape[1]
     c = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (c * (1 - t) / math.sqrt(n_a)), b * (c * t / math.sqrt(n_b))], dim=1)
+
+
+def _attention_backend(q: Tensor) -> AbstractContextManager:
+    """PyTorch's choice, except on the CPU in training, where the fused backward pass costs more than it saves."""
+    training_on_cpu = q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if training_on_cpu else nullcontext()
 
 
 def resample(x: Tensor, mode: str = "keep", filter_taps: Sequence[float] = (1, 1)) -> Tensor:
@@ -141,24 +159,29 @@ class Block(nn.Module):
                 x = self.conv_skip(x)
             x = normalize(x, dims=(1,))
 
+        # Constant factors of mp_silu and mp_sum ride on the convolutions' weights: fewer passes over activations.
+        keep, take = mp_sum_weights(self.res_balance)
         gain = self.emb_linear(emb, gain=self.emb_gain) + 1
-        h = self.conv_res0(mp_silu(x))
-        h = mp_silu(h * gain[:, :, None, None].to(h.dtype))
+        h = self.conv_res0(F.silu(x), gain=MP_SILU_GAIN)
+        h = F.silu(h * gain[:, :, None, None].to(h.dtype))
         if self.training and self.dropout:
             h = F.dropout(h, p=self.dropout)
-        h = self.conv_res1(h)
+        h = self.conv_res1(h, gain=MP_SILU_GAIN * take)
         if self.flavor == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, h, self.res_balance)
+        x = torch.add(h, x, alpha=keep)
 
         if self.num_heads:
-            x = mp_sum(x, self._attention(x), self.attn_balance)
-        return x if self.clip_act is None else x.clamp(-self.clip_act, self.clip_act)
+            keep, take = mp_sum_weights(self.attn_balance)
+            x = torch.add(self._attention(x, gain=take), x, alpha=keep)
+        return x if self.clip_act is None else F.hardtanh(x, -self.clip_act, self.clip_act)
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, gain: float) -> Tensor:
         """Self-attention over pixels with normalised queries, keys and values (EDM2, Section 2.3)."""
         n, c, height, width = x.shape
         qkv = self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
-        q, k, v = (part.transpose(2, 3) for part in normalize(qkv, dims=(2,)).unbind(3))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.attn_proj(h.transpose(2, 3).reshape(n, c, height, width))
+        qkv = qkv.permute(3, 0, 1, 4, 2).contiguous()  # channels last, as the fused attention kernels need
+        q, k, v = normalize(qkv, dims=(4,)).unbind(0)
+        with _attention_backend(q):
+            h = F.scaled_dot_product_attention(q, k, v)
+        return self.attn_proj(h.transpose(2, 3).reshape(n, c, height, width), gain=gain)

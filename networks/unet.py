@@ -132,7 +132,9 @@ def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
     return outputs
 
 
-def run_decoder(layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: Tensor, concat_balance: float) -> Tensor:
+def run_decoder(
+    layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: Tensor, concat_balance: float
+) -> Tensor:
     """Features [N,C,H,W] at full resolution, from the lowest features and the skips in the encoder's order."""
     skips = list(skips)
     for name, layer in layers.items():

@@ -1,5 +1,67 @@
-"""Settings of the whole suite: one thread per process, so that tests behave the same on a busy machine."""
+"""One thread per process, so that tests behave the same on a busy machine, and a tiny data set with its teacher."""
 
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
+
+TINY_NET = dict(
+    img_resolution=8,
+    img_channels=1,
+    label_dim=3,
+    model_channels=16,
+    channel_mult=[1, 2],
+    num_blocks=1,
+    attn_resolutions=[4],
+    channels_per_head=16,
+)
+
+
+def write_images(path, images, labels=None):
+    """A data set in the EDM2 layout from uint8 images [N,H,W] or [N,H,W,3] and class indices."""
+    with zipfile.ZipFile(path, "w") as archive:
+        names = [f"00000/img{i:08d}.png" for i in range(len(images))]
+        for name, image in zip(names, images, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "png")
+            archive.writestr(name, buffer.getvalue())
+        if labels is not None:
+            pairs = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+            archive.writestr("dataset.json", json.dumps({"labels": pairs}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_images():
+    """Writes data sets: call it with a path, a shape [N,H,W] or [N,H,W,3], and the number of classes (0 = none)."""
+
+    def write(path, shape, classes):
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, shape, dtype=np.uint8)
+        return write_images(path, images, np.arange(shape[0]) % classes if classes else None)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory, tiny_images):
+    """Path of a ZIP of 20 random grey 8x8 images in 3 classes."""
+    return tiny_images(tmp_path_factory.mktemp("data") / "tiny.zip", (20, 8, 8), 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    """Path of a random conditional teacher for `tiny_data`."""
+    import networks
+    from networks.encoders import RGBEncoder
+    from tests.golden_utils import fill_by_name
+
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    networks.save(path, fill_by_name(networks.Precond(**TINY_NET), 11), RGBEncoder())
+    return path

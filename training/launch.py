@@ -29,9 +29,14 @@ def common_options(kind: type[TrainingConfig]) -> Callable:
         click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, help="Of weights, order and noise."),
         click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
         click.option(
-            "--dtype", type=click.Choice(DTYPES), default="auto", help="Of the U-Nets; auto = fp16 on CUDA, else float32."
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            help="Of the U-Nets; auto = fp16 on CUDA, else float32.",
         ),
-        click.option("--workers", type=click.IntRange(0), default=None, help="Loader processes.  [default: 2 on CUDA, else 0]"),
+        click.option(
+            "--workers", type=click.IntRange(0), default=None, help="Loader processes.  [default: 2 on CUDA, else 0]"
+        ),
         click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the settings and stop."),
         click.option("--quiet", is_flag=True, help="No progress bar."),
     ]
@@ -62,6 +67,9 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
     settings = {f.name: options.pop(f.name) for f in dataclasses.fields(kind)}
     config = load_config(kind, options["preset"], settings)
+    run_dir = Path(options["outdir"])
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"--outdir {run_dir} is a file: name a folder")
 
     import torch
 
@@ -71,7 +79,9 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     from training.optim import DivergenceError
 
     device = distributed.init(options["device"])
-    dataset = ImageDataset(options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"]))
+    dataset = ImageDataset(
+        options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"])
+    )
     torch.manual_seed(options["seed"])
     task, encoder = build(config, options, dataset, device)
     for phase in task.phases:
@@ -82,7 +92,6 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         distributed.print0("dry run: nothing is written")
         return
 
-    run_dir = Path(options["outdir"])
     run_dir.mkdir(parents=True, exist_ok=True)
     provenance = {"command": shlex.join(sys.argv), "git_commit": git_commit()}
     run = Run(run_dir, device, options["seed"], workers, provenance, options["quiet"])

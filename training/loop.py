@@ -53,6 +53,8 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     if rest or not rounds:
         raise ValueError(f"batch {config.batch} must be a multiple of batch_gpu {batch_gpu} times {world} processes")
     identity = _identity(config, run.seed, dataset)
+    for p in task.phases:
+        p.net.eval().requires_grad_(False)  # but for the one whose turn it is
 
     ema = PowerFunctionEMA(task.result, config.ema_stds)
     optimizers = {p.name: _optimizer(p.net, run.device) for p in task.phases}
@@ -206,9 +208,7 @@ def _write_snapshot(
     _write_grids(task, ema.averages[-1], encoder, run, recorder, nimg, batch)
 
 
-def _write_grids(
-    task: Task, net: nn.Module, encoder: Any, run: Run, recorder: Recorder, nimg: int, batch: int
-) -> None:
+def _write_grids(task: Task, net: nn.Module, encoder: Any, run: Run, recorder: Recorder, nimg: int, batch: int) -> None:
     if not distributed.is_main():
         return
     for name, images in task.sample_grids(net, encoder, GRID_SEEDS, batch).items():

@@ -24,7 +24,7 @@ def std_to_exp(std: float | np.ndarray) -> np.ndarray:
 
 
 def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
-    """Decay of the update that reaches `t_next` images from `t_delta` before: (1 - t_delta/t_next)^(γ+1) (EDM2, Eq. 127)."""
+    """Decay of the update from t_next - t_delta to t_next images: (1 - t_delta/t_next)^(γ+1) (EDM2, Eq. 127)."""
     return float((1 - t_delta / t_next) ** (std_to_exp(std) + 1))
 
 

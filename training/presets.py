@@ -118,10 +118,12 @@ def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, A
     if preset is not None:
         path = Path(preset) if preset.endswith(".json") else PRESET_DIR / f"{preset}.json"
         if not path.is_file():
-            raise PresetError(f"there is no preset {preset!r}: use one of {', '.join(preset_names(kind))}, or a .json file")
+            raise PresetError(
+                f"there is no preset {preset!r}: use one of {', '.join(preset_names(kind))}, or a .json file"
+            )
         values = _read(path)
         if values.pop("kind", None) != _kind_name(kind):
-            raise PresetError(f"{path} is no preset for this script: its \"kind\" is not {_kind_name(kind)!r}")
+            raise PresetError(f'{path} is no preset for this script: its "kind" is not {_kind_name(kind)!r}')
         values.pop("description", None)
     values.update({k: v for k, v in (overrides or {}).items() if v is not None})
     fields = {f.name: f for f in dataclasses.fields(kind)}

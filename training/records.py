@@ -45,7 +45,13 @@ class Recorder:
         _drop_after(run_dir / "stats.jsonl", start)
         self._board = SummaryWriter(str(run_dir), purge_step=start + 1 if start else None)
         self._bar = tqdm(
-            total=duration, initial=start, unit="img", unit_scale=True, dynamic_ncols=True, disable=quiet, smoothing=0.05
+            total=duration,
+            initial=start,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=quiet,
+            smoothing=0.05,
         )
 
     def log(self, message: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from networks import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from sampling.images import generate_images
+from sampling.schedules import parse_ts
 from sampling.seeds import SeededNoise
 from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
 from training.noise import LogNormalSigma, UniformKarrasSigma
@@ -129,5 +130,6 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
         Phase("disc", discriminator, config.d_lr_scaling, discriminator_phase),
         Phase("gen", generator, config.g_lr_scaling, generator_phase),
     ]
-    schedules = {"1step": {}, "ts" + "_".join(map(str, config.eval_ts)): {"ts": config.eval_ts}}
+    ts = parse_ts(config.eval_ts).ts
+    schedules = {"1step": {}, "ts" + "_".join(map(str, ts)): {"ts": ts}}
     return Task("ncvsd", phases, generator, schedules)

@@ -121,9 +121,7 @@ def test_generative_denoiser(generator, at):
 
 def test_score_loss(generator, score_net, at):
     score_net.train()
-    loss = score_loss(
-        generator, score_net, at["y"], at["sigma"], at["t"], at["labels"], randn_like=drawing(1, 2)
-    )
+    loss = score_loss(generator, score_net, at["y"], at["sigma"], at["t"], at["labels"], randn_like=drawing(1, 2))
     assert_golden("dsm_loss", loss)
     assert_golden_gradients("dsm_gradnorm", score_net, loss)
 

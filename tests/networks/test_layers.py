@@ -187,23 +187,20 @@ def test_blend_weights_are_clipped_when_used_and_when_stored_in_training():
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_attention_against_explicit_softmax(heads):
     channels = 8 * heads
-    block = Block(channels, channels, 16, flavor="dec", attention=True, channels_per_head=8)
+    balances = dict(res_balance=0.0, attn_balance=1.0)  # the output is the attention branch of the input
+    block = Block(channels, channels, 16, flavor="dec", attention=True, channels_per_head=8, **balances)
     fill_by_name(block, 4).eval()
     assert block.num_heads == heads
     x = unit_noise(2, channels, 3, 5)
     qkv = block.attn_qkv(x)  # output channel (head·8 + channel)·3 + {0: q, 1: k, 2: v}
     pixels = torch.zeros(2, channels, 15)
     for head in range(heads):
-        def part(index, head=head):
-            rows = [(head * 8 + channel) * 3 + index for channel in range(8)]
-            part = qkv[:, rows].reshape(2, 8, 15)
-            return part / (1e-4 + part.square().mean(1, keepdim=True).sqrt())
-
-        q, k, v = part(0), part(1), part(2)
+        parts = [qkv[:, [(head * 8 + channel) * 3 + i for channel in range(8)]].reshape(2, 8, 15) for i in range(3)]
+        q, k, v = (part / (1e-4 + part.square().mean(1, keepdim=True).sqrt()) for part in parts)
         weights = torch.einsum("ncq,nck->nqk", q, k / math.sqrt(8)).softmax(dim=2)
         pixels[:, head * 8 : head * 8 + 8] = torch.einsum("nqk,nck->ncq", weights, v)
     wanted = block.attn_proj(pixels.reshape(2, channels, 3, 5))
-    assert torch.allclose(block._attention(x), wanted, atol=1e-5)
+    assert torch.allclose(block(x, unit_noise(2, 16)), wanted, atol=1e-5)
 
 
 def test_activations_are_clipped_and_no_heads_means_no_attention():

@@ -76,7 +76,7 @@ def nets():
 
 
 def test_score_identity_on_gaussian_data(images):
-    """For Gaussian data the exact E[x0 | x_t, y], found by conditioning a joint Gaussian, zeroes the generator's loss."""
+    """The exact E[x0 | x_t, y] of Gaussian data, by conditioning the joint Gaussian, zeroes the generator's loss."""
     mean, std = 0.4, 0.7
     draws = iter([noise(2).randn(images.shape)])
     y = images + level(SIGMA) * noise(1).randn(images.shape)
@@ -122,7 +122,15 @@ def test_gradient_of_the_adversarial_loss_reaches_the_sample_through_x_t(nets, i
     labels = torch.eye(3)[[0, 1, 2, 0]]
     flat = Fixed(torch.zeros_like(images))
     _, gan = generator_loss(
-        Fixed(x, level(torch.zeros(N))), flat, flat, discriminator, images, SIGMA, T, labels, randn_like=noise(3).randn_like
+        Fixed(x, level(torch.zeros(N))),
+        flat,
+        flat,
+        discriminator,
+        images,
+        SIGMA,
+        T,
+        labels,
+        randn_like=noise(3).randn_like,
     )
     assert gan.shape == (N, 1, 1, 1)
     gan.sum().backward()
@@ -147,7 +155,7 @@ def test_without_a_discriminator_there_is_no_adversarial_loss(nets, images):
 
 
 def gradients_and_changes(trained, frozen, loss):
-    """Names of frozen networks that were rewritten or got gradients, and how many parameters of the trained one got none."""
+    """Frozen networks that were rewritten or got gradients, and the trained one's parameters that got none."""
     for net in [trained, *frozen]:
         net.requires_grad_(True)
     trained.train()

@@ -78,7 +78,9 @@ def test_learning_rates_of_ffhq_are_golden():
 
 
 def test_cooldown_is_a_line_to_zero():
-    config = EDM2Config(duration=10_000, batch=100, ref_batches=0, rampup_mimg=0, cooldown_mimg=0.004, ref_lr=0.02)
+    config = EDM2Config(
+        duration=10_000, batch=100, batch_gpu=0, ref_batches=0, rampup_mimg=0, cooldown_mimg=0.004, ref_lr=0.02
+    )
     assert learning_rate(0, config) == learning_rate(6000, config) == 0.02
     assert learning_rate(8000, config) == pytest.approx(0.01)
     assert learning_rate(10_000, config) == learning_rate(11_000, config) == 0
@@ -104,7 +106,8 @@ def test_impossible_widths_are_refused(std):
 
 def test_decays_are_golden():
     betas = [
-        [power_function_beta(std, t_next, 2048) for t_next in GOLDEN["phema_beta_t_next"]] for std in GOLDEN["phema_std"]
+        [power_function_beta(std, t_next, 2048) for t_next in GOLDEN["phema_beta_t_next"]]
+        for std in GOLDEN["phema_std"]
     ]
     np.testing.assert_allclose(betas, GOLDEN["phema_beta"], rtol=1e-6, atol=1e-12)
     assert power_function_beta(0.1, 2048, 2048) == 0  # the first update forgets the start
@@ -124,7 +127,7 @@ def test_a_stored_profile_reconstructs_itself():
 
 
 def test_ema_weights_follow_the_power_function():
-    """A parameter that jumps from 0 to 1 after s of T images averages to 1 - (s/T)^(γ+1), the profile's mass after s."""
+    """A weight that jumps from 0 to 1 after s of T images averages to the profile's mass after s: 1 - (s/T)^(γ+1)."""
     net = nn.Linear(1, 1, bias=False)
     ema = PowerFunctionEMA(net, (0.05, 0.10))
     batch, total, jump = 10, 40_000, 30_000

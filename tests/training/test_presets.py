@@ -1,0 +1,143 @@
+"""Presets against the published settings, overrides, and mistakes in them."""
+
+import dataclasses
+import json
+
+import pytest
+
+from training.presets import (
+    PRESET_DIR,
+    EDM2Config,
+    NCVSDConfig,
+    PresetError,
+    load_config,
+    preset_names,
+)
+
+# p_mean, p_std, ref_lr, ref_batches, rampup_mimg, gan_warmup_kimg, batch, batch_gpu, teacher
+PUBLISHED = {
+    "img64-s": (-0.8, 1.6, 0.010, 35000, 10, 16778, 2048, 64, "edm2-img64-s-1073741-0.075.pkl"),
+    "img64-m": (-0.8, 1.6, 0.009, 35000, 10, 16778, 2048, 32, "edm2-img64-m-2147483-0.060.pkl"),
+    "img64-l": (-0.8, 1.6, 0.008, 35000, 10, 16778, 2048, 16, "edm2-img64-l-1073741-0.040.pkl"),
+    "img512-s": (-0.4, 1.0, 0.010, 70000, 10, 16778, 2048, 64, "edm2-img512-s-2147483-0.130.pkl"),
+    "img512-m": (-0.4, 1.0, 0.009, 70000, 10, 16778, 2048, 32, "edm2-img512-m-2147483-0.100.pkl"),
+    "img512-l": (-0.4, 1.0, 0.008, 70000, 10, 16778, 2048, 8, "edm2-img512-l-1879048-0.085.pkl"),
+    "ffhq256-xs": (-0.8, 1.6, 0.012, 35000, 1, 1049, 128, 16, "edm2-ffhq256-xs.pkl"),
+}
+MI, KI = 1 << 20, 1 << 10
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets(name):
+    p_mean, p_std, ref_lr, ref_batches, rampup, warmup, batch, batch_gpu, teacher = PUBLISHED[name]
+    ffhq = name.startswith("ffhq")
+    wanted = dict(
+        ref_lr=ref_lr,
+        ref_batches=ref_batches,
+        rampup_mimg=rampup,
+        gan_warmup_kimg=warmup,
+        batch=batch,
+        batch_gpu=batch_gpu,
+        gamma=0.414,
+        init_sigma=80,
+        g_lr_scaling=0.01,
+        d_lr_scaling=0.01,
+        gan_loss_scaling=1,
+        dropout=0,
+        sigma_steps=1000,
+        sigma_rho=7,
+        ema_stds=(0.05, 0.10),
+        nonfinite="zero",
+        cooldown_mimg=0,
+        cond=not ffhq,
+        loss_scaling=0.1 if ffhq else 1,
+        duration=4 * MI if ffhq else 64 * MI,
+        checkpoint=256 * KI if ffhq else 4 * MI,
+        snapshot=64 * KI if ffhq else MI,
+        eval_ts=(0, 14, 39) if ffhq else (10, 22, 39),
+        **{f"{sampler}_p_mean": p_mean for sampler in "gsd"},
+        **{f"{sampler}_p_std": p_std for sampler in "gsd"},
+    )
+    settings = dataclasses.asdict(load_config(NCVSDConfig, name))
+    assert {key: settings[key] for key in wanted} == wanted
+    assert teacher in json.loads((PRESET_DIR / f"{name}.json").read_text())["description"]
+
+
+def test_every_preset_file_loads_under_its_kind():
+    kinds = {"ncvsd": NCVSDConfig, "edm2": EDM2Config}
+    seen = set()
+    for path in PRESET_DIR.glob("*.json"):
+        kind = kinds[json.loads(path.read_text())["kind"]]
+        assert isinstance(load_config(kind, path.stem), kind)
+        assert path.stem in preset_names(kind)
+        seen.add(path.stem)
+    assert seen == set(preset_names(NCVSDConfig)) | set(preset_names(EDM2Config))
+    assert set(PUBLISHED) <= set(preset_names(NCVSDConfig))
+
+
+def test_overrides_as_given_on_a_command_line():
+    given = dict(duration="2Mi", batch="4Ki", batch_gpu="32", ref_lr="1e-3", cond="no", eval_ts="0,14,39")
+    config = load_config(NCVSDConfig, "img64-s", given | dict(ema_stds="0.05", gamma=None))
+    assert (config.duration, config.batch, config.batch_gpu, config.ref_lr) == (2 * MI, 4096, 32, 1e-3)
+    assert (config.cond, config.eval_ts, config.gamma, config.ema_stds) == (False, (0, 14, 39), 0.414, (0.05,))
+    assert config.ref_batches == 35000  # the preset's
+
+
+def test_a_preset_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"kind": "ncvsd", "batch": 8, "batch_gpu": 4, "duration": "1Ki"}')
+    config = load_config(NCVSDConfig, str(path), {"duration": "2Ki"})
+    assert (config.batch, config.batch_gpu, config.duration) == (8, 4, 2048)
+    assert config == NCVSDConfig(batch=8, batch_gpu=4, duration=2048)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"kind": "edm2"}', "is no preset for this script"),
+        ("{}", "is no preset for this script"),
+        ("[1]", "not a JSON object"),
+        ('{"kind": "ncvsd", ', "cannot read preset"),
+        ('{"kind": "ncvsd", "learning_rate": 1}', "unknown setting 'learning_rate'"),
+        ('{"kind": "ncvsd", "batch": "many"}', "batch: 'many' is not valid"),
+        ('{"kind": "ncvsd", "eval_ts": 5}', "eval-ts: 5 is not valid"),
+        ('{"kind": "ncvsd", "cond": "perhaps"}', "cond: 'perhaps' is not valid"),
+        ('{"kind": "ncvsd", "sigma_steps": 1.5}', "sigma-steps: 1.5 is not valid"),
+    ],
+)
+def test_broken_preset_files(tmp_path, text, message):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(PresetError, match=message) as error:
+        load_config(NCVSDConfig, str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(PresetError, match="no preset 'img65-s'.*ffhq256-xs.*img64-s"):
+        load_config(NCVSDConfig, "img65-s")
+    with pytest.raises(PresetError, match="no preset"):
+        load_config(NCVSDConfig, "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(batch=0), "batch must be at least 1"),
+        (dict(duration=-1), "duration: -1 is not valid"),
+        (dict(batch=64, batch_gpu=48), "multiple of batch_gpu"),
+        (dict(batch_gpu=-1), "batch-gpu: -1 is not valid"),
+        (dict(ref_lr=0), "ref_lr must be positive"),
+        (dict(ref_lr="nan"), "ref_lr must be positive"),
+        (dict(loss_scaling=-1), "loss_scaling must be positive"),
+        (dict(rampup_mimg=-1), "rampup_mimg must not be negative"),
+        (dict(dropout=1.0), "dropout must lie in"),
+        (dict(ema_stds=""), "ema-stds: '' is not valid"),
+        (dict(ema_stds="0.5"), "ema_stds must lie between"),
+        (dict(nonfinite="ignore"), "nonfinite must be 'zero' or 'skip'"),
+        (dict(nonfinite_limit=0), "nonfinite_limit must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(overrides, message):
+    with pytest.raises(PresetError, match=message):
+        load_config(NCVSDConfig, "img64-s", overrides)

@@ -1,0 +1,129 @@
+"""Training states: round trip, damage at any point, hostile files, and how many are kept."""
+
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from training.state import StateError, list_states, load_newest_state, load_state, save_state
+
+
+def state_at(nimg):
+    generator = torch.Generator().manual_seed(nimg)
+    weights = {"weight": torch.randn(16, 16, generator=generator), "half": torch.ones(3, dtype=torch.float16)}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(16, generator=generator)}}}
+    return {
+        "nimg": nimg,
+        "seconds": 1.5,
+        "nets": {"gen": weights},
+        "optimizers": {"gen": optimizer},
+        "names": ["a", "b"],
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+def named_by_content(folder, nimg, data):
+    """Write bytes as a state whose name vouches for them."""
+    path = folder / f"training-state-{nimg:09d}-{hashlib.sha256(data).hexdigest()[:8]}.pt"
+    path.write_bytes(data)
+    return path
+
+
+def test_round_trip(tmp_path):
+    path = save_state(tmp_path, state_at(1000), 1000)
+    assert list_states(tmp_path) == [path] and list(tmp_path.iterdir()) == [path]  # no temporary file is left
+    assert same(load_state(path), state_at(1000))
+    assert same(load_newest_state(tmp_path), state_at(1000))
+
+
+def test_an_empty_folder_has_no_state(tmp_path):
+    (tmp_path / "training-state-notes.txt").write_text("none of these is a state")
+    (tmp_path / "training-state-000001000-zzzzzzzz.pt").write_text("nor this")
+    assert load_newest_state(tmp_path) is None
+    assert load_newest_state(tmp_path / "absent") is None
+
+
+def test_the_newest_two_are_kept(tmp_path):
+    for nimg in (100, 200, 1_000_000_000, 3_000_000_000):
+        save_state(tmp_path, state_at(nimg), nimg)
+    kept = list_states(tmp_path)
+    assert [load_state(path)["nimg"] for path in kept] == [3_000_000_000, 1_000_000_000]  # by number, not by text
+    save_state(tmp_path, state_at(4_000_000_000), 4_000_000_000, keep=1)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_state_falls_back_to_the_one_before(tmp_path, share):
+    old = save_state(tmp_path, state_at(100), 100)
+    new = save_state(tmp_path, state_at(200), 200)
+    data = new.read_bytes()
+    new.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(StateError, match="is damaged"):
+        load_state(new)
+    warnings = []
+    assert same(load_newest_state(tmp_path, warn=warnings.append), state_at(100))
+    assert len(warnings) == 1 and new.name in warnings[0] and "\n" not in warnings[0]
+    assert list_states(tmp_path) == [old]
+    assert new.with_suffix(".damaged").read_bytes() == data[: int(share * len(data))]  # set aside, not lost
+
+
+@pytest.mark.parametrize("position", [0.1, 0.6])
+def test_one_flipped_bit_is_noticed(tmp_path, position):
+    path = save_state(tmp_path, state_at(100), 100)
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] ^= 1
+    path.write_bytes(data)
+    assert load_newest_state(tmp_path, warn=lambda message: None) is None
+
+
+def test_a_failed_write_leaves_the_state_before(tmp_path):
+    old = save_state(tmp_path, state_at(100), 100)
+    with pytest.raises(Exception, match="pickle"):
+        save_state(tmp_path, {"net": lambda: None}, 200)
+    assert list(tmp_path.iterdir()) == [old] and same(load_newest_state(tmp_path), state_at(100))
+
+
+class Touch:
+    """Unpickles by creating a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("kind", ["torch.save", "legacy torch.save", "pickle", "pickle in a zip", "text"])
+def test_hostile_states_are_refused_and_leave_no_mark(tmp_path, kind):
+    mark = tmp_path / "mark"
+    buffer = io.BytesIO()
+    if kind == "torch.save":
+        torch.save({"nimg": 1, "nets": Touch(mark)}, buffer)
+    elif kind == "legacy torch.save":
+        torch.save({"nets": Touch(mark)}, buffer, _use_new_zipfile_serialization=False)
+    elif kind == "pickle":
+        buffer.write(pickle.dumps(Touch(mark), protocol=2))
+    elif kind == "pickle in a zip":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Touch(mark), protocol=2))
+            archive.writestr("archive/version", "3")
+    else:
+        buffer.write(b"not a state")
+    path = named_by_content(tmp_path, 500, buffer.getvalue())
+    with pytest.raises(StateError, match="cannot be read") as error:
+        load_state(path)
+    assert "\n" not in str(error.value)
+    good = save_state(tmp_path, state_at(100), 100)
+    assert same(load_newest_state(tmp_path, warn=lambda message: None), state_at(100))
+    assert not mark.exists() and list_states(tmp_path) == [good]
