@@ -134,9 +134,9 @@ def open_url(
     sha256: str | None = None,
     quiet: bool = False,
     *,
-    attempts: int = 5,       # tries in a row that bring no new byte before giving up
-    timeout: float = 30.0,   # seconds without an answer before a try counts as failed
-    backoff: float = 1.0,    # seconds before the second try, doubled for each further one
+    attempts: int = 5,  # tries in a row that bring no new byte before giving up
+    timeout: float = 30.0,  # seconds without an answer before a try counts as failed
+    backoff: float = 1.0,  # seconds before the second try, doubled for each further one
 ) -> Path:
     """Returns a local path for a local file or an http(s) URL, downloading into the cache when needed.
 

@@ -65,8 +65,6 @@ def kwargs_of_part(state: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: list(value) if type(value) is tuple else value for key, value in merged.items()}
 
 
-
-
 def _integer(low: int, high: int) -> Check:
     return lambda value: type(value) is int and low <= value <= high
 

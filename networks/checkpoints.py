@@ -51,8 +51,8 @@ _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class LoadedNetwork:
     """A network ready for evaluation, with what belongs to it."""
 
-    net: Network            # eval mode, no gradients, float32 parameters
-    encoder: Encoder        # between pixels and what the network sees
+    net: Network  # eval mode, no gradients, float32 parameters
+    encoder: Encoder  # between pixels and what the network sees
     config: dict[str, Any]  # kind, init_kwargs, gamma, init_sigma, encoder, dataset, provenance, source
 
 
@@ -69,9 +69,9 @@ def save(
     net: Network,
     encoder: Encoder,
     *,
-    dtype: torch.dtype = torch.float32,            # of kernels and matrices in the file: float32 or float16
-    dataset: Mapping[str, Any] | None = None,      # facts about the training data, JSON-able
-    provenance: Mapping[str, Any] | None = None,   # how the network was trained, JSON-able
+    dtype: torch.dtype = torch.float32,  # of kernels and matrices in the file: float32 or float16
+    dataset: Mapping[str, Any] | None = None,  # facts about the training data, JSON-able
+    provenance: Mapping[str, Any] | None = None,  # how the network was trained, JSON-able
 ) -> None:
     """Writes a network to a safetensors file, whole or not at all. The format is described at the top of this module.
 
@@ -116,7 +116,7 @@ def load(
     device: torch.device | str = "cpu",
     *,
     sha256: str | None = None,  # expected hash of a file behind a path or URL, 64 hexadecimal digits
-    quiet: bool = False,        # no progress bar while downloading
+    quiet: bool = False,  # no progress bar while downloading
 ) -> LoadedNetwork:
     """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`.
 

@@ -47,7 +47,7 @@ class Name:
 class Record:
     """An object of a class that is not imported: the names it was stored under and its attributes."""
 
-    module: str    # module named by the file; "torch_utils.persistence" for objects of persistent classes
+    module: str  # module named by the file; "torch_utils.persistence" for objects of persistent classes
     qualname: str  # class name
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -60,9 +60,9 @@ class Vocabulary:
     """What the names in a pickle stand for."""
 
     functions: Mapping[Name, Callable[..., Any]]  # called as f(machine, *arguments in the file); must check them
-    record_classes: frozenset[Name]               # whose objects become `Record`s
-    dict_classes: frozenset[Name]                 # whose objects become plain dicts
-    words: frozenset[Name]                        # may be mentioned, cannot be called
+    record_classes: frozenset[Name]  # whose objects become `Record`s
+    dict_classes: frozenset[Name]  # whose objects become plain dicts
+    words: frozenset[Name]  # may be mentioned, cannot be called
     builders: Mapping[type, Callable[..., None]]  # sets the state of an object: f(machine, object, state)
 
     def __contains__(self, name: Name) -> bool:
@@ -101,7 +101,7 @@ class Machine:
         self.reader = reader
         self.vocabulary = vocabulary
         self.persistent = persistent
-        self.position = 0                   # byte at which the current instruction stands
+        self.position = 0  # byte at which the current instruction stands
         self._budget = 4 * size + (1 << 16)  # bytes that functions may still allocate
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}

@@ -41,7 +41,7 @@ class Run:
 
 
 def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfig, run: Run) -> nn.Module:
-    """Train until `config.duration` images, resuming from the newest valid state; return the widest average.
+    """Train until `config.duration` images, resuming from the newest valid state; return the first average.
 
     An iteration runs every phase on a fresh batch and counts as `config.batch` images. The noise of an image depends
     on the seed and on its position in the run's image sequence alone. Raises ValueError where batch sizes do not fit
@@ -56,11 +56,13 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     for p in task.phases:
         p.net.eval().requires_grad_(False)  # but for the one whose turn it is
 
+    for p in task.phases:
+        p.net.eval().requires_grad_(False)
     ema = PowerFunctionEMA(task.result, config.ema_stds)
     optimizers = {p.name: _optimizer(p.net, run.device) for p in task.phases}
     streaks = {p.name: 0 for p in task.phases}
     nimg, seconds = 0, 0.0
-    state = load_newest_state(run.run_dir, warn=distributed.print0)
+    state = _newest_state(run.run_dir)
     if state is not None:
         _check_identity(state["identity"], identity, run.run_dir)
         for p in task.phases:
@@ -75,9 +77,31 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     means = RunningMeans()
     loader = _batches(dataset, batch_gpu, run, start=nimg * len(task.phases))
     since, started = nimg, time.perf_counter()
-    if nimg == 0:
-        _write_grids(task, task.result, encoder, run, recorder, nimg, batch_gpu)
 
+    def snapshot() -> None:
+        """Averaged networks, one safetensors file per profile, and a sheet of samples for each schedule."""
+        if not distributed.is_main():
+            return
+        for std, average in zip(ema.stds, ema.averages, strict=True):
+            facts = dict(run.provenance, seed=run.seed, images_seen=nimg, ema_std=std, training_seconds=round(seconds))
+            facts["config"] = dataclasses.asdict(config)
+            path = run.run_dir / f"network-snapshot-{nimg:09d}-{std:.3f}.safetensors"
+            networks.save(path, average, encoder, dtype=torch.float16, dataset=dataset.facts(), provenance=facts)
+        for name, images in task.sample_grids(ema.averages[0], encoder, GRID_SEEDS, batch_gpu).items():
+            save_grid(run.run_dir / f"grid-{nimg:09d}-{name}.png", images)
+            recorder.image(nimg, f"Samples/{name}", image_grid(images))
+
+    def checkpoint() -> None:
+        """Everything that a resumed run needs."""
+        if distributed.is_main():
+            nets = {p.name: p.net.state_dict() for p in task.phases}
+            optims = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            state = dict(identity=identity, nimg=nimg, seconds=seconds, streaks=streaks)
+            save_state(run.run_dir, {**state, "nets": nets, "optimizers": optims, "ema": ema.state_dict()}, nimg)
+        distributed.barrier()
+
+    if nimg == 0:
+        snapshot()
     while nimg < config.duration:
         torch.manual_seed((run.seed << 32) + nimg // config.batch)  # dropout is the only user of the global generator
         lr = learning_rate(nimg, config)
@@ -92,34 +116,28 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
                 terms = phase.loss(batch)
                 terms.total.sum().mul(config.loss_scaling * world / config.batch).backward()
                 for name, value in terms.reported.items():
-                    means.add(f"Loss/{name}", value.detach().mean().item())
+                    means.add(f"Loss/{name}", value.detach().mean())
             average_gradients(phase.net)
             streaks[phase.name] = _update(phase, optimizers[phase.name], lr, streaks[phase.name], config, means)
             phase.net.eval().requires_grad_(False)
 
         nimg += config.batch
         ema.update(nimg, config.batch)
-        recorder.progress(config.batch, {})
+        recorder.progress(config.batch)
         done = nimg >= config.duration
         if done or _crossed(nimg, config.batch, config.status):
             now = time.perf_counter()
             seconds, rate, since, started = seconds + now - started, (nimg - since) / (now - started), nimg, now
-            values = means.read()
-            recorder.stats(nimg, {**values, "Progress/img_per_s": rate, "Progress/lr": lr, "Progress/seconds": seconds})
-            recorder.progress(0, {k.removeprefix("Loss/"): v for k, v in values.items() if k.startswith("Loss/")})
+            values = {**means.read(), "Progress/img_per_s": rate, "Progress/lr": lr, "Progress/seconds": seconds}
+            recorder.stats(nimg, values)
         if done or _crossed(nimg, config.batch, config.snapshot):
-            _write_snapshot(task, ema, encoder, dataset, config, run, recorder, nimg, seconds, batch_gpu)
+            snapshot()
         if done or _crossed(nimg, config.batch, config.checkpoint):
-            if distributed.is_main():
-                nets = {p.name: p.net.state_dict() for p in task.phases}
-                optims = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-                state = dict(identity=identity, nimg=nimg, seconds=seconds, streaks=streaks)
-                save_state(run.run_dir, {**state, "nets": nets, "optimizers": optims, "ema": ema.state_dict()}, nimg)
-            distributed.barrier()
+            checkpoint()
 
     recorder.log(f"finished at {nimg} images")
     recorder.close()
-    return ema.averages[-1]
+    return ema.averages[0]
 
 
 def average_gradients(net: nn.Module) -> None:
@@ -185,35 +203,14 @@ def _crossed(nimg: int, batch: int, interval: int) -> bool:
     return nimg // interval != (nimg - batch) // interval
 
 
-def _write_snapshot(
-    task: Task,
-    ema: PowerFunctionEMA,
-    encoder: Any,
-    dataset: ImageDataset,
-    config: TrainingConfig,
-    run: Run,
-    recorder: Recorder,
-    nimg: int,
-    seconds: float,
-    batch: int,
-) -> None:
-    """Averaged networks as safetensors, one file per profile, and a sheet of samples for each schedule."""
+def _newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """Newest valid state; the main process looks first, so that it alone sets damaged files aside."""
     if not distributed.is_main():
-        return
-    for std, average in zip(ema.stds, ema.averages, strict=True):
-        facts = dict(run.provenance, seed=run.seed, images_seen=nimg, ema_std=std, training_seconds=round(seconds, 1))
-        facts["config"] = dataclasses.asdict(config)
-        path = run.run_dir / f"network-snapshot-{nimg:09d}-{std:.3f}.safetensors"
-        networks.save(path, average, encoder, dtype=torch.float16, dataset=dataset.facts(), provenance=facts)
-    _write_grids(task, ema.averages[-1], encoder, run, recorder, nimg, batch)
-
-
-def _write_grids(task: Task, net: nn.Module, encoder: Any, run: Run, recorder: Recorder, nimg: int, batch: int) -> None:
-    if not distributed.is_main():
-        return
-    for name, images in task.sample_grids(net, encoder, GRID_SEEDS, batch).items():
-        save_grid(run.run_dir / f"grid-{nimg:09d}-{name}.png", images)
-        recorder.image(nimg, f"Samples/{name}", image_grid(images))
+        distributed.barrier()
+    state = load_newest_state(run_dir, warn=distributed.print0)
+    if distributed.is_main():
+        distributed.barrier()
+    return state
 
 
 def _identity(config: TrainingConfig, seed: int, dataset: ImageDataset) -> dict[str, Any]:

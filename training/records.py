@@ -13,19 +13,18 @@ from dnnlib.util import atomic_write
 
 
 class RunningMeans:
-    """Means of named quantities since they were last read."""
+    """Means of named quantities since they were last read. Tensors stay on their device until then."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
+        self._sums: dict[str, tuple[Any, int]] = {}
 
-    def add(self, name: str, value: float, weight: float = 1.0) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] += value * weight
-        entry[1] += weight
+    def add(self, name: str, value: Any) -> None:
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (total + value, count + 1)
 
     def read(self) -> dict[str, float]:
         """Means by name; starts afresh."""
-        means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
         self._sums = {}
         return means
 
@@ -36,7 +35,6 @@ class Recorder:
     def __init__(self, run_dir: Path, duration: int, start: int, *, active: bool = True, quiet: bool = False) -> None:
         self.run_dir = run_dir
         self.active = active
-        self._bar = self._board = None
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -58,20 +56,21 @@ class Recorder:
         """One line to the terminal and to log.txt, with the time."""
         if not self.active:
             return
-        self._bar.write(message) if self._bar is not None else print(message)
+        self._bar.write(message)
         with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
 
-    def progress(self, count: int, shown: dict[str, float]) -> None:
+    def progress(self, count: int) -> None:
         """Advance the bar by `count` images."""
-        if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        if self.active:
             self._bar.update(count)
 
     def stats(self, nimg: int, values: dict[str, float]) -> None:
-        """One line of stats.jsonl and the same numbers as TensorBoard scalars."""
+        """One line of stats.jsonl, the same numbers as TensorBoard scalars, and the losses beside the bar."""
         if not self.active:
             return
+        losses = {k.removeprefix("Loss/"): f"{v:.4g}" for k, v in values.items() if k.startswith("Loss/")}
+        self._bar.set_postfix(losses)
         with open(self.run_dir / "stats.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"nimg": nimg, **values}) + "\n")
         for name, value in values.items():
@@ -84,9 +83,8 @@ class Recorder:
             self._board.add_image(name, sheet, nimg)
 
     def close(self) -> None:
-        if self._bar is not None:
+        if self.active:
             self._bar.close()
-        if self._board is not None:
             self._board.close()
 
 

@@ -129,9 +129,7 @@ def test_pickles_that_do_not_fit(old, new, message, tmp_path):
 def test_positional_arguments():
     state = {"_init_args": (16, 3, 10, False, 0.4), "_init_kwargs": {"num_blocks": 2, "gradient_checkpoint": True}}
     found = checkpoints.kwargs_of_part(state, "net")
-    assert found == dict(
-        img_resolution=16, img_channels=3, label_dim=10, use_fp16=False, sigma_data=0.4, num_blocks=2
-    )
+    assert found == dict(img_resolution=16, img_channels=3, label_dim=10, use_fp16=False, sigma_data=0.4, num_blocks=2)
     with pytest.raises(networks.CheckpointError, match="given twice"):
         checkpoints.kwargs_of_part({"_init_args": (16,), "_init_kwargs": {"img_resolution": 16}}, "net")
     with pytest.raises(networks.CheckpointError, match="damaged"):

@@ -128,7 +128,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         (dict(batch=64, batch_gpu=48), "multiple of batch_gpu"),
         (dict(batch_gpu=-1), "batch-gpu: -1 is not valid"),
         (dict(ref_lr=0), "ref_lr must be positive"),
-        (dict(ref_lr="nan"), "ref_lr must be positive"),
+        (dict(ref_lr="nan"), "ref_lr must be"),
         (dict(loss_scaling=-1), "loss_scaling must be positive"),
         (dict(rampup_mimg=-1), "rampup_mimg must not be negative"),
         (dict(dropout=1.0), "dropout must lie in"),
@@ -141,3 +141,22 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 def test_impossible_settings_are_refused(overrides, message):
     with pytest.raises(PresetError, match=message):
         load_config(NCVSDConfig, "img64-s", overrides)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *((NCVSDConfig, name, "nan") for name in ("gamma", "rampup_mimg", "gan_loss_scaling", "gan_warmup_kimg")),
+        *((NCVSDConfig, name, -1) for name in ("gamma", "g_lr_scaling", "d_lr_scaling", "gan_loss_scaling")),
+        *((NCVSDConfig, f"{sampler}_p_std", -1) for sampler in "gsd"),
+        (NCVSDConfig, "ref_lr", "inf"),
+        (NCVSDConfig, "init_sigma", 0),
+        (NCVSDConfig, "sigma_steps", 1),
+        (NCVSDConfig, "sigma_rho", 0),
+        (EDM2Config, "p_std", -1),
+        (EDM2Config, "eval_steps", 1),
+    ],
+)
+def test_settings_without_meaning_are_refused_before_training(kind, name, value):
+    with pytest.raises(PresetError, match=f"{name} must"):
+        load_config(kind, None, {name: value})

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Distil the embedded teacher on this machine's CPU, draw images with it before and after, measure, write a page.
+# About ten minutes on two cores, plus the installation where no suitable environment is active.
+#   bash quick_start/demo.sh                     results in out/demo
+#   OUT=out/short DURATION=6400 NUM=500 bash quick_start/demo.sh    a shorter run
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source quick_start/env.sh
+use_environment run
+
+OUT="${OUT:-out/demo}"
+NUM="${NUM:-2000}" # images behind each number of the table
+TEACHER=assets/demo/teacher.safetensors
+DATA=assets/fashion16.zip
+SEEDS=0-63
+DTYPE=float32
+if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then DTYPE=bf16; fi # elsewhere bf16 is emulated, slowly
+
+run() {
+    printf '\n+ %s\n' "$(printf '%q ' "$@" | sed "s|^$PYTHON|python|")"
+    "$@"
+}
+start=$SECONDS
+
+run "$PYTHON" train_ncvsd.py --preset fashion16 --net "$TEACHER" --data "$DATA" --outdir "$OUT/run" --dtype "$DTYPE" \
+    --seed 0 ${DURATION:+--duration "$DURATION"}
+BEFORE="$OUT/run/network-snapshot-000000000-0.050.safetensors"
+AFTER="$(ls "$OUT"/run/network-snapshot-*-0.050.safetensors | tail -n 1)"
+
+run "$PYTHON" generate.py --net "$TEACHER" --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/teacher"
+for stage in before after; do
+    net="$BEFORE"
+    if [ "$stage" = after ]; then net="$AFTER"; fi
+    run "$PYTHON" generate.py --net "$net" --ts 12,39 --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/$stage-1"
+    run "$PYTHON" generate.py --net "$net" --ts 10,22,39 --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/$stage-2"
+    run "$PYTHON" generate.py --net "$net" --ts 0,10,20,30,39 --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/$stage-4"
+done
+
+run "$PYTHON" quick_start/demo_report.py --teacher "$TEACHER" --before "$BEFORE" --after "$AFTER" --data "$DATA" \
+    --num "$NUM" --outdir "$OUT"
+echo
+echo "Done in $((SECONDS - start)) s. Pictures, table and a page that shows them: $OUT/index.html"
