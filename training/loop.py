@@ -118,7 +118,7 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
                 for name, value in terms.reported.items():
                     means.add(f"Loss/{name}", value.detach().mean())
             average_gradients(phase.net)
-            streaks[phase.name] = _update(phase, optimizers[phase.name], lr, streaks[phase.name], config, means)
+            streaks[phase.name] = update_network(phase, optimizers[phase.name], lr, streaks[phase.name], config, means)
             phase.net.eval().requires_grad_(False)
 
         nimg += config.batch
@@ -156,7 +156,7 @@ def _optimizer(net: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     return torch.optim.Adam(net.parameters(), betas=ADAM_BETAS, fused=device.type in ("cpu", "cuda"))
 
 
-def _update(
+def update_network(
     phase: Phase, optimizer: torch.optim.Optimizer, lr: float, streak: int, config: TrainingConfig, means: RunningMeans
 ) -> int:
     """Check gradients and take one step; return the number of affected updates in a row."""
