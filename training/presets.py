@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,23 +51,32 @@ class TrainingConfig:
     checkpoint: int = setting(4 << 20, "Write the training state every so many images", si=True)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PresetError(f"{name} must be finite, got {value}")
         for name in ("duration", "batch", "status", "snapshot", "checkpoint", "nonfinite_limit"):
             if getattr(self, name) < 1:
                 raise PresetError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_gpu < 0 or (self.batch_gpu and self.batch % self.batch_gpu):
             raise PresetError(f"batch {self.batch} must be a multiple of batch_gpu {self.batch_gpu}")
-        for name in ("ref_batches", "rampup_mimg", "cooldown_mimg"):
-            if getattr(self, name) < 0:
-                raise PresetError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("ref_lr", "loss_scaling"):
-            if not getattr(self, name) > 0:
-                raise PresetError(f"{name} must be positive, got {getattr(self, name)}")
+        self._check_not_negative("ref_batches", "rampup_mimg", "cooldown_mimg")
+        self._check_positive("ref_lr", "loss_scaling")
         if not 0 <= self.dropout < 1:
             raise PresetError(f"dropout must lie in [0, 1), got {self.dropout}")
         if not self.ema_stds or not all(0 < std < 0.2886 for std in self.ema_stds):
             raise PresetError(f"ema_stds must lie between 0 and 0.288, got {self.ema_stds}")
         if self.nonfinite not in ("zero", "skip"):
             raise PresetError(f"nonfinite must be 'zero' or 'skip', got {self.nonfinite!r}")
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 0:
+                raise PresetError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise PresetError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,14 @@ class NCVSDConfig(TrainingConfig):
     sigma_steps: int = setting(1000, "Levels of y: points of that grid")
     eval_ts: tuple[int, ...] = setting((10, 22, 39), "Grid indices of the sample grids' few-step schedule")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_not_negative("gamma", "g_lr_scaling", "d_lr_scaling", "gan_loss_scaling", "gan_warmup_kimg")
+        self._check_not_negative("g_p_std", "s_p_std", "d_p_std")
+        self._check_positive("init_sigma", "sigma_rho")
+        if self.sigma_steps < 2:
+            raise PresetError(f"sigma_steps must be at least 2, got {self.sigma_steps}")
+
 
 @dataclass(frozen=True)
 class EDM2Config(TrainingConfig):
@@ -102,6 +120,12 @@ class EDM2Config(TrainingConfig):
     attn_resolutions: tuple[int, ...] = setting((16, 8), "Resolutions with self-attention")
     channels_per_head: int = setting(64, "Channels per attention head")
     eval_steps: int = setting(32, "Heun steps of the sample grids")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_not_negative("p_std")
+        if self.eval_steps < 2:
+            raise PresetError(f"eval_steps must be at least 2, got {self.eval_steps}")
 
 
 def preset_names(kind: type) -> list[str]:
