@@ -1,7 +1,7 @@
 """Half-precision error of teacher and student, and speed and memory of training with a random-weight teacher.
 
-    python bench/bench_train.py --preset img64-s --batch-gpu 64 --steps 20            on a GPU
-    python bench/bench_train.py --preset fashion16 --batch-gpu 64 --steps 5           on a CPU
+python bench/bench_train.py --preset img64-s --batch-gpu 64 --steps 20            on a GPU
+python bench/bench_train.py --preset fashion16 --batch-gpu 64 --steps 5           on a CPU
 """
 
 from __future__ import annotations
@@ -136,7 +136,11 @@ def _dtypes(device: Any) -> list[str]:
 def _device_name(device: Any) -> str:
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
 
 
 def _synchronize(device: Any, reset_peak: bool = False) -> None:

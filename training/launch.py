@@ -37,7 +37,9 @@ def common_options(kind: type[TrainingConfig]) -> Callable:
         click.option(
             "--workers", type=click.IntRange(0), default=None, help="Loader processes.  [default: 2 on CUDA, else 0]"
         ),
-        click.option("-n", "--dry-run", is_flag=True, help="Check everything, print the settings and stop."),
+        click.option(
+            "-n", "--dry-run", is_flag=True, help="Check options, networks and data, print the settings and stop."
+        ),
         click.option("--quiet", is_flag=True, help="No progress bar."),
     ]
 
@@ -75,10 +77,11 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
 
     from torch_utils import distributed
     from training.dataset import ImageDataset
-    from training.loop import Run, train
+    from training.loop import Run, split_batch, train
     from training.optim import DivergenceError
 
     device = distributed.init(options["device"])
+    split_batch(config, distributed.world_size())
     dataset = ImageDataset(
         options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"])
     )

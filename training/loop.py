@@ -25,7 +25,17 @@ from training.tasks import Batch, Phase, Task
 
 GRID_SEEDS = range(64)
 ADAM_BETAS = (0.9, 0.99)
-MAY_CHANGE = ("duration", "status", "snapshot", "checkpoint", "batch_gpu", "eval_ts", "eval_steps")  # on resume
+MAY_CHANGE = (  # on resume
+    "duration",
+    "status",
+    "snapshot",
+    "checkpoint",
+    "batch_gpu",
+    "eval_ts",
+    "eval_steps",
+    "nonfinite",
+    "nonfinite_limit",
+)
 
 
 @dataclasses.dataclass
@@ -48,11 +58,8 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     the number of processes or the state belongs to another run, DivergenceError if gradients stay non-finite.
     """
     world = distributed.world_size()
-    batch_gpu = config.batch_gpu or config.batch // world
-    rounds, rest = divmod(config.batch, batch_gpu * world)
-    if rest or not rounds:
-        raise ValueError(f"batch {config.batch} must be a multiple of batch_gpu {batch_gpu} times {world} processes")
-    identity = _identity(config, run.seed, dataset)
+    batch_gpu, rounds = split_batch(config, world)
+    identity = _identity(config, run.seed, dataset, task)
     for p in task.phases:
         p.net.eval().requires_grad_(False)  # but for the one whose turn it is
 
@@ -107,6 +114,10 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
         lr = learning_rate(nimg, config)
         for index, phase in enumerate(task.phases):
             position = nimg * len(task.phases) + index * config.batch
+            if nimg < phase.start:
+                for _ in range(rounds):
+                    next(loader)
+                continue
             phase.net.train().requires_grad_(True)
             for k in range(rounds):
                 raw, labels = next(loader)
@@ -140,6 +151,15 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     return ema.averages[0]
 
 
+def split_batch(config: TrainingConfig, world: int) -> tuple[int, int]:
+    """Images per forward pass and accumulation rounds of each process. Raises ValueError where they do not add up."""
+    batch_gpu = config.batch_gpu or config.batch // world
+    rounds, rest = divmod(config.batch, max(batch_gpu, 1) * world)
+    if rest or not rounds:
+        raise ValueError(f"batch {config.batch} must be a multiple of batch_gpu {batch_gpu} times {world} processes")
+    return batch_gpu, rounds
+
+
 def average_gradients(net: nn.Module) -> None:
     """Mean of the gradients over all processes, in one message."""
     if distributed.world_size() == 1:
@@ -167,7 +187,7 @@ def update_network(
     if streak >= config.nonfinite_limit:
         raise DivergenceError(
             f"gradients of the {phase.name} network have been non-finite for {streak} updates in a row "
-            f"({bad} entries in the last one): lower the learning rate, or use --dtype bf16 or float32"
+            f"({bad} entries in the last one): resume with --dtype bf16 or float32, or start anew with a lower --ref-lr"
         )
     if bad:
         zero_nonfinite(phase.net.parameters())
@@ -213,10 +233,10 @@ def _newest_state(run_dir: Path) -> dict[str, Any] | None:
     return state
 
 
-def _identity(config: TrainingConfig, seed: int, dataset: ImageDataset) -> dict[str, Any]:
+def _identity(config: TrainingConfig, seed: int, dataset: ImageDataset, task: Task) -> dict[str, Any]:
     """What a state must have in common with the run that resumes from it."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
-    return {**fields, "seed": seed, "data": dataset.fingerprint()}
+    return {**fields, "seed": seed, "data": dataset.fingerprint(), "teacher": task.teacher_digest}
 
 
 def _check_identity(stored: dict[str, Any], wanted: dict[str, Any], run_dir: Path) -> None:

@@ -87,6 +87,7 @@ class NCVSDConfig(TrainingConfig):
     init_sigma: float = setting(80.0, "Noise level of unconditional generation")
     g_lr_scaling: float = setting(0.01, "Learning rate of the generator, relative to the score network's")
     d_lr_scaling: float = setting(0.01, "Learning rate of the discriminator, relative to the score network's")
+    g_delay_kimg: float = setting(0, "Generator updates from here on, in thousand images; the others learn from the start")
     gan_loss_scaling: float = setting(1.0, "Weight of the adversarial loss")
     gan_warmup_kimg: float = setting(16778, "Adversarial loss from here on, in thousand images")
     g_p_mean: float = setting(-0.4, "Generator loss: mean of ln t")

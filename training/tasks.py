@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,16 +46,17 @@ class Phase:
     net: nn.Module  # the network being trained
     lr_scaling: float  # relative to the schedule's rate
     loss: Callable[[Batch], LossTerms]
+    start: float = 0  # images seen before the first update
 
 
 @dataclass
 class Task:
     """Phases of one iteration, the network whose average is the result, and how to show it."""
 
-    kind: str  # "ncvsd" or "edm2"
     phases: list[Phase]
     result: nn.Module  # Precond or GenerativeDenoiser
     schedules: dict[str, dict[str, Any]]  # name of a sample grid -> arguments of generate_images
+    teacher_digest: str | None = None  # SHA-256 of the teacher's weights
 
     def sample_grids(self, net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
         """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
@@ -63,6 +65,15 @@ class Task:
             batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
             grids[name] = torch.cat([b.images.cpu() for b in batches])
         return grids
+
+
+def weights_digest(net: nn.Module) -> str:
+    """SHA-256 of a network's weights and buffers."""
+    sha256 = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        sha256.update(name.encode())
+        sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def pretraining_task(net: Precond, config: EDM2Config) -> Task:
@@ -75,7 +86,7 @@ def pretraining_task(net: Precond, config: EDM2Config) -> Task:
         return LossTerms(value, {"edm2": value})
 
     schedules = {f"heun{2 * config.eval_steps - 1}": {"num_steps": config.eval_steps}}
-    return Task("edm2", [Phase("teacher", net, 1.0, loss)], net, schedules)
+    return Task([Phase("teacher", net, 1.0, loss)], net, schedules)
 
 
 def build_student(teacher: Precond, config: NCVSDConfig) -> tuple[GenerativeDenoiser, PrecondCondition, Discriminator]:
@@ -128,8 +139,8 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
     phases = [
         Phase("score", score_net, 1.0, score_phase),
         Phase("disc", discriminator, config.d_lr_scaling, discriminator_phase),
-        Phase("gen", generator, config.g_lr_scaling, generator_phase),
+        Phase("gen", generator, config.g_lr_scaling, generator_phase, start=config.g_delay_kimg * 1000),
     ]
     ts = parse_ts(config.eval_ts).ts
     schedules = {"1step": {}, "ts" + "_".join(map(str, ts)): {"ts": ts}}
-    return Task("ncvsd", phases, generator, schedules)
+    return Task(phases, generator, schedules, weights_digest(teacher))

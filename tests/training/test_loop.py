@@ -217,6 +217,15 @@ def test_other_data_or_another_seed_are_refused_on_resume(tmp_path, dataset, tin
         run_training(make_task(longer, tiny_teacher), other, longer, tmp_path / "run")
 
 
+def test_another_teacher_is_refused_on_resume(tmp_path, dataset, tiny_teacher):
+    run_training(make_task(NCVSD, tiny_teacher), dataset, NCVSD, tmp_path / "run")
+    teacher = networks.load(tiny_teacher).net
+    with torch.no_grad():
+        teacher.unet.out_conv.weight[0, 0, 0, 0] += 1
+    with pytest.raises(StateError, match="other settings \\(teacher"):
+        run_training(distillation_task(teacher, NCVSD), dataset, NCVSD, tmp_path / "run")
+
+
 # ----------------------------------------------------------------------------
 # accumulation and processes
 
@@ -224,15 +233,15 @@ def test_other_data_or_another_seed_are_refused_on_resume(tmp_path, dataset, tin
 def gradients_of(task, dataset, config, folder, monkeypatch):
     """Gradients that each network's optimizer receives."""
     found = {}
-    real = loop._update
+    real = loop.update_network
 
     def record(phase, *rest):
         found[phase.name] = {key: p.grad.clone() for key, p in phase.net.named_parameters() if p.grad is not None}
         return real(phase, *rest)
 
-    monkeypatch.setattr(loop, "_update", record)
+    monkeypatch.setattr(loop, "update_network", record)
     run_training(task, dataset, config, folder)
-    monkeypatch.setattr(loop, "_update", real)
+    monkeypatch.setattr(loop, "update_network", real)
     return found
 
 
