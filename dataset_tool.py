@@ -25,6 +25,13 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError):
+            import torch
+
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+        raise click.ClickException("out of memory: try a smaller --batch, or another --device") from None
 
 
 def progress(unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

@@ -14,7 +14,7 @@ from sampling.images import DEFAULT_STEPS, count_evaluations, generate_images, i
 __all__ = ["generate_images", "main"]
 
 MAX_GRID_IMAGES = 1024  # on one contact sheet
-NETWORK = "PATH|URL|hf://ID"
+NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 
 
 def _parsed(parse: str) -> Callable[[click.Context, click.Parameter, str | None], Any]:
@@ -35,7 +35,7 @@ def _parsed(parse: str) -> Callable[[click.Context, click.Parameter, str | None]
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
-@click.option("--net", "net_path", metavar=NETWORK, required=True, help="Generative denoiser or teacher.")
+@click.option("--net", "net_path", metavar=NETWORK, required=True, help="Student or teacher; #sha256 checks the file.")
 @click.option("--outdir", metavar="DIR", required=True, help="Where to write the images, one SEED.png each.")
 @click.option("--seeds", metavar="LIST", default="0-15", callback=_parsed("seeds"), help="One image each: 1,2,5-10.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
@@ -48,7 +48,7 @@ def _parsed(parse: str) -> Callable[[click.Context, click.Parameter, str | None]
     metavar="LIST",
     callback=_parsed("ts"),
     help="Generative denoiser: increasing indices (0-39) of the 40-point Karras grid, n+1 for n steps. "
-    "Published: 10,39; 10,22,39; 0,10,20,30,39.  [default: one direct step at the highest level]",
+    "Published: 12,39 · 10,22,39 · 0,10,20,30,39.  [default: one direct step at the highest level]",
 )
 @click.option("--zeta", type=click.FloatRange(0, 1), default=1.0, help="With --ts: share of fresh noise between steps.")
 @click.option(
@@ -93,12 +93,11 @@ def main(net_path: str, gnet_path: str | None, device: str, **options: Any) -> N
 
     try:
         resolved = distributed.init(device)
-        if not distributed.is_main():
-            distributed.barrier()  # the main process downloads first
-        nets = _load(net_path, gnet_path, resolved)
-        if distributed.is_main():
-            distributed.barrier()
-        _generate(*nets, resolved, **options)
+        # The main process downloads first, and what is wrong with the request is wrong in all processes alike.
+        net, batches = distributed.main_first(lambda: _prepare(net_path, gnet_path, resolved, **options))
+        _generate(net, batches, **options)
+    except distributed.MainProcessError:
+        sys.exit(1)  # one message is enough
     except torch.OutOfMemoryError as error:
         raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch ({error})") from error
     except (ValueError, OSError) as error:
@@ -107,7 +106,20 @@ def main(net_path: str, gnet_path: str | None, device: str, **options: Any) -> N
         distributed.destroy()
 
 
-def _load(net_path: str, gnet_path: str | None, device: Any) -> tuple[Any, Any, Any]:
+def _prepare(
+    net_path: str,
+    gnet_path: str | None,
+    device: Any,
+    *,
+    schedule: Any,
+    steps: int | None,
+    gnet_no_labels: bool,
+    dtype: str,
+    grid: bool,
+    quiet: bool,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Return the network and this process's batches, after every check; nothing is drawn yet."""
     import torch
 
     import networks
@@ -117,47 +129,38 @@ def _load(net_path: str, gnet_path: str | None, device: Any) -> tuple[Any, Any, 
     if device.type == "cpu":
         for net in [loaded.net] if gnet is None else [loaded.net, gnet]:
             net.to(memory_format=torch.channels_last)  # convolutions on the CPU run about a tenth faster
-    return loaded.net, loaded.encoder, gnet
+    batches = generate_images(
+        loaded.net,
+        loaded.encoder,
+        gnet=gnet,
+        ts=None if schedule is None else schedule.ts,
+        num_steps=steps,
+        gnet_labels=not gnet_no_labels,
+        device=device,
+        dtype=_compute_dtype(dtype),
+        **options,
+    )
+    return loaded.net, batches
 
 
 def _generate(
     net: Any,
-    encoder: Any,
-    gnet: Any,
-    device: Any,
+    batches: Any,
     *,
     outdir: str,
     seeds: list[int],
     schedule: Any,
     steps: int | None,
     guidance: float,
-    gnet_no_labels: bool,
-    dtype: str,
     grid: bool,
     subdirs: bool,
     quiet: bool,
-    **options: Any,
+    **_: Any,
 ) -> None:
     from tqdm import tqdm
 
     from torch_utils import distributed
 
-    ts = None if schedule is None else schedule.ts
-    batches = generate_images(
-        net,
-        encoder,
-        gnet=gnet,
-        seeds=seeds,
-        ts=ts,
-        num_steps=steps,
-        guidance=guidance,
-        gnet_labels=not gnet_no_labels,
-        device=device,
-        dtype=_compute_dtype(dtype),
-        outdir=outdir,
-        subdirs=subdirs,
-        **options,
-    )
     distributed.print0(_describe(net, schedule, steps, guidance), file=sys.stderr)
     with tqdm(total=len(seeds), unit="img", disable=quiet or not distributed.is_main()) as progress:
         for batch in batches:

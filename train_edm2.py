@@ -16,7 +16,7 @@ def main(**options) -> None:
 
     \b
     python train_edm2.py --preset fashion16-teacher --data assets/fashion16.zip --outdir training-runs/teacher
-    torchrun --standalone --nproc-per-node 8 train_edm2.py --data img64.zip --outdir training-runs/img64-s
+    torchrun --standalone --nproc-per-node 8 train_edm2.py --data img512-sd.zip --outdir training-runs/img512-s
     """
     launch(EDM2Config, options, build)
 

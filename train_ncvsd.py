@@ -23,6 +23,8 @@ def main(**options) -> None:
         --data img512-sd.zip --outdir training-runs/img512-m
     """
     ts = options.pop("ts")
+    if ts and options["eval_ts"]:
+        raise click.UsageError("--ts and --eval-ts are the same setting: give one of them")
     options["eval_ts"] = options["eval_ts"] or ts
     launch(NCVSDConfig, options, build)
 
@@ -44,6 +46,8 @@ def build(config: NCVSDConfig, options: dict, dataset, device):
     teacher = loaded.net
     if not isinstance(teacher, Precond):
         raise ValueError(f"{options['net']} holds a {type(teacher).__name__}: --net takes a teacher (Precond)")
+    if loaded.encoder.name == "sd-vae" and dataset.num_channels == 3:
+        raise ValueError(f"{options['data']} holds pixels, the teacher works on latents: use dataset_tool.py encode")
     channels = loaded.encoder.latent_channels(dataset.num_channels)
     found, wanted = (channels, dataset.resolution), (teacher.img_channels, teacher.img_resolution)
     if found != wanted:

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -137,12 +138,15 @@ def open_url(
     attempts: int = 5,  # tries in a row that bring no new byte before giving up
     timeout: float = 30.0,  # seconds without an answer before a try counts as failed
     backoff: float = 1.0,  # seconds before the second try, doubled for each further one
+    max_bytes: int = 64 << 30,  # larger files are refused
 ) -> Path:
     """Returns a local path for a local file or an http(s) URL, downloading into the cache when needed.
 
-    A download goes to a `.part` file, is resumed where it stopped (also by a later call), is compared with `sha256`
-    (64 hexadecimal digits) where given, and only then gets its name in the cache. A file with the wrong hash is removed
-    if it came from the network. Raises DownloadError (a ValueError) with one line that says what to do.
+    A download goes to a `.part` file, is resumed where it stopped (also by a later call) if the server says which
+    version of the file it sends, is compared with `sha256` (64 hexadecimal digits) where given, and only then gets its
+    name in the cache. A file with the wrong hash is removed if it came from the network; one whose length the server
+    does not tell is refused without a hash, since nothing would show that it was cut off. Raises DownloadError (a
+    ValueError) with one line that says what to do.
     """
     text = os.fspath(url_or_path)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -155,7 +159,9 @@ def open_url(
             raise DownloadError(f"{text}: the SHA-256 differs from the expected {sha256}; this is another file")
         return path
     if not re.match(r"https?://[^/]", text, re.IGNORECASE):
-        raise DownloadError(f"{text}: only http:// and https:// URLs can be downloaded")
+        raise DownloadError(f"{_printable(text)}: only http:// and https:// URLs can be downloaded")
+    if not re.fullmatch(r"[!-~]+", text):
+        raise DownloadError(f"{_printable(text)}: a URL is printable ASCII; write other characters as %XX")
 
     base = re.sub(r"[^\w.-]+", "_", text.split("?")[0].split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
     target = cache_folder(cache_dir) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{base}"
@@ -167,14 +173,16 @@ def open_url(
                     return target
                 target.unlink()
             part = target.with_name(target.name + ".part")
-            _download(text, part, quiet=quiet, attempts=attempts, timeout=timeout, backoff=backoff)
+            request = _Request(text, part, sha256 is not None, quiet, timeout, max_bytes)
+            _download(request, attempts=attempts, backoff=backoff)
             if sha256 is not None and (found := file_sha256(part)) != sha256.lower():
                 _discard(part)
                 raise DownloadError(f"{text}: wrong SHA-256 {found}, expected {sha256}; the download was removed")
             os.replace(part, target)
             _discard(part)
     except OSError as error:
-        raise DownloadError(f"{text}: cannot write to the cache {target.parent} ({error}); set NCVSD_CACHE") from error
+        reason = f"cannot write to the cache {target.parent} ({_printable(error)}); set NCVSD_CACHE"
+        raise DownloadError(f"{text}: {reason}") from error
     return target
 
 
@@ -206,18 +214,38 @@ def _discard(part: Path) -> None:
     part.with_name(part.name + ".version").unlink(missing_ok=True)
 
 
-def _download(url: str, part: Path, *, quiet: bool, attempts: int, timeout: float, backoff: float) -> None:
-    """Fetches `url` into `part`, continuing what `part` already holds."""
+def _printable(text: object) -> str:
+    """One line of at most 300 characters that a terminal can show."""
+    return "".join(c if c.isprintable() else " " for c in str(text))[:300].strip()
+
+
+@dataclass(frozen=True)
+class _Request:
+    url: str
+    part: Path  # where the content goes; continued if it exists and the file is still the same
+    hash_known: bool  # whether a file cut off unnoticed will be noticed later
+    quiet: bool
+    timeout: float
+    max_bytes: int
+
+    @property
+    def note(self) -> Path:
+        """Holds the server's name for the version that `part` belongs to."""
+        return self.part.with_name(self.part.name + ".version")
+
+
+def _download(request: _Request, *, attempts: int, backoff: float) -> None:
+    """Fetches the file, trying again where that can help."""
     import http.client
     import ssl
     import urllib.error
 
-    failures = 0
+    part, failures = request.part, 0
     while True:
         size_before = part.stat().st_size if part.exists() else 0
         reason, permanent = "", False
         try:
-            if _fetch(url, part, quiet=quiet, timeout=timeout):
+            if _fetch(request):
                 return
             reason = "the connection was cut"
         except urllib.error.HTTPError as error:
@@ -230,16 +258,28 @@ def _download(url: str, part: Path, *, quiet: bool, attempts: int, timeout: floa
             reason = str(error.reason)
         except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             reason = str(error) or type(error).__name__
+        except DownloadError:
+            raise
+        except ValueError as error:  # UnicodeError among others, from addresses and headers that make no sense
+            reason, permanent = f"the address or the answer is not valid ({error})", True
         size_after = part.stat().st_size if part.exists() else 0
         failures = 0 if size_after > size_before else failures + 1
         if permanent or failures >= attempts:
-            kept = " (the part received is kept and will be continued)" if size_after else ""
-            raise DownloadError(f"{url}: download failed: {reason}{kept}")
+            kept = " (the part received is kept and will be continued)" if size_after and request.note.exists() else ""
+            raise DownloadError(f"{request.url}: download failed: {_printable(reason)}{kept}")
         time.sleep(backoff * 2 ** max(failures - 1, 0))
 
 
-def _fetch(url: str, part: Path, *, quiet: bool, timeout: float) -> bool:
-    """One request. Returns whether `part` is now complete."""
+def _version(headers: Any) -> str:
+    """What tells this version of a file from others: a strong ETag or a date; empty if there is neither."""
+    version = headers.get("ETag", "")
+    if not version or version.startswith("W/"):
+        version = headers.get("Last-Modified", "")
+    return version if re.fullmatch(r"[ -~]{1,200}", version) else ""
+
+
+def _fetch(request: _Request) -> bool:
+    """One request. Returns whether the file is now complete."""
     import urllib.error
     import urllib.request
 
@@ -251,15 +291,15 @@ def _fetch(url: str, part: Path, *, quiet: bool, timeout: float) -> bool:
     ):  # fmt: skip
         opener.add_handler(handler())
 
-    note = part.with_name(part.name + ".version")
+    part, note = request.part, request.note
+    if not note.exists():
+        part.unlink(missing_ok=True)
     start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "ncvsd", "Accept-Encoding": "identity"}
     if start:
-        headers["Range"] = f"bytes={start}-"
-        if note.exists():
-            headers["If-Range"] = note.read_text()
+        headers |= {"Range": f"bytes={start}-", "If-Range": note.read_text()}
     try:
-        response = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = opener.open(urllib.request.Request(request.url, headers=headers), timeout=request.timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416 and error.headers.get("Content-Range", "").strip() == f"bytes */{start}":
             error.close()
@@ -267,27 +307,36 @@ def _fetch(url: str, part: Path, *, quiet: bool, timeout: float) -> bool:
         raise
 
     with response:
-        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-        if response.status == 206 and content_range and int(content_range[1]) == start:
-            total = int(content_range[2]) if content_range[2] != "*" else None
+        number, version = r"([0-9]{1,18})", _version(response.headers)
+        content_range = re.fullmatch(f"bytes {number}-{number}/{number}", response.headers.get("Content-Range", ""))
+        if response.status == 206 and content_range and int(content_range[1]) == start > 0:
+            total = int(content_range[3])
+            if version and version != note.read_text():
+                _discard(part)
+                return False
         elif response.status == 200:  # the server sends all of it: it knows no ranges, or the file has changed
             start = 0
-            length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdigit() else None
-            version = response.headers.get("ETag", "")
-            if not version or version.startswith("W/"):
-                version = response.headers.get("Last-Modified", "")
+            length = re.fullmatch(number, response.headers.get("Content-Length", ""))
+            total = int(length[1]) if length else None
+            if total is None and not (response.chunked or request.hash_known):  # the end of chunks is marked
+                raise DownloadError(
+                    f"{request.url}: the server does not say how long the file is, so that a cut would go unnoticed: "
+                    "give its SHA-256 (URL#sha256=HEX for a network)"
+                )
             note.write_text(version) if version else note.unlink(missing_ok=True)
         else:
             _discard(part)
             return False
 
         received = start
-        with open(part, "ab" if start else "wb") as file, _progress(url, start, total, quiet) as advance:
-            while chunk := response.read(_CHUNK):
+        with open(part, "ab" if start else "wb") as file, _progress(request, start, total) as advance:
+            while max(total or 0, received) <= request.max_bytes and (chunk := response.read(_CHUNK)):
                 file.write(chunk)
                 received += len(chunk)
                 advance(len(chunk))
+    if max(total or 0, received) > request.max_bytes:
+        _discard(part)
+        raise DownloadError(f"{request.url}: larger than the limit of {format_bytes(request.max_bytes)}")
     if total is not None and received > total:
         _discard(part)
         return False
@@ -295,14 +344,13 @@ def _fetch(url: str, part: Path, *, quiet: bool, timeout: float) -> bool:
 
 
 @contextmanager
-def _progress(url: str, start: int, total: int | None, quiet: bool) -> Iterator[Any]:
+def _progress(request: _Request, start: int, total: int | None) -> Iterator[Any]:
     """Yields a function to call with each number of bytes received."""
-    if quiet:
+    if request.quiet:
         yield lambda count: None
         return
     from tqdm import tqdm
 
-    with tqdm(
-        total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=url.rsplit("/", 1)[-1][:40]
-    ) as bar:
+    name = request.url.rsplit("/", 1)[-1][:40]
+    with tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:
         yield bar.update

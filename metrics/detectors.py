@@ -23,7 +23,6 @@ class DemoClassifier(nn.Module):
 
     def __init__(self, num_classes: int = 10, resolution: int = 16) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.resolution = resolution
         widths = (32, 64, self.feature_dim)
         self.convs = nn.ModuleList(
@@ -32,8 +31,8 @@ class DemoClassifier(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
         self.head = nn.Linear(self.feature_dim, num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features [N,128] of uint8 images [N,1,H,W]. Raises ValueError for any other shape or type."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Features float32 [N,128] of uint8 images [N,1,H,W]. Raises ValueError for any other shape or type."""
         expected = (1, self.resolution, self.resolution)
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
             found = f"{images.dtype} {list(images.shape)}"
@@ -44,13 +43,9 @@ class DemoClassifier(nn.Module):
             x = F.avg_pool2d(x, 2) if i < 2 else x.mean(dim=(2, 3))
         return x
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features float32 [N,128] of uint8 images [N,1,H,W]."""
-        return self.features(images)
-
     def logits(self, images: Tensor) -> Tensor:
         """Class logits [N,num_classes]."""
-        return self.head(self.features(images))
+        return self.head(self(images))
 
 
 def save_demo_classifier(path: str | Path, classifier: DemoClassifier, facts: dict) -> None:
@@ -61,7 +56,7 @@ def save_demo_classifier(path: str | Path, classifier: DemoClassifier, facts: di
 
     metadata = {
         "detector": classifier.name,
-        "config": json.dumps({"num_classes": classifier.num_classes, "resolution": classifier.resolution}),
+        "config": json.dumps({"resolution": classifier.resolution}),
         "training": json.dumps(facts),
     }
     with atomic_write(path) as file:
@@ -80,6 +75,10 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.devic
         raise ValueError(f"cannot read the demo classifier {path}: {error}") from None
     if metadata.get("detector") != DemoClassifier.name:
         raise ValueError(f"{path} is not a {DemoClassifier.name} classifier")
-    classifier = DemoClassifier(**json.loads(metadata["config"]))
-    classifier.load_state_dict(weights)
+    try:
+        config = json.loads(metadata["config"])
+        classifier = DemoClassifier(num_classes=len(weights["head.bias"]), resolution=int(config["resolution"]))
+        classifier.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the demo classifier {path} is damaged: {str(error).splitlines()[0]}") from None
     return classifier.eval().requires_grad_(False).to(device)

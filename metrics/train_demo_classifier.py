@@ -7,7 +7,7 @@ import click
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data", metavar="DIR|ZIP", default="assets/fashion16.zip", help="Labelled images.")
-@click.option("--out", metavar="FILE", default="assets/demo/classifier.safetensors", help="Where to write it.")
+@click.option("--out", metavar="FILE", required=True, help="Where to write it.")
 @click.option("--epochs", type=click.IntRange(1), default=8)
 @click.option("--batch", type=click.IntRange(1), default=128)
 @click.option("--lr", type=float, default=2e-3, help="Peak learning rate of a one-cycle schedule.")
@@ -25,8 +25,8 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
 
     try:
         dataset = ImageDataset(data, cache=True)
-        if not dataset.has_onehot_labels or held_out >= len(dataset):
-            raise ValueError(f"{data} needs class labels and more than {held_out} images")
+        if not dataset.has_onehot_labels or held_out + batch > len(dataset) or dataset.num_channels != 1:
+            raise ValueError(f"{data} needs grey images with class labels, at least {held_out + batch} of them")
         pairs = [dataset[i] for i in range(len(dataset))]
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

@@ -44,6 +44,7 @@ _METADATA_KEY = "ncvsd"
 _MAX_HEADER = 16 * 2**20  # bytes of safetensors header; the largest networks need about 0.3 MiB
 _MODEL_KINDS = {"Precond": Precond, "PrecondCondition": PrecondCondition, "Discriminator": Discriminator}
 _PARTS = ("unet", "ctrl", "enc", "dec")  # of the published networks, which carry architecture arguments too
+_MAX_ENTRIES = 100_000  # weights, buffers and modules of a network; the largest need a few thousand
 _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -120,12 +121,13 @@ def load(
 ) -> LoadedNetwork:
     """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`.
 
+    Each may end in `#sha256=` and 64 hexadecimal digits, which says the same as the argument `sha256`.
     Reads files written by `save`, EDM2's network pickles and the NCVSD authors' pickles, told apart by their content.
     Nothing in a file is executed. Raises CheckpointError (a ValueError) for files that are damaged, of another kind,
     or whose weights do not fit their architecture; UnsafeCheckpointError, a kind of CheckpointError, for pickles that
     hold anything outside the allowed set; and ValueError for failed downloads.
     """
-    path = _local_path(source, sha256, quiet)
+    path = _local_path(*_split_hash(os.fspath(source), sha256), quiet)
     try:
         contents = _read(path)
         net = _build(contents, path.stat().st_size, torch.device(device))
@@ -140,8 +142,19 @@ def load(
     return LoadedNetwork(net, encoder, {**config, "source": os.fspath(source)})
 
 
-def _local_path(source: str | os.PathLike[str], sha256: str | None, quiet: bool) -> Path:
-    text = os.fspath(source)
+def _split_hash(text: str, sha256: str | None) -> tuple[str, str | None]:
+    """The source without `#sha256=...`, and the hash expected."""
+    source, mark, digest = text.rpartition("#sha256=")
+    if not mark:
+        return text, sha256
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise CheckpointError(f"{_show(text)}: after #sha256= must come 64 hexadecimal digits")
+    if sha256 is not None and sha256.lower() != digest.lower():
+        raise CheckpointError(f"{_show(text)}: differs from the SHA-256 given besides, {_show(sha256)}")
+    return source, digest
+
+
+def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
     if not text.startswith("hf://"):
         return open_url(text, sha256=sha256, quiet=quiet)
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([\w./-]+))?", text)
@@ -244,6 +257,7 @@ def _collect_tensors(record: Record) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     pending: list[tuple[str, Any]] = [("", record)]
     seen: set[int] = set()
+    entries = 0
     while pending:
         prefix, module = pending.pop()
         if module is None:
@@ -253,16 +267,19 @@ def _collect_tensors(record: Record) -> dict[str, torch.Tensor]:
         seen.add(id(module))
         temporary = module.state.get("_non_persistent_buffers_set")
         skipped = temporary if type(temporary) is set else set()
-        values = _entries(module, "_parameters") | {
-            name: value for name, value in _entries(module, "_buffers").items() if name not in skipped
-        }
+        parts = [_entries(module, part) for part in ("_parameters", "_buffers", "_modules")]
+        entries += sum(map(len, parts))  # many modules may share one dictionary, which takes little room in a file
+        if entries > _MAX_ENTRIES:
+            raise CheckpointError(f"damaged: more than {_MAX_ENTRIES} weights and modules")
+        parameters, buffers, children = parts
+        values = parameters | {name: value for name, value in buffers.items() if name not in skipped}
         for name, value in values.items():
             if value is None:
                 continue
             if type(value) is not torch.Tensor:
                 raise CheckpointError(f"damaged: {_show(prefix + name)} is not a tensor")
             tensors[prefix + name] = value
-        pending += [(f"{prefix}{name}.", child) for name, child in _entries(module, "_modules").items()]
+        pending += [(f"{prefix}{name}.", child) for name, child in children.items()]
     return tensors
 
 

@@ -90,8 +90,8 @@ class StabilityVAEEncoder:
             raise ValueError("sd-vae encoder: scale and bias must be two lists of one length, the latent channels")
         if not (np.isfinite(self.scale).all() and np.isfinite(self.bias).all() and (self.scale > 0).all()):
             raise ValueError("sd-vae encoder: scale must be positive and bias finite")
-        if self.batch_size < 1:
-            raise ValueError(f"sd-vae encoder: batch_size is {self.batch_size}; it must be at least 1")
+        if not 1 <= self.batch_size <= 4096:
+            raise ValueError("sd-vae encoder: batch_size must be from 1 to 4096")
         self.device = torch.device("cpu")
         self._vae: torch.nn.Module | None = None
 

@@ -48,6 +48,16 @@ class UNetConfig:
                 f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, "
                 f"once for each level of channel_mult after the first"
             )
+        taps = self.resample_filter
+        if not taps or len(taps) % 2 or not abs(sum(taps)) > 1e-6:
+            raise ValueError(f"resample_filter needs an even number of taps whose sum is not 0, got {list(taps)}")
+        for res, width in [level for level in self.levels if level[0] in self.attn_resolutions] + self.levels[-1:]:
+            heads = width // self.channels_per_head  # 0 = no attention
+            if heads and width % heads:
+                raise ValueError(
+                    f"the {width} channels at {res}x{res} do not divide into {heads} attention heads "
+                    f"({width} // {self.channels_per_head}): change channels_per_head"
+                )
 
     @property
     def levels(self) -> list[tuple[int, int]]:

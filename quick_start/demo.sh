@@ -23,17 +23,17 @@ run() {
 start=$SECONDS
 
 run "$PYTHON" train_ncvsd.py --preset fashion16 --net "$TEACHER" --data "$DATA" --outdir "$OUT/run" --dtype "$DTYPE" \
-    --seed 0 ${DURATION:+--duration "$DURATION"}
+    --seed 0 --device cpu ${DURATION:+--duration "$DURATION"}
 BEFORE="$OUT/run/network-snapshot-000000000-0.050.safetensors"
 AFTER="$(ls "$OUT"/run/network-snapshot-*-0.050.safetensors | tail -n 1)"
 
-run "$PYTHON" generate.py --net "$TEACHER" --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/teacher"
+run "$PYTHON" generate.py --net "$TEACHER" --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/teacher"
 for stage in before after; do
     net="$BEFORE"
     if [ "$stage" = after ]; then net="$AFTER"; fi
-    run "$PYTHON" generate.py --net "$net" --ts 12,39 --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/$stage-1"
-    run "$PYTHON" generate.py --net "$net" --ts 10,22,39 --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/$stage-2"
-    run "$PYTHON" generate.py --net "$net" --ts 0,10,20,30,39 --seeds "$SEEDS" --batch 64 --grid --outdir "$OUT/$stage-4"
+    run "$PYTHON" generate.py --net "$net" --ts 12,39 --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/$stage-1"
+    run "$PYTHON" generate.py --net "$net" --ts 10,22,39 --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/$stage-2"
+    run "$PYTHON" generate.py --net "$net" --ts 0,10,20,30,39 --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/$stage-4"
 done
 
 run "$PYTHON" quick_start/demo_report.py --teacher "$TEACHER" --before "$BEFORE" --after "$AFTER" --data "$DATA" \

@@ -13,6 +13,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dnnlib.util import atomic_write  # noqa: E402
+
 STUDENT_SCHEDULES = {1: (12, 39), 2: (10, 22, 39), 4: (0, 10, 20, 30, 39)}
 TEACHER_STEPS = 32
 
@@ -50,8 +52,9 @@ def main(teacher: str, before: str | None, after: str, data: str, outdir: str, n
     print(f"fd_demo: Fréchet distance to {facts['reference_images']} images of the data in the features of a small")
     print(f"classifier of the same data, {num} images per row. It is no FID and compares within this table only.")
     results = {**facts, "rows": [{k: v for k, v in vars(row).items() if k != "picture"} for row in rows]}
-    (Path(outdir) / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (Path(outdir) / "index.html").write_text(page(rows, facts), encoding="utf-8")
+    for name, text in (("results.json", json.dumps(results, indent=2) + "\n"), ("index.html", page(rows, facts))):
+        with atomic_write(Path(outdir) / name, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def measure(

@@ -91,7 +91,7 @@ def generate_images(
     if not few_step and not isinstance(net, Precond):
         raise ValueError(f"cannot sample from a {type(net).__name__}: give a teacher (Precond) or a GenerativeDenoiser")
     if few_step:
-        _check_generator_options(net, gnet, ts, zeta, guidance, num_steps)
+        _check_generator_options(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
     else:
         _check_teacher_options(net, gnet, ts, zeta, guidance, gnet_labels, num_steps, Precond)
     if class_idx is not None and not 0 <= class_idx < net.label_dim:
@@ -150,11 +150,17 @@ def generate_images(
 
 
 def _check_generator_options(
-    net: Any, gnet: Any, ts: Sequence[int] | None, zeta: float, guidance: float, num_steps: int | None
+    net: Any,
+    gnet: Any,
+    ts: Sequence[int] | None,
+    zeta: float,
+    guidance: float,
+    gnet_labels: bool,
+    num_steps: int | None,
 ) -> None:
     from sampling.few_step import few_step_sigmas
 
-    if gnet is not None or guidance != 1:
+    if gnet is not None or guidance != 1 or not gnet_labels:
         raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
     if num_steps is not None:
         raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
@@ -196,6 +202,8 @@ def _check_teacher_options(
             f"guidance {guidance} needs a guiding network gnet (a weaker or unconditional teacher), or, for a "
             "conditional network trained with label dropout, evaluation of the network itself without labels"
         )
+    if guidance == 1 and (gnet is not None or not gnet_labels):
+        raise ValueError("a guiding network has no effect at guidance 1: give --guidance")
 
 
 @contextlib.contextmanager

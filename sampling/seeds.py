@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+MAX_SEEDS = 10_000_000
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
 def parse_seeds(text: str) -> list[int]:
     """Parse a list of seeds such as '0-49999' or '1,2,5-10'; order and repeats are kept.
 
-    Raises ValueError for anything else, or for a range that runs backwards.
+    Raises ValueError for anything else, for a range that runs backwards, and for more than 10 million seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -22,8 +23,10 @@ def parse_seeds(text: str) -> list[int]:
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
             raise ValueError(f"seeds {text!r}: the range {part.strip()} runs backwards")
-        if high >= 1 << 63 or high - low >= 1 << 31:
-            raise ValueError(f"seeds {text!r}: the range {part.strip()} is too large")
+        if high >= 1 << 63:
+            raise ValueError(f"seeds {text!r}: {part.strip()} is too large")
+        if len(seeds) + high - low >= MAX_SEEDS:
+            raise ValueError(f"seeds {text[:60]!r}: more than {MAX_SEEDS:,}; draw them in several runs")
         seeds.extend(range(low, high + 1))
     return seeds
 

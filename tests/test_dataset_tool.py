@@ -409,6 +409,18 @@ def test_encode_grey_and_errors(tmp_path, vae):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("kind", ["torch", "memory"])
+def test_out_of_memory_costs_one_line(tmp_path, monkeypatch, kind):
+    import torch
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate") if kind == "torch" else MemoryError
+
+    monkeypatch.setattr(dataset_tool, "make_encoder", fail)
+    line = run("encode", "--source", tmp_path, "--dest", tmp_path / "out", code=1)
+    assert "out of memory: try a smaller --batch" in line
+
+
 def test_help_is_quick_and_light():
     start = time.perf_counter()
     for command in ([], ["convert"], ["encode"], ["decode"]):

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -77,6 +78,33 @@ def test_two_processes_draw_what_one_draws(tmp_path, nets, kind):
     assert (tmp_path / "two/grid.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("net", "options", "message"),
+    [("missing.pkl", [], "missing.pkl: no such file"), ("student", ["--class", "7"], "class 7 is not available")],
+)
+def test_an_error_ends_every_process_and_is_told_once(tmp_path, nets, net, options, message):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "generate.py", "--net", nets.get(net, net), "--device", "cpu", *options]
+    processes = [
+        subprocess.Popen(
+            [*command, "--outdir", str(tmp_path / "out")],
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert not any("Traceback" in error for error in errors)
+    told = [line for error in errors for line in error.splitlines() if line.startswith("Error")]
+    assert len(told) == 1 and message in told[0] and told[0] in errors[0]
+
+
 def test_teacher_guided_by_itself_without_labels(tmp_path, nets):
     options = ["--net", nets["teacher"], "--seeds", "0-1", "--steps", "3", "--class", "1"]
     guided = run(*options, "--guidance", "2", "--gnet-no-labels", "--outdir", tmp_path / "a")
@@ -106,6 +134,7 @@ def test_without_ts_the_student_takes_one_step(tmp_path, nets):
         ("student", ["--steps", "8"], "apply to teachers only"),
         ("student", ["--dtype", "fp16"], "float16 needs a CUDA device"),
         ("teacher", ["--ts", "10,39"], "this network is a teacher"),
+        ("teacher", ["--gnet-no-labels"], "no effect at guidance 1: give --guidance"),
         ("teacher", ["--guidance", "2"], "needs a guiding network"),
         ("teacher", ["--guidance", "2", "--gnet", "missing.pkl"], "missing.pkl"),
         ("/no/such/net.pkl", [], "/no/such/net.pkl"),

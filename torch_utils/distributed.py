@@ -6,10 +6,18 @@ All state is torch.distributed's own: without `init`, every function answers for
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class MainProcessError(ValueError):
+    """The main process failed, and has said or will say why; raised in the others, so that they end too."""
 
 
 def launched_by_torchrun() -> bool:
@@ -55,6 +63,10 @@ def init(device: str | torch.device = "auto", *, timeout_minutes: float = 30.0) 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launched_by_torchrun() and not dist.is_initialized():
+        # Imported later, it would take the group as a default argument and keep its threads alive past `destroy`, which
+        # can abort the process when it exits.
+        from torch.distributed import nn  # noqa: F401
+
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     return device
@@ -88,6 +100,28 @@ def barrier() -> None:
             dist.barrier(device_ids=[torch.cuda.current_device()])
         else:
             dist.barrier()
+
+
+def main_first(function: Callable[[], T]) -> T:
+    """Return function() of every process: the main process calls it first (and downloads, say), then the others.
+
+    What it raises in the main process is raised there, and as a MainProcessError with its text in the others.
+    """
+    if not _in_group():
+        return function()
+    result, error = None, None
+    if is_main():
+        try:
+            result = function()
+        except Exception as caught:  # of any kind: the others are waiting to hear of it
+            error = caught
+    message = [None if error is None else str(error)]
+    dist.broadcast_object_list(message, src=0)
+    if error is not None:
+        raise error
+    if message[0] is not None:
+        raise MainProcessError(message[0])
+    return result if is_main() else function()
 
 
 def print0(*args: object, **kwargs: object) -> None:

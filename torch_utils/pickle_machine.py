@@ -246,9 +246,13 @@ def attributes(state: Any) -> dict[str, Any]:
 
 
 def scalar_key(key: Any) -> Any:
-    """A dictionary key or set member. Only scalars: the hash of nested tuples can take exponential time."""
-    if type(key) not in _SCALARS:
-        raise ValueError(f"a {type(key).__name__} as dictionary key or set member")
+    """A dictionary key or set member.
+
+    Only scalars, since the hash of nested tuples can take exponential time, and only short integers: any number of long
+    ones share one hash, and a dictionary of those takes quadratic time.
+    """
+    if type(key) not in _SCALARS or (type(key) is int and key.bit_length() > 32):
+        raise ValueError(f"a {'long ' * (type(key) is int)}{type(key).__name__} as dictionary key or set member")
     return key
 
 

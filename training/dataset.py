@@ -19,10 +19,11 @@ from training.dataset_files import (
     decode_latents,
     decode_pixels,
     is_image_name,
+    one_line,
     read_labels,
 )
 
-__all__ = ["DatasetError", "ImageDataset", "InfiniteSampler"]
+__all__ = ["DatasetError", "ImageDataset", "InfiniteSampler", "one_line"]
 
 
 class ImageDataset:
@@ -85,6 +86,7 @@ class ImageDataset:
         self._labels = None if labels is None else labels[order]
 
         self._cache: np.ndarray | None = None
+        self.image_shape: list[int] | None = None
         self.image_shape = list(self._decode_file(0).shape)
         _, height, width = self.image_shape
         if height != width:
@@ -101,18 +103,12 @@ class ImageDataset:
         return self._source.where(self._names[raw_index])
 
     def _decode_file(self, raw_index: int) -> np.ndarray:
-        return self._decode(self._source.read(self._names[raw_index]), self._where(raw_index))
+        return self._decode(self._source.read(self._names[raw_index]), self._where(raw_index), self.image_shape)
 
     def _read_raw(self, raw_index: int) -> np.ndarray:
         if self._cache is not None:
             return self._cache[raw_index].copy()
-        image = self._decode_file(raw_index)
-        if list(image.shape) != self.image_shape:
-            raise DatasetError(
-                f"{self._where(raw_index)}: shape {list(image.shape)} differs from {self.image_shape} of "
-                f"{self._names[0]} (channels, height, width); convert with dataset_tool.py"
-            )
-        return image
+        return self._decode_file(raw_index)
 
     def __len__(self) -> int:
         return len(self._names) * (2 if self.xflip else 1)

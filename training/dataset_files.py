@@ -5,22 +5,42 @@ Nothing that a data set contains is ever executed: NPY headers are checked and r
 
 import io
 import json
+import math
 import os
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LATENT_EXTENSION = ".npy"
-_MAX_FILE_BYTES = 1 << 30  # one image or one dataset.json; anything larger is a mistake or a bomb
+_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
+_MAX_FILE_BYTES = 1 << 30  # one image; anything larger is a mistake or a bomb
+_LABEL_BYTES = 4096  # dataset.json may hold so many per image, and 1 MiB besides
 _MAX_CLASSES = 1_000_000
 
 
 class DatasetError(ValueError):
     """A data set cannot be used; the message is one line that names the file."""
+
+
+def one_line(error: DatasetError) -> str:
+    """The message alone, without the traceback that PyTorch puts before it when a loader process raised the error."""
+    last = str(error).rstrip().rpartition("\n")[2]
+    return last.removeprefix(f"{DatasetError.__module__}.{DatasetError.__qualname__}: ")
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception says, in one short line."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _printable(text[:120])
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 class FileSource:
@@ -58,8 +78,8 @@ class FileSource:
         if self._zip is None or self._zip_pid != os.getpid():  # a forked child must not share the file offset
             try:
                 self._zip = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
-                raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({error})") from None
+            except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
+                raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
             self._zip_pid = os.getpid()
         return self._zip
 
@@ -68,7 +88,7 @@ class FileSource:
 
     def where(self, name: str) -> str:
         """The name to show in messages, such as `faces.zip:00000/img00000000.png`."""
-        return f"{self.path}:{name}" if self.is_zip else os.path.join(self.path, name)
+        return _printable(f"{self.path}:{name}" if self.is_zip else os.path.join(self.path, name))
 
     def signature(self, name: str) -> tuple[int, ...]:
         """Size in bytes, and the CRC where the archive's directory has it."""
@@ -77,17 +97,24 @@ class FileSource:
             return info.file_size, info.CRC
         return (os.stat(os.path.join(self.path, name)).st_size,)
 
-    def read(self, name: str) -> bytes:
-        """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds 1 GiB."""
+    def read(self, name: str, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
+        """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds `max_bytes`.
+
+        Members of an archive must be stored or deflated.
+        """
         try:
-            if self.signature(name)[0] > _MAX_FILE_BYTES:
-                raise DatasetError(f"{self.where(name)}: larger than 1 GiB, which no image of a data set is")
-            if self.is_zip:
-                return self._archive().read(name)
-            with open(os.path.join(self.path, name), "rb") as file:
-                return file.read()
-        except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise DatasetError(f"{self.where(name)}: cannot be read ({error})") from None
+            size = self.signature(name)[0]
+            if size > max_bytes:
+                raise DatasetError(f"{self.where(name)}: {size:,} bytes where at most {max_bytes:,} make sense")
+            if not self.is_zip:
+                with open(os.path.join(self.path, name), "rb") as file:
+                    return file.read()
+            if self._archive().getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DatasetError(f"{self.where(name)}: neither stored nor deflated; pack the archive again")
+            with self._archive().open(name) as file:
+                return file.read(size)  # never more than the size said, whatever the data unpack to
+        except (OSError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            raise DatasetError(f"{self.where(name)}: cannot be read ({_reason(error)})") from None
 
     def close(self) -> None:
         if self._zip is not None and self._zip_pid == os.getpid():
@@ -104,18 +131,28 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def decode_pixels(data: bytes, where: str) -> np.ndarray:
+def _check_shape(shape: list[int], expected: Sequence[int] | None, where: str) -> None:
+    if expected is not None and shape != list(expected):
+        raise DatasetError(
+            f"{where}: shape {shape} differs from {list(expected)} of the first image (channels, height, width); "
+            "convert with dataset_tool.py"
+        )
+
+
+def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
     """Decode an image file to uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); palettes are expanded, alpha is dropped.
 
-    Raises `DatasetError`, naming `where`, for damaged files and for more than 8 bits per channel.
+    Raises `DatasetError`, naming `where`, for damaged files, for more than 8 bits per channel, and, before anything is
+    decoded, for another shape than `expected` [C,H,W].
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as file:
             if file.mode.startswith(("I", "F")):
                 raise DatasetError(f"{where}: {file.mode} pixels; convert the image to 8 bits per channel")
             mode = "L" if file.mode in ("1", "L", "LA", "La") else "RGB"
+            _check_shape([1 if mode == "L" else 3, file.height, file.width], expected, where)
             if file.mode == "P":  # by way of RGBA: a transparent palette entry keeps its colour
                 pixels = np.array(file.convert("RGBA"))[..., :3]
             else:
@@ -125,14 +162,15 @@ def decode_pixels(data: bytes, where: str) -> np.ndarray:
     except UnidentifiedImageError:
         raise DatasetError(f"{where}: damaged or not an image") from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged data
-        raise DatasetError(f"{where}: damaged image ({str(error) or type(error).__name__})") from None
+        raise DatasetError(f"{where}: damaged image ({_reason(error)})") from None
     return pixels[np.newaxis] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def decode_latents(data: bytes, where: str) -> np.ndarray:
+def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
     """Decode an NPY file to float32 [C,H,W]; float16 and float32 are accepted.
 
-    Raises `DatasetError`, naming `where`, for damaged files, other dtypes or shapes, and values that are not finite.
+    Raises `DatasetError`, naming `where`, for damaged files, other dtypes or shapes (also than `expected`, if given),
+    and values that are not finite.
     """
     stream = io.BytesIO(data)
     try:
@@ -144,18 +182,21 @@ def decode_latents(data: bytes, where: str) -> np.ndarray:
         else:
             raise ValueError(f"NPY version {version[0]}.{version[1]}")
     except Exception as error:  # the header is a Python literal: SyntaxError, RecursionError, ... when damaged
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DatasetError(f"{where}: damaged or not an NPY file ({reason})") from None
+        raise DatasetError(f"{where}: damaged or not an NPY file ({_reason(error)})") from None
     if dtype.kind != "f" or dtype.itemsize not in (2, 4):
-        raise DatasetError(f"{where}: dtype {dtype}; latents must be float16 or float32")
-    if len(shape) != 3 or min(shape) < 1:
-        raise DatasetError(f"{where}: shape {list(shape)}; latents must have three dimensions [C,H,W]")
-    count = int(np.prod([int(n) for n in shape], dtype=object))
-    if len(data) - stream.tell() != count * dtype.itemsize:
+        raise DatasetError(f"{where}: dtype {str(dtype)[:40]}; latents must be float16 or float32")
+    if len(shape) != 3 or not all(type(n) is int and 1 <= n < 1 << 31 for n in shape):
+        raise DatasetError(f"{where}: latents must have three dimensions [C,H,W], all at least 1")
+    _check_shape(list(shape), expected, where)
+    if len(data) - stream.tell() != math.prod(shape) * dtype.itemsize:
         raise DatasetError(f"{where}: damaged NPY file: its size does not fit shape {list(shape)}")
     flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
-    array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
-    if not np.isfinite(array).all():
+    try:
+        array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
+        finite = np.isfinite(array).all()
+    except MemoryError:
+        raise DatasetError(f"{where}: shape {list(shape)} does not fit into memory") from None
+    if not finite:
         raise DatasetError(f"{where}: holds NaN or infinite values")
     return array
 
@@ -163,18 +204,18 @@ def decode_latents(data: bytes, where: str) -> np.ndarray:
 def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
     """Labels of `names` from the source's `dataset.json`: int64 [N] classes, float32 [N, D] vectors, or None.
 
-    Raises `DatasetError` for invalid JSON, files without a label, and labels that are neither a class index >= 0
-    nor a vector of numbers of one common length.
+    Raises `DatasetError` for invalid JSON, more than 4 KiB of it per image (and 1 MiB), files without a label, and
+    labels that are neither a class index >= 0 nor a vector of numbers of one common length.
     """
     if "dataset.json" not in source.names:
         return None
     where = source.where("dataset.json")
     try:
-        content = json.loads(source.read("dataset.json"))
-    except (ValueError, RecursionError) as error:
+        content = json.loads(source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names)))
+    except (ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, DatasetError):
             raise
-        raise DatasetError(f"{where}: not valid JSON ({error})") from None
+        raise DatasetError(f"{where}: not valid JSON ({_reason(error)})") from None
     entries = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(content, dict) or (entries is not None and not isinstance(entries, list)):
         raise DatasetError(f'{where}: must be {{"labels": [[name, label], ...]}} or {{"labels": null}}')

@@ -1,5 +1,6 @@
 """Writing data sets in the EDM2 layout (see `training.dataset`): a folder or a ZIP that appears only when complete."""
 
+import contextlib
 import io
 import json
 import os
@@ -35,33 +36,46 @@ def encode_npy(latents: np.ndarray) -> bytes:
 class DatasetWriter:
     """Collects files under a temporary name beside `dest` and renames it on success; on error nothing remains.
 
+    Where `dest` cannot take the finished files at the end, they stay under the temporary name, which the error gives.
+
     A `dest` ending in `.zip` becomes an uncompressed archive, anything else a folder. Use as a context manager:
 
         with DatasetWriter('out.zip') as writer:
             writer.add('00000/img00000000.png', data, label=3)
 
     Labels may be class indices or lists of numbers; without any the file says `{"labels": null}`.
-    Raises `DatasetError` where `dest` exists already (an empty folder is accepted) or cannot be written.
+    Raises `DatasetError` where `dest` exists already (an empty folder, or a link to one, is accepted) or cannot be
+    written.
     """
 
     def __init__(self, dest: str | os.PathLike):
         self.dest = os.path.normpath(os.fspath(dest))
         self._is_zip = self.dest.lower().endswith(".zip")
-        if os.path.isfile(self.dest) or (os.path.isdir(self.dest) and (self._is_zip or os.listdir(self.dest))):
-            raise DatasetError(f"{self.dest}: exists already and is kept; choose another destination or remove it")
-        folder, base = os.path.split(self.dest)
+        self._target = os.path.realpath(self.dest)
+        folder, base = os.path.split(self._target)
         self._temporary = os.path.join(folder, f".{base}.tmp{os.getpid()}")
         self._labels: list[list[Any]] = []
         self._zip: zipfile.ZipFile | None = None
         try:
-            if folder:
-                os.makedirs(folder, exist_ok=True)
+            self._check_free()
+            os.makedirs(folder, exist_ok=True)
             if self._is_zip:
                 self._zip = zipfile.ZipFile(self._temporary, "w")
             else:
                 os.makedirs(self._temporary)
         except OSError as error:
-            raise DatasetError(f"{self.dest}: cannot be written ({error.strerror})") from None
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> DatasetError:
+        return DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})")
+
+    def _check_free(self) -> None:
+        if not os.path.lexists(self._target):
+            return
+        if self._is_zip or not os.path.isdir(self._target) or os.listdir(self._target):
+            raise DatasetError(f"{self.dest}: exists already and is kept; choose another destination or remove it")
+        if os.path.ismount(self._target) or os.path.samefile(self._target, os.curdir):
+            raise DatasetError(f"{self.dest}: the current folder or a mount point; name a new folder inside it")
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -86,22 +100,43 @@ class DatasetWriter:
                 with open(path, "wb") as file:
                     file.write(data)
         except OSError as error:
-            raise DatasetError(f"{self.dest}: cannot be written ({error.strerror})") from None
+            raise self._failure(error) from None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        complete = False
         try:
             if kind is None:
                 content = json.dumps({"labels": self._labels or None})
                 self._store("dataset.json", content.encode(), zipfile.ZIP_DEFLATED)
                 if self._zip is not None:
                     self._zip.close()
-                if os.path.isdir(self.dest):
-                    os.rmdir(self.dest)  # empty, checked above
-                os.replace(self._temporary, self.dest)
+                complete = True
+        except OSError as error:
+            raise self._failure(error) from None
         finally:
-            if self._zip is not None:
-                self._zip.close()
-                if os.path.exists(self._temporary):
-                    os.remove(self._temporary)
-            else:
-                shutil.rmtree(self._temporary, ignore_errors=True)
+            if not complete:
+                self._discard()
+        if complete:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Give the complete files their name; they are kept where that fails."""
+        kept = f"the finished data set is in {self._temporary}"
+        try:
+            self._check_free()
+            if os.path.isdir(self._target):
+                os.rmdir(self._target)
+            os.replace(self._temporary, self._target)
+        except DatasetError as error:
+            raise DatasetError(f"{error}; {kept}") from None
+        except OSError as error:
+            raise DatasetError(f"{self._failure(error)}; {kept}") from None
+
+    def _discard(self) -> None:
+        if self._zip is None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
+            self._zip.close()
+        with contextlib.suppress(OSError):
+            os.remove(self._temporary)

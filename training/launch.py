@@ -52,7 +52,7 @@ def common_options(kind: type[TrainingConfig]) -> Callable:
 
 
 def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
-    """Check the options, build the task with `build(config, options, data_shape, encoder, device)` and train.
+    """Check the options, build the task with `build(config, options, dataset, device)` and train.
 
     Every mistake of the user's ends in one line and a non-zero exit.
     """
@@ -60,6 +60,8 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 
     try:
         _launch(kind, options, build)
+    except distributed.MainProcessError:
+        sys.exit(1)  # one message is enough
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     finally:
@@ -76,7 +78,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     import torch
 
     from torch_utils import distributed
-    from training.dataset import ImageDataset
+    from training.dataset import DatasetError, ImageDataset, one_line
     from training.loop import Run, split_batch, train
     from training.optim import DivergenceError
 
@@ -86,7 +88,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"])
     )
     torch.manual_seed(options["seed"])
-    task, encoder = build(config, options, dataset, device)
+    task, encoder = distributed.main_first(lambda: build(config, options, dataset, device))
     for phase in task.phases:
         phase.net.compute_dtype = compute_dtype(options["dtype"], device)
     workers = options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda")
@@ -100,8 +102,12 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     run = Run(run_dir, device, options["seed"], workers, provenance, options["quiet"])
     try:
         train(task, dataset, encoder, config, run)
+    except DatasetError as error:
+        raise click.ClickException(one_line(error)) from error
     except DivergenceError as error:
-        raise click.ClickException(f"{error}; the newest state in {run_dir} is the last good one") from error
+        raise click.ClickException(f"{error}; the newest state, if any, is in {run_dir}") from error
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch-gpu ({error})") from error
 
 
 def compute_dtype(name: str, device: Any) -> Any:

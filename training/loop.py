@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import networks
+from dnnlib.util import atomic_write
 from sampling.grid import image_grid, save_grid
+from sampling.seeds import stream_seed
 from torch_utils import distributed
 from training.dataset import ImageDataset, InfiniteSampler
 from training.noise import training_noise
@@ -62,16 +65,13 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     identity = _identity(config, run.seed, dataset, task)
     for p in task.phases:
         p.net.eval().requires_grad_(False)  # but for the one whose turn it is
-
-    for p in task.phases:
-        p.net.eval().requires_grad_(False)
     ema = PowerFunctionEMA(task.result, config.ema_stds)
     optimizers = {p.name: _optimizer(p.net, run.device) for p in task.phases}
     streaks = {p.name: 0 for p in task.phases}
     nimg, seconds = 0, 0.0
+    _claim_folder(run.run_dir, identity)
     state = _newest_state(run.run_dir)
     if state is not None:
-        _check_identity(state["identity"], identity, run.run_dir)
         for p in task.phases:
             p.net.load_state_dict(state["nets"][p.name])
             optimizers[p.name].load_state_dict(state["optimizers"][p.name])
@@ -94,7 +94,12 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
             facts["config"] = dataclasses.asdict(config)
             path = run.run_dir / f"network-snapshot-{nimg:09d}-{std:.3f}.safetensors"
             networks.save(path, average, encoder, dtype=torch.float16, dataset=dataset.facts(), provenance=facts)
-        for name, images in task.sample_grids(ema.averages[0], encoder, GRID_SEEDS, batch_gpu).items():
+        try:
+            grids = task.sample_grids(ema.averages[0], encoder, GRID_SEEDS, batch_gpu)
+        except ValueError as error:  # latents whose autoencoder is not at hand
+            recorder.log(f"no sample grids: {error}")
+            return
+        for name, images in grids.items():
             save_grid(run.run_dir / f"grid-{nimg:09d}-{name}.png", images)
             recorder.image(nimg, f"Samples/{name}", image_grid(images))
 
@@ -103,14 +108,15 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
         if distributed.is_main():
             nets = {p.name: p.net.state_dict() for p in task.phases}
             optims = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-            state = dict(identity=identity, nimg=nimg, seconds=seconds, streaks=streaks)
+            state = dict(nimg=nimg, seconds=seconds, streaks=streaks)
             save_state(run.run_dir, {**state, "nets": nets, "optimizers": optims, "ema": ema.state_dict()}, nimg)
         distributed.barrier()
 
     if nimg == 0:
         snapshot()
     while nimg < config.duration:
-        torch.manual_seed((run.seed << 32) + nimg // config.batch)  # dropout is the only user of the global generator
+        iteration = nimg // config.batch * world + distributed.rank()
+        torch.manual_seed(stream_seed((run.seed + 1 << 32) + iteration))  # of dropout, all else has its own streams
         lr = learning_rate(nimg, config)
         for index, phase in enumerate(task.phases):
             position = nimg * len(task.phases) + index * config.batch
@@ -141,10 +147,10 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
             seconds, rate, since, started = seconds + now - started, (nimg - since) / (now - started), nimg, now
             values = {**means.read(), "Progress/img_per_s": rate, "Progress/lr": lr, "Progress/seconds": seconds}
             recorder.stats(nimg, values)
-        if done or _crossed(nimg, config.batch, config.snapshot):
-            snapshot()
         if done or _crossed(nimg, config.batch, config.checkpoint):
             checkpoint()
+        if done or _crossed(nimg, config.batch, config.snapshot):
+            snapshot()
 
     recorder.log(f"finished at {nimg} images")
     recorder.close()
@@ -239,7 +245,18 @@ def _identity(config: TrainingConfig, seed: int, dataset: ImageDataset, task: Ta
     return {**fields, "seed": seed, "data": dataset.fingerprint(), "teacher": task.teacher_digest}
 
 
-def _check_identity(stored: dict[str, Any], wanted: dict[str, Any], run_dir: Path) -> None:
+def _claim_folder(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Write run.json where it is new. Raises StateError where the folder holds a run with other settings."""
+    path = run_dir / "run.json"
+    wanted = json.loads(json.dumps(identity))
+    if distributed.is_main() and not path.exists():
+        with atomic_write(path, "w", encoding="utf-8") as file:
+            json.dump(identity, file, indent=2)
+    distributed.barrier()
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StateError(f"{path} is damaged ({error}): restore it, or use another --outdir") from None
     differing = [k for k in sorted(stored.keys() | wanted.keys()) if stored.get(k) != wanted.get(k)]
     if differing:
         k = differing[0]

@@ -65,6 +65,8 @@ class TrainingConfig:
             raise PresetError(f"dropout must lie in [0, 1), got {self.dropout}")
         if not self.ema_stds or not all(0 < std < 0.2886 for std in self.ema_stds):
             raise PresetError(f"ema_stds must lie between 0 and 0.288, got {self.ema_stds}")
+        if len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
+            raise PresetError(f"ema_stds must differ in their first three decimals, got {self.ema_stds}")
         if self.nonfinite not in ("zero", "skip"):
             raise PresetError(f"nonfinite must be 'zero' or 'skip', got {self.nonfinite!r}")
 
@@ -87,7 +89,9 @@ class NCVSDConfig(TrainingConfig):
     init_sigma: float = setting(80.0, "Noise level of unconditional generation")
     g_lr_scaling: float = setting(0.01, "Learning rate of the generator, relative to the score network's")
     d_lr_scaling: float = setting(0.01, "Learning rate of the discriminator, relative to the score network's")
-    g_delay_kimg: float = setting(0, "Generator updates from here on, in thousand images; the others learn from the start")
+    g_delay_kimg: float = setting(
+        0, "Generator updates from here on, in thousand images; the others learn from the start"
+    )
     gan_loss_scaling: float = setting(1.0, "Weight of the adversarial loss")
     gan_warmup_kimg: float = setting(16778, "Adversarial loss from here on, in thousand images")
     g_p_mean: float = setting(-0.4, "Generator loss: mean of ln t")
@@ -103,6 +107,7 @@ class NCVSDConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_not_negative("gamma", "g_lr_scaling", "d_lr_scaling", "gan_loss_scaling", "gan_warmup_kimg")
+        self._check_not_negative("g_delay_kimg")
         self._check_not_negative("g_p_std", "s_p_std", "d_p_std")
         self._check_positive("init_sigma", "sigma_rho")
         if self.sigma_steps < 2:
@@ -131,7 +136,13 @@ class EDM2Config(TrainingConfig):
 
 def preset_names(kind: type) -> list[str]:
     """Names of the preset files made for this dataclass."""
-    return sorted(p.stem for p in PRESET_DIR.glob("*.json") if _read(p).get("kind") == _kind_name(kind))
+    names = []
+    for path in PRESET_DIR.glob("*.json"):
+        try:
+            names += [path.stem] * (_read(path).get("kind") == _kind_name(kind))
+        except PresetError:  # reported when it is asked for
+            continue
+    return sorted(names)
 
 
 def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -165,7 +176,7 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
         if typing.get_origin(kind) is tuple:
             element = typing.get_args(kind)[0]
             parts = value.split(",") if isinstance(value, str) else value
-            return tuple(element(part) for part in parts)
+            return tuple(convert(name, element, False, part) for part in parts)
         if kind is bool:
             if isinstance(value, bool):
                 return value
@@ -175,7 +186,7 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
         if kind is int and int(value) != float(value):
             raise ValueError
         return kind(value)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise PresetError(f"{name.replace('_', '-')}: {value!r} is not valid ({error or 'wrong type'})") from None
 
 

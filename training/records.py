@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,13 @@ class Recorder:
             return
         losses = {k.removeprefix("Loss/"): f"{v:.4g}" for k, v in values.items() if k.startswith("Loss/")}
         self._bar.set_postfix(losses)
+        affected = {k.split("/")[1]: v for k, v in values.items() if k.startswith("Nonfinite/") and v}
+        if affected:
+            means = ", ".join(f"{name} {value:.3g}" for name, value in affected.items())
+            self.log(f"at {nimg} images: non-finite gradients, mean per update: {means}")
         with open(self.run_dir / "stats.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"nimg": nimg, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"nimg": nimg, **finite}, allow_nan=False) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, nimg)
         self._board.flush()

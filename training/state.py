@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +68,25 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise StateError(f"{path} is damaged: its SHA-256 does not begin with the digits in its name")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise StateError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def load_newest_state(run_dir: str | Path, warn: Any = print) -> dict[str, Any] | None:
-    """Newest valid state of a run, or None. A damaged one is set aside as *.damaged with a warning."""
-    for path in list_states(run_dir):
+def load_newest_state(run_dir: str | Path, warn: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """Newest valid state of a run, or None if it has none yet. A damaged one is set aside as *.damaged with a warning.
+
+    Raises StateError if states are there and none is valid: starting afresh would overwrite the run.
+    """
+    states = list_states(run_dir)
+    for path in states:
         try:
             return load_state(path)
         except StateError as error:
             aside = path.with_suffix(".damaged")
             os.replace(path, aside)
-            warn(f"{error}; it is set aside as {aside.name} and the one before it is used")
+            warn(f"{error}; it is set aside as {aside.name}")
+    if states or list(Path(run_dir).glob("training-state-*.damaged")):
+        raise StateError(f"no valid training state is left in {run_dir}: restore one, or use another --outdir")
     return None
 
 

@@ -18,6 +18,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.requests.append(self.headers.get("Range"))
+        if server.raw:
+            self.wfile.write(server.raw)
+            self.close_connection = True
+            return
         if self.path.startswith("/missing"):
             self.send_error(404)
             return
@@ -42,7 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = server.content[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", server.etag)
+        if server.etag:
+            self.send_header("ETag", server.etag)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
         self.end_headers()
@@ -62,6 +67,7 @@ def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.cut, server.ranges = [], [], True
     server.content, server.etag, server.redirect = CONTENT, '"one"', ""
+    server.raw = b""  # the whole of every answer
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -116,6 +122,83 @@ def test_server_without_ranges(server, tmp_path):
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("etag", [None, 'W/"weak"', '"\x07"'])
+def test_never_resumes_without_knowing_the_version(server, tmp_path, etag):
+    server.etag, server.cut = etag, [500_000]
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    server.cut = [500_000]
+    with pytest.raises(util.DownloadError) as caught:
+        fetch(server, tmp_path, "other.bin", attempts=0)
+    assert "is kept" not in str(caught.value)
+    assert fetch(server, tmp_path, "other.bin").read_bytes() == CONTENT
+    assert server.requests == [None] * 4
+
+
+def test_server_that_resumes_another_version(server, tmp_path):
+    server.cut = [500_000]
+    with pytest.raises(util.DownloadError):
+        fetch(server, tmp_path, attempts=0)
+    answer = "HTTP/1.1 206 OK\r\nContent-Range: bytes 500000-500000/500001\r\nContent-Length: 1\r\n{}\r\nx"
+    server.raw = answer.format('ETag: "two"\r\n').encode()
+    with pytest.raises(util.DownloadError):
+        fetch(server, tmp_path, attempts=1)
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_length_unknown(server, tmp_path):
+    server.raw = b"HTTP/1.1 200 OK\r\n\r\nhalf"
+    with pytest.raises(util.DownloadError, match=r"how long the file is.*URL#sha256=HEX"):
+        fetch(server, tmp_path)
+    assert fetch(server, tmp_path, sha256=hashlib.sha256(b"half").hexdigest()).read_bytes() == b"half"
+    server.raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"
+    with pytest.raises(util.DownloadError, match="download failed"):
+        fetch(server, tmp_path, "chunks", attempts=1)
+    server.raw += b"0\r\n\r\n"
+    assert fetch(server, tmp_path, "chunks").read_bytes() == b"half"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_largest_size(server, tmp_path, chunked):
+    if chunked:
+        server.raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\n\r\n"
+    size = 4 if chunked else len(CONTENT)
+    with pytest.raises(util.DownloadError, match="larger than the limit of"):
+        fetch(server, tmp_path, max_bytes=size - 1)
+    assert not list(tmp_path.glob("*file.bin")) and not list(tmp_path.glob("*.part*"))
+    assert fetch(server, tmp_path, max_bytes=size).stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000,
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1",
+        b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-9/" + b"9" * 5000,
+        b"HTTP/1.1 206 OK\r\nContent-Range: bytes \xb2-9/9",
+        b"HTTP/1.1 404 \x1b[31mgone\x07 " + b"x" * 5000,
+        b"HTTP/1.1 302 x\r\nLocation: http://" + b"a" * 70 + b"/",
+        b"HTTP/1.1 302 x\r\nLocation: http://[x/",
+        b"HTTP/1.1 302 x\r\nLocation: /\xff\x07",
+        b"HTTP/9 \x1b[31m",
+        b"\x1b[31m" * 100,
+    ],
+)
+def test_hostile_headers(server, tmp_path, head):
+    server.raw = head + b"\r\n\r\nx"
+    with pytest.raises(util.DownloadError) as caught:
+        fetch(server, tmp_path, attempts=1)
+    message = str(caught.value)
+    assert message.startswith(server.url) and message.isprintable() and len(message) < 500
+
+
+@pytest.mark.parametrize("url", ["http://h/\x1b[31m", "http://h\n/", "http://ü/", "http://\udcff/", "http://h/ x"])
+def test_urls_beyond_ascii(tmp_path, url):
+    with pytest.raises(util.DownloadError, match="^http://.*%XX") as caught:
+        util.open_url(url, cache_dir=tmp_path)
+    assert str(caught.value).isprintable()
+
+
 def test_file_that_changed_between_two_calls(server, tmp_path):
     server.cut = [500_000, 0]
     with pytest.raises(util.DownloadError):
@@ -128,6 +211,7 @@ def test_file_that_changed_between_two_calls(server, tmp_path):
 def test_part_at_or_beyond_the_end(server, tmp_path, kept):
     final = fetch(server, tmp_path)
     final.rename(final.with_name(final.name + ".part")).write_bytes(kept)
+    final.with_name(final.name + ".part.version").write_text(server.etag)
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import struct
@@ -215,6 +216,15 @@ def test_sources(tmp_path, monkeypatch):
         with pytest.raises(networks.CheckpointError, match="hf://owner/repository"):
             networks.load(text)
 
+    digest = hashlib.sha256(open(EDM2, "rb").read()).hexdigest()
+    assert networks.load(f"{EDM2}#sha256={digest.upper()}", sha256=digest).config["kind"] == "Precond"
+    with pytest.raises(ValueError, match="another file"):
+        networks.load(f"{EDM2}#sha256={'0' * 64}")
+    with pytest.raises(networks.CheckpointError, match="64 hexadecimal digits"):
+        networks.load(f"{EDM2}#sha256=abc")
+    with pytest.raises(networks.CheckpointError, match="differs from the SHA-256"):
+        networks.load(f"{EDM2}#sha256={digest}", sha256="0" * 64)
+
     asked = []
 
     def download(repository, filename, revision):
@@ -226,6 +236,10 @@ def test_sources(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert networks.load("hf://owner/repo/folder/net.pkl@v1").config["source"] == "hf://owner/repo/folder/net.pkl@v1"
     networks.load("hf://owner/repo/net.pkl")
-    assert asked == [("owner/repo", "folder/net.pkl", "v1"), ("owner/repo", "net.pkl", None)]
+    networks.load(f"hf://owner/repo/net.pkl#sha256={digest}")
+    with pytest.raises(ValueError, match="another file"):
+        networks.load(f"hf://owner/repo/net.pkl#sha256={'0' * 64}")
+    assert asked[2:] == asked[1:2] * 2
+    assert asked[:2] == [("owner/repo", "folder/net.pkl", "v1"), ("owner/repo", "net.pkl", None)]
     with pytest.raises(networks.CheckpointError, match="Hub: 404$"):
         networks.load("hf://owner/repo/gone")

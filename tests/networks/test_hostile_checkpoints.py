@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import struct
 import sys
 import zipfile
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 import networks
 from networks import checkpoints
 from networks.encoders import RGBEncoder
+from tests.memory_utils import HAS_LIMITS, run_script
 
 DATA = "tests/data/"
 EDM2, NCVSD = DATA + "edm2-tiny-0000000-0.100.pkl", DATA + "ncvsd-tiny-0000000-0.050.pkl"
@@ -32,28 +32,30 @@ class Evil:
 
 
 @pytest.fixture
-def bounded_memory():
+def no_imports():
     networks.load(NCVSD)
-    modules, before = set(sys.modules), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    modules = set(sys.modules)
     yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB
     assert set(sys.modules) == modules
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """Tensors and description of an honest file."""
+def own_file(path):
+    """Writes an honest file; returns its tensors, description and content."""
     net = networks.Precond(
         img_resolution=8, img_channels=3, label_dim=4, model_channels=8, channel_mult=[1, 2], num_blocks=1,
         attn_resolutions=[4], channels_per_head=8,
     )  # fmt: skip
-    path = tmp_path_factory.mktemp("own") / "net"
     networks.save(path, net, RGBEncoder())
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     description = json.loads(header["__metadata__"]["ncvsd"])
     return {k: v.clone() for k, v in net.state_dict().items()}, description, data
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return own_file(tmp_path_factory.mktemp("own") / "net")
 
 
 def write(path, tensors, description):
@@ -85,7 +87,7 @@ def write(path, tensors, description):
         ({"num_blocks": 2}, "missing weights: .* and [0-9]+ more"),
     ],
 )
-def test_hostile_architecture(changes, message, own, tmp_path, bounded_memory):
+def test_hostile_architecture(changes, message, own, tmp_path, no_imports):
     tensors, description, _ = own
     description = {**description, "init_kwargs": {**description["init_kwargs"], **changes}}
     with pytest.raises(networks.CheckpointError, match=message) as caught:
@@ -112,7 +114,7 @@ def test_hostile_architecture(changes, message, own, tmp_path, bounded_memory):
         ({"format_version": 99}, "format version 99"),
     ],
 )
-def test_hostile_description(changes, message, own, tmp_path, bounded_memory):
+def test_hostile_description(changes, message, own, tmp_path, no_imports):
     tensors, description, _ = own
     with pytest.raises(networks.CheckpointError, match=message):
         networks.load(write(tmp_path / "net", tensors, {**description, **changes}))
@@ -188,8 +190,8 @@ HOSTILE = {
     "text": lambda d, m: b"version https://git-lfs.github.com/spec/v1",
     "random bytes": lambda d, m: random.Random(0).randbytes(10_000),
     "random bytes after a pickle's start": lambda d, m: b"\x80\x04\x95" + random.Random(0).randbytes(10_000),
-    "ZIP bomb": lambda d, m: deflated(64 << 20),
-    "ZIP bomb in a pickle": lambda d, m: nested(deflated(64 << 20)),
+    "ZIP bomb": lambda d, m: deflated(256 << 20),
+    "ZIP bomb in a pickle": lambda d, m: nested(deflated(256 << 20)),
     "hostile pickle in a pickle": lambda d, m: nested(pickle.dumps(Evil(f"touch {m}"))),
     "os.system as the network": lambda d, m: pickle.dumps({"ema": Evil(f"touch {m}")}),
     "os.system beside the network": lambda d, m: open(EDM2, "rb").read()[:-2] + pickle.dumps(Evil(f"touch {m}"))[2:],
@@ -200,7 +202,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_file(case, own, tmp_path, bounded_memory):
+def test_hostile_file(case, own, tmp_path, no_imports):
     path, mark = tmp_path / "net.pkl", tmp_path / "mark"
     path.write_bytes(HOSTILE[case](own[2], mark))
     environment = dict(os.environ)
@@ -208,6 +210,31 @@ def test_hostile_file(case, own, tmp_path, bounded_memory):
         networks.load(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert os.listdir(tmp_path) == ["net.pkl"] and dict(os.environ) == environment
+
+
+MEMORY = """
+import pathlib, sys
+import networks
+from tests.memory_utils import refuse_all
+from tests.networks.test_hostile_checkpoints import HOSTILE, NCVSD, own_file, write
+
+folder = pathlib.Path(sys.argv[1])
+tensors, description, honest = own_file(folder / "own")
+files = {}
+for number, (case, make) in enumerate(HOSTILE.items()):
+    files[case] = folder / str(number)
+    files[case].write_bytes(make(honest, folder / "mark"))
+for changes in ({"model_channels": 8192, "channel_mult": [8] * 4, "num_blocks": 8}, {"label_dim": 1_000_000}):
+    kwargs = {**description["init_kwargs"], **changes}
+    files[str(changes)] = write(folder / f"net{len(files)}", tensors, {**description, "init_kwargs": kwargs})
+networks.load(folder / "own"), networks.load(NCVSD)  # imports what is needed
+refuse_all(networks.load, files)
+"""
+
+
+@pytest.mark.skipif(not HAS_LIMITS, reason="needs Linux")
+def test_hostile_files_are_cheap(tmp_path):
+    run_script(MEMORY, tmp_path)
 
 
 @pytest.mark.parametrize("case", ["os.system as the network", "hostile pickle in a pickle", "ZIP bomb in a pickle"])
@@ -221,6 +248,15 @@ def test_modules_that_contain_themselves():
     record = checkpoints.Record("torch_utils.persistence", "Precond")
     record.state = {"_modules": {"unet": record}}
     with pytest.raises(networks.CheckpointError, match="not a tree"):
+        checkpoints._collect_tensors(record)
+
+
+@pytest.mark.parametrize("part", ["_parameters", "_buffers", "_modules"])
+def test_modules_that_share_a_large_dictionary(part):
+    shared = {f"x{i}": None for i in range(1000)}
+    blocks = {f"b{i}": checkpoints.Record("torch_utils.persistence", "Block", {part: shared}) for i in range(1000)}
+    record = checkpoints.Record("torch_utils.persistence", "Precond", {"_modules": blocks})
+    with pytest.raises(networks.CheckpointError, match="more than 100000 weights and modules"):
         checkpoints._collect_tensors(record)
 
 

@@ -227,11 +227,23 @@ def test_dropout_acts_in_training_mode_only():
         ({"channel_mult": []}, "channel_mult"),
         ({"label_dim": -1}, "label_dim"),
         ({"model_channels": 0}, "model_channels must be at least 1"),
+        ({"resample_filter": []}, "even number of taps"),
+        ({"resample_filter": [1, 2, 1]}, "even number of taps"),
+        ({"resample_filter": [1, -1]}, "sum is not 0"),
+        ({"resample_filter": [1, float("nan")]}, "sum is not 0"),
+        ({"channels_per_head": 10}, r"32 channels at 4x4 do not divide into 3 .* \(32 // 10\): change channels_per"),
+        ({"attn_resolutions": [], "channels_per_head": 10}, "32 channels at 4x4"),  # the lowest level has one anyway
+        ({"attn_resolutions": [8], "channels_per_head": 5}, "16 channels at 8x8 do not divide into 3"),
     ],
 )
 def test_impossible_architectures_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{**TINY, **change})
+
+
+def test_wide_heads_mean_no_attention():
+    UNetConfig(**{**TINY, "channels_per_head": 33})
+    UNetConfig(**{**TINY, "attn_resolutions": [], "model_channels": 10, "channels_per_head": 10})
 
 
 def test_an_untrained_student_is_the_teacher():

@@ -10,6 +10,13 @@ def test_parse_seeds():
     assert parse_seeds("7,7") == [7, 7]
 
 
+def test_total_is_bounded():
+    with pytest.raises(ValueError, match="^seeds '0-9999999,5': more than 10,000,000"):
+        parse_seeds("0-9999999,5")
+    with pytest.raises(ValueError, match="more than 10,000,000"):
+        parse_seeds(",".join(["0-4999999"] * 3))
+
+
 @pytest.mark.parametrize("text", ["", "a", "1,", "3-1", "-3", "1-2-3", "1.5", "0-99999999999", "99999999999999999999"])
 def test_parse_seeds_rejects(text):
     with pytest.raises(ValueError, match="^seeds "):

@@ -11,6 +11,7 @@ from torch_utils import distributed
 ROOT = Path(__file__).parents[2]
 
 WORKER = """
+import pathlib
 import torch
 import torch.distributed as dist
 from torch_utils import distributed
@@ -23,7 +24,10 @@ dist.all_reduce(total)
 distributed.print0(f"main of {distributed.world_size()}: {total.item()}")
 assert distributed.is_main() == (distributed.rank() == 0) and distributed.local_rank() == distributed.rank()
 distributed.barrier()
+import torch.distributed.nn  # keeps the group where it is imported too late, and with it threads that can abort at exit
 distributed.destroy()
+threads = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), threads
 assert (distributed.rank(), distributed.world_size()) == (0, 1)
 """
 

@@ -89,6 +89,7 @@ def test_config_round_trip():
         {"type": "sd-vae", "scale": "abc", "bias": "abc"},
         {"type": "sd-vae", "scale": [{}], "bias": [{}]},
         {"type": "sd-vae", "batch_size": 0},
+        {"type": "sd-vae", "batch_size": 4097},
         {"type": "sd-vae", "batch_size": None},
     ],
 )
