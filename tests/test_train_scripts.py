@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,9 @@ def test_a_distillation_leaves_what_it_should(tmp_path, distil, tiny_data, tiny_
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events"))
     states = [name for name in names if name.startswith("training-state")]
     assert [name[:24] for name in states] == ["training-state-000000016", "training-state-000000024"]
-    snapshots = [f"network-snapshot-{n:09d}-{std}.safetensors" for n in (8, 16, 24) for std in ("0.050", "0.100")]
+    snapshots = [f"network-snapshot-{n:09d}-{std}.safetensors" for n in (0, 8, 16, 24) for std in ("0.050", "0.100")]
     grids = [f"grid-{n:09d}-{name}.png" for n in (0, 8, 16, 24) for name in ("1step", "ts20_39")]
-    assert names == sorted([*states, *snapshots, *grids, "log.txt", "stats.jsonl"])
+    assert names == sorted([*states, *snapshots, *grids, "log.txt", "run.json", "stats.jsonl"])
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     assert "finished at 24 images" in (folder / "log.txt").read_text()
 
@@ -243,3 +244,17 @@ def test_an_unconditional_run_of_labelled_data(tmp_path, tiny_data):
     )
     assert result.exit_code == 0, result.output
     assert networks.load(tmp_path / "network-snapshot-000000008-0.050.safetensors").net.label_dim == 0
+
+
+def test_two_names_of_one_setting_are_refused(distil):
+    line = mistake(train_ncvsd, *distil, "--ts=20,39", "--eval-ts=10,39")
+    assert "--ts and --eval-ts" in line
+
+
+def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny_images):
+    folder = tmp_path / "images"
+    with zipfile.ZipFile(tiny_images(tmp_path / "good.zip", (6, 8, 8), 3)) as archive:
+        archive.extractall(folder)
+    (folder / "00000" / "img00000003.png").write_bytes(b"no image")
+    line = mistake(train_ncvsd, *replaced(distil, data=folder), "--workers=1", "--duration=64")
+    assert "img00000003.png" in line

@@ -217,6 +217,18 @@ def test_other_data_or_another_seed_are_refused_on_resume(tmp_path, dataset, tin
         run_training(make_task(longer, tiny_teacher), other, longer, tmp_path / "run")
 
 
+def test_generator_waits_for_its_start_and_resume_keeps_the_order(tmp_path, dataset, tiny_teacher):
+    config = dataclasses.replace(NCVSD, duration=24, g_delay_kimg=0.016)
+    short = dataclasses.replace(config, duration=16)
+    start = weights(make_task(config, tiny_teacher).result)
+    task = make_task(short, tiny_teacher)
+    run_training(task, dataset, short, tmp_path / "parts")
+    assert differing(weights(task.result), start) == []
+    resumed = run_training(make_task(config, tiny_teacher), dataset, config, tmp_path / "parts")
+    whole = run_training(make_task(config, tiny_teacher), dataset, config, tmp_path / "whole")
+    assert differing(weights(whole), start) and differing(weights(whole), weights(resumed)) == []
+
+
 def test_another_teacher_is_refused_on_resume(tmp_path, dataset, tiny_teacher):
     run_training(make_task(NCVSD, tiny_teacher), dataset, NCVSD, tmp_path / "run")
     teacher = networks.load(tiny_teacher).net

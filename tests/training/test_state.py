@@ -84,7 +84,10 @@ def test_one_flipped_bit_is_noticed(tmp_path, position):
     data = bytearray(path.read_bytes())
     data[int(position * len(data))] ^= 1
     path.write_bytes(data)
-    assert load_newest_state(tmp_path, warn=lambda message: None) is None
+    for _ in range(2):  # nor does a later attempt start afresh over the run
+        with pytest.raises(StateError, match="no valid training state is left"):
+            load_newest_state(tmp_path, warn=lambda message: None)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".damaged"]
 
 
 def test_a_failed_write_leaves_the_state_before(tmp_path):
