@@ -1,9 +1,9 @@
-"""Fréchet distance of a network's images to a data set."""
+"""Features of images from a data set or straight from a network, collected over any number of processes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,56 +11,85 @@ import numpy as np
 import torch
 from torch import nn
 
-from metrics.frechet import FeatureMoments, frechet_distance
-from sampling.images import count_evaluations, generate_images
+from metrics.collect import Collected, FeatureCollector
+from metrics.detectors import LoadedDetector
+from metrics.specs import Metric
+from sampling.images import GeneratedBatch, generate_images
+from torch_utils import distributed
 
 
 @dataclass
-class Evaluation:
-    """How close generated images come, and what they cost."""
+class GeneratedFeatures:
+    """What the detectors saw of a network's images, and what drawing them took."""
 
-    distance: float  # Fréchet distance in the detector's features
+    collected: dict[str, Collected]  # by detector
     num_images: int
-    evaluations: int  # network evaluations per image
-    seconds_per_image: float  # sampling alone
+    sampling_seconds: float  # this process's, drawing alone
+    seconds_per_image: float  # of sampling, in this process
 
 
-@torch.no_grad()
-def dataset_moments(dataset: Any, detector: nn.Module, indices: Sequence[int] | None = None) -> FeatureMoments:
-    """Feature moments of a data set of pixels, or of the images at `indices`."""
-    moments = FeatureMoments(detector.feature_dim)
+def evaluate_dataset(
+    dataset: Any,  # images uint8 [C,H,W] by index, as (image, label)
+    metrics: Iterable[Metric],
+    detectors: dict[str, LoadedDetector],
+    *,
+    indices: Sequence[int] | None = None,  # None = all images
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], Any] | None = None,  # called with the number of images of all processes' batches
+) -> dict[str, Collected]:
+    """Collect features of a data set, each process taking its share. Collective.
+
+    Raises ValueError for fewer than 2 images and for data sets of latents.
+    """
     indices = range(len(dataset)) if indices is None else indices
-    for first in range(0, len(indices), 256):
-        images = np.stack([dataset[i][0] for i in indices[first : first + 256]])
-        moments.add(detector(torch.from_numpy(images)))
-    return moments
+    if len(indices) < 2:
+        raise ValueError(f"at least 2 images are needed, got {len(indices)}")
+    collector = FeatureCollector(metrics, detectors)
+    rank, world = distributed.rank(), distributed.world_size()
+    for first in range(0, len(indices), batch * world):
+        part = range(first, min(first + batch * world, len(indices)))
+        own = part[rank * batch : (rank + 1) * batch]
+        images = [dataset[indices[i]][0] for i in own]
+        if any(image.dtype != np.uint8 for image in images):
+            raise ValueError("metrics are taken of pixels, and this data set holds latents: decode it first")
+        if images:
+            collector.add(torch.from_numpy(np.stack(images)).to(device), own)
+        if progress is not None:
+            progress(len(part))
+    return collector.gather()
 
 
-@torch.no_grad()
-def evaluate(
+def evaluate_network(
     net: nn.Module,
     encoder: Any,
-    detector: nn.Module,
-    reference: FeatureMoments,
+    metrics: Iterable[Metric],
+    detectors: dict[str, LoadedDetector],
     seeds: Sequence[int],
     *,
     batch: int = 64,
-    progress: Any = None,  # called with the number of images of each batch
-    **sampling: Any,  # further arguments of generate_images: ts, num_steps, dtype, ...
-) -> Evaluation:
-    """Draw an image per seed and compare their features with the reference's.
+    progress: Callable[[int], Any] | None = None,  # called with the number of images of all processes' batches
+    on_batch: Callable[[GeneratedBatch], Any] | None = None,  # sees every batch, to save it for example
+    **sampling: Any,  # further arguments of generate_images: ts, zeta, num_steps, device, dtype, ...
+) -> GeneratedFeatures:
+    """Draw an image per seed, each process its share, and collect their features; nothing is written. Collective.
 
-    The classes are drawn from the seeds, hence uniform.
+    Classes are drawn from the seeds, hence uniform. Raises ValueError for fewer than 2 images.
     """
-    moments = FeatureMoments(detector.feature_dim)
-    sampling_seconds, started = 0.0, time.perf_counter()
+    if len(seeds) < 2:
+        raise ValueError(f"at least 2 images are needed, got {len(seeds)}")
+    collector = FeatureCollector(metrics, detectors)
+    position = {seed: i for i, seed in enumerate(seeds)}
+    count, seconds, started = 0, 0.0, time.perf_counter()
     for result in generate_images(net, encoder, seeds=seeds, batch=batch, **sampling):
-        images = result.images.cpu()
-        sampling_seconds += time.perf_counter() - started
-        moments.add(detector(images))
+        if result.images.is_cuda:
+            torch.cuda.synchronize(result.images.device)
+        seconds += time.perf_counter() - started
+        count += len(result.images)
+        collector.add(result.images, [position[seed] for seed in result.seeds])
+        if on_batch is not None:
+            on_batch(result)
         if progress is not None:
-            progress(len(images))
+            progress(len(result.images) * distributed.world_size())
         started = time.perf_counter()
-    evaluations = count_evaluations(net, ts=sampling.get("ts"), num_steps=sampling.get("num_steps"))
-    distance = frechet_distance(moments.mean(), moments.cov(), reference.mean(), reference.cov())
-    return Evaluation(distance, moments.count, evaluations, sampling_seconds / moments.count)
+    return GeneratedFeatures(collector.gather(), len(seeds), seconds, seconds / max(count, 1))

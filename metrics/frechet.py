@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_utils import distributed
+
 
 class FeatureMoments:
     """Mean and covariance of features that arrive in batches, accumulated in float64; memory is O(D²).
 
-    Sums are taken about the first batch's mean, so that features far from 0 lose no digits.
+    Sums are taken about the first batch's mean, so that features far from 0 lose no digits. They stay on `device`,
+    except on devices without float64 (MPS), whose features come to the CPU.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        self.device = torch.device("cpu") if device.type == "mps" else device
         self.count = 0
         self._shift: Tensor | None = None
-        self._sum = torch.zeros(dim, dtype=torch.float64)
-        self._outer = torch.zeros(dim, dim, dtype=torch.float64)
+        self._sum = torch.zeros(dim, dtype=torch.float64, device=self.device)
+        self._outer = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
 
     def add(self, features: Tensor) -> None:
         """Take in features [N,D]. Raises ValueError for another shape or for values that are not finite."""
@@ -24,7 +29,9 @@ class FeatureMoments:
             raise ValueError(f"features of shape {list(features.shape)} do not fit [N,{len(self._sum)}]")
         if not torch.isfinite(features).all():
             raise ValueError("features are not finite")
-        x = features.detach().to("cpu", torch.float64)
+        if not len(features):
+            return
+        x = features.detach().to(self.device).to(torch.float64)
         if self._shift is None:
             self._shift = x.mean(dim=0)
         x = x - self._shift
@@ -32,9 +39,33 @@ class FeatureMoments:
         self._sum += x.sum(dim=0)
         self._outer += x.T @ x
 
+    def merge_processes(self) -> None:
+        """Make every process's moments those of all processes' features. Collective; does nothing for one process."""
+        if distributed.world_size() == 1:
+            return
+        backend = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+        counts = torch.zeros(distributed.world_size(), dtype=torch.float64, device=backend)
+        counts[distributed.rank()] = self.count
+        torch.distributed.all_reduce(counts)
+        if not counts.any():
+            return
+        shift = self._sum.new_zeros(len(self._sum)) if self._shift is None else self._shift
+        common = shift.to(backend, copy=True)
+        torch.distributed.broadcast(common, src=int(counts.nonzero()[0]))
+        common = common.to(self.device)
+        change = shift - common  # sums about the own shift become sums about the common one
+        cross = torch.outer(self._sum, change)
+        self._outer += cross + cross.T + self.count * torch.outer(change, change)
+        self._sum += self.count * change
+        for total in (self._sum, self._outer):
+            message = total.to(backend, copy=True)
+            torch.distributed.all_reduce(message)
+            total.copy_(message)
+        self._shift, self.count = common, int(counts.sum())
+
     def mean(self) -> Tensor:
         """Mean [D]. Raises ValueError before the first feature."""
-        if not self.count:
+        if self._shift is None:
             raise ValueError("no features were added")
         return self._shift + self._sum / self.count
 
@@ -49,12 +80,16 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
     """|mu1 - mu2|² + tr(C1 + C2 - 2·(C1·C2)^½) for means [D] and covariances [D,D], in float64.
 
     The trace of the root is the sum of square roots of the eigenvalues of C1^½·C2·C1^½, which is symmetric, so that
-    nothing turns complex for singular covariances. Raises ValueError where shapes differ.
+    nothing turns complex for singular covariances. Tensors or arrays; computed where `mu1` is (on the CPU for devices
+    without float64). Raises ValueError where shapes differ or values are not finite.
     """
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(a, dtype=torch.float64) for a in (mu1, cov1, mu2, cov2))
-    if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1), len(mu1)):
-        shapes = ", ".join(str(list(a.shape)) for a in (mu1, cov1, mu2, cov2))
-        raise ValueError(f"statistics do not fit together: shapes {shapes}")
+    device = mu1.device if isinstance(mu1, Tensor) and mu1.device.type != "mps" else torch.device("cpu")
+    arrays = [torch.as_tensor(a).detach().to(device).to(torch.float64) for a in (mu1, cov1, mu2, cov2)]
+    mu1, cov1, mu2, cov2 = arrays
+    if mu1.ndim != 1 or mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1), len(mu1)):
+        raise ValueError(f"statistics do not fit together: shapes {', '.join(str(list(a.shape)) for a in arrays)}")
+    if not all(torch.isfinite(a).all() for a in arrays):
+        raise ValueError("statistics are not finite")
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ cov2 @ root

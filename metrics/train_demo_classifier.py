@@ -44,7 +44,7 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
         order = torch.randperm(split)
         for k in range(split // batch):
             index = order[k * batch : (k + 1) * batch]
-            loss = F.cross_entropy(net.logits(images[index]), classes[index], label_smoothing=0.05)
+            loss = F.cross_entropy(net.logits(net(images[index])), classes[index], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -55,8 +55,8 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
 
     net.eval()
     with torch.no_grad():
-        correct = torch.cat([net.logits(part).argmax(dim=1) for part in images[split:].split(500)]) == classes[split:]
-    accuracy = correct.float().mean().item()
+        guesses = torch.cat([net.logits(net(part)).argmax(dim=1) for part in images[split:].split(500)])
+    accuracy = (guesses == classes[split:]).float().mean().item()
     facts = dict(data=dataset.name, epochs=epochs, batch=batch, lr=lr, seed=seed, held_out_accuracy=round(accuracy, 4))
     save_demo_classifier(out, net, facts)
     print(f"{out}: {accuracy:.1%} of {held_out} held-out images classified correctly")

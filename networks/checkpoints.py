@@ -55,6 +55,7 @@ class LoadedNetwork:
     net: Network  # eval mode, no gradients, float32 parameters
     encoder: Encoder  # between pixels and what the network sees
     config: dict[str, Any]  # kind, init_kwargs, gamma, init_sigma, encoder, dataset, provenance, source
+    path: Path  # the local file
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def load(
         raise CheckpointError(f"{prefix}{error}") from None
     model = net.model if isinstance(net, GenerativeDenoiser) else net
     config = {**contents.config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
-    return LoadedNetwork(net, encoder, {**config, "source": os.fspath(source)})
+    return LoadedNetwork(net, encoder, {**config, "source": os.fspath(source)}, path)
 
 
 def _split_hash(text: str, sha256: str | None) -> tuple[str, str | None]:

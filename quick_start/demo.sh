@@ -36,7 +36,17 @@ for stage in before after; do
     run "$PYTHON" generate.py --net "$net" --ts 0,10,20,30,39 --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/$stage-4"
 done
 
-run "$PYTHON" quick_start/demo_report.py --teacher "$TEACHER" --before "$BEFORE" --after "$AFTER" --data "$DATA" \
-    --num "$NUM" --outdir "$OUT"
+measure() {
+    run "$PYTHON" calculate_metrics.py "$@" --metrics fd_demo --ref "$OUT/reference.npz" --num "$NUM" --batch 100 \
+        --seed 0 --device cpu
+}
+run "$PYTHON" calculate_metrics.py ref --data "$DATA" --dest "$OUT/reference.npz" --metrics fd_demo --device cpu
+measure calc --images "$DATA" --out "$OUT/data.json"
+measure gen --net "$BEFORE" --ts 12,39 --ts 10,22,39 --ts 0,10,20,30,39 --out "$OUT/before.json"
+measure gen --net "$AFTER" --ts 12,39 --ts 10,22,39 --ts 0,10,20,30,39 --out "$OUT/after.json"
+measure gen --net "$TEACHER" --out "$OUT/teacher.json"
+
+run "$PYTHON" quick_start/demo_report.py --before "$OUT/before.json" --after "$OUT/after.json" \
+    --teacher "$OUT/teacher.json" --real "$OUT/data.json" --data "$DATA" --outdir "$OUT"
 echo
 echo "Done in $((SECONDS - start)) s. Pictures, table and a page that shows them: $OUT/index.html"

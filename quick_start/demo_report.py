@@ -1,4 +1,4 @@
-"""Measure the demo's networks, print the table and write index.html:  python quick_start/demo_report.py --help"""
+"""Put the demo's measurements into a table and a page:  python quick_start/demo_report.py --help"""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.util import atomic_write  # noqa: E402
 
-STUDENT_SCHEDULES = {1: (12, 39), 2: (10, 22, 39), 4: (0, 10, 20, 30, 39)}
-TEACHER_STEPS = 32
-
 
 @dataclass
 class Row:
@@ -31,103 +28,76 @@ class Row:
     picture: str | None
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--teacher", metavar="FILE", required=True, help="The teacher.")
-@click.option("--before", metavar="FILE", help="Student before distillation.")
-@click.option("--after", metavar="FILE", required=True, help="Student after distillation.")
-@click.option("--data", metavar="DIR|ZIP", required=True, help="The data set to compare with.")
-@click.option("--outdir", metavar="DIR", required=True, help="Pictures, results.json and index.html.")
-@click.option("--num", type=click.IntRange(2), default=2000, help="Images per row, seeds 0 to NUM-1.")
-@click.option("--batch", type=click.IntRange(1), default=100)
-@click.option("--dtype", type=click.Choice(["float32", "bf16"]), default="float32", help="Of the U-Nets.")
-@click.option("--device", default="cpu")
-def main(teacher: str, before: str | None, after: str, data: str, outdir: str, num: int, **options: Any) -> None:
-    """Compare teacher and student by their Fréchet distance to the data, in the demo classifier's features."""
+REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--before", type=REPORT, help="Report on the student before distillation: calculate_metrics.py --out.")
+@click.option("--after", type=REPORT, required=True, help="Report on the student after distillation.")
+@click.option("--teacher", type=REPORT, required=True, help="Report on the teacher.")
+@click.option("--real", type=REPORT, required=True, help="Report on images of the data set itself.")
+@click.option("--data", metavar="DIR|ZIP", required=True, help="The data set, for a sheet of real images.")
+@click.option("--outdir", type=click.Path(path_type=Path), required=True, help="For results.json and index.html.")
+def main(before: Path | None, after: Path, teacher: Path, real: Path, data: str, outdir: Path) -> None:
+    """Put the demo's reports into one table and one page, with the pictures that stand in OUTDIR."""
     try:
-        rows, facts = measure(teacher, before, after, data, Path(outdir), num, **options)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        reports = {"before": before, "after": after, "teacher": teacher, "data": real}
+        records = {k: json.loads(p.read_text(encoding="utf-8"))["results"] for k, p in reports.items() if p is not None}
+        rows = [make_row(key, record, outdir) for key, part in records.items() for record in part]
+        facts = describe(records)
+        write_sheet_of_data(data, outdir)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise click.ClickException(f"these reports cannot be used: {error}") from error
     table = format_table(rows)
     print(table)
     print(f"fd_demo: Fréchet distance to {facts['reference_images']} images of the data in the features of a small")
-    print(f"classifier of the same data, {num} images per row. It is no FID and compares within this table only.")
+    print(f"classifier of the same data, {facts['images_per_row']} images per row. It is no FID and compares within")
+    print("this table only.")
     results = {**facts, "rows": [{k: v for k, v in vars(row).items() if k != "picture"} for row in rows]}
     for name, text in (("results.json", json.dumps(results, indent=2) + "\n"), ("index.html", page(rows, facts))):
-        with atomic_write(Path(outdir) / name, "w", encoding="utf-8") as file:
+        with atomic_write(outdir / name, "w", encoding="utf-8") as file:
             file.write(text)
 
 
-def measure(
-    teacher: str,
-    before: str | None,
-    after: str,
-    data: str,
-    outdir: Path,
-    num: int,
-    *,
-    batch: int,
-    dtype: str,
-    device: str,
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of the table, in its order, and the facts to state beside it; writes a sheet of the data itself."""
-    import torch
-    from tqdm import tqdm
+def make_row(key: str, record: dict[str, Any], outdir: Path) -> Row:
+    """One line of the table."""
+    distance = next(metric["value"] for metric in record["metrics"] if metric["name"] == "fd_demo")
+    evaluations = record.get("evaluations")
+    if key == "data":
+        title, picture = f"{record['num_images']} images of the data itself", "data.png"
+    elif key == "teacher":
+        title, picture = f"teacher, Heun, {evaluations} evaluations", "teacher/grid.png"
+    else:
+        title = f"student {key} distillation, {evaluations} step{'s' if evaluations > 1 else ''}"
+        key = f"{key}-{evaluations}"
+        picture = f"{key}/grid.png"
+    shown = picture if key == "data" or (outdir / picture).is_file() else None
+    return Row(key, title, evaluations, distance, record.get("sampling_ms_per_image"), shown)
 
-    import networks
-    from metrics.detectors import load_demo_classifier
-    from metrics.evaluate import dataset_moments, evaluate
-    from metrics.frechet import frechet_distance
+
+def describe(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Facts to state beside the table. Raises ValueError where the rows do not belong together."""
+    every = [record for part in records.values() for record in part]
+    if len({record["reference"]["sha256"] for record in every}) != 1:
+        raise ValueError("they were made with different references")
+    first = records["after"][0]
+    return {
+        "reference_images": first["reference"]["num_images"],
+        "images_per_row": first["num_images"],
+        "dtype": first["compute_dtype"],
+        "detector": "fd_demo",
+    }
+
+
+def write_sheet_of_data(data: str, outdir: Path) -> None:
+    """data.png: 64 random images."""
+    import numpy as np
+
     from sampling.grid import save_grid
     from training.dataset import ImageDataset
 
-    outdir.mkdir(parents=True, exist_ok=True)
-    detector = load_demo_classifier()
-    dataset = ImageDataset(data, cache=True)
-    reference = dataset_moments(dataset, detector)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:num].tolist()
-    floor = dataset_moments(dataset, detector, order)
-    real = torch.stack([torch.from_numpy(dataset[i][0]) for i in order[:64]])
-    save_grid(outdir / "data.png", real, columns=8)
-    compute = {"float32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    settings: list[tuple[str, str, str, dict[str, Any]]] = []
-    for label, path in (("before", before), ("after", after)):
-        for steps, ts in STUDENT_SCHEDULES.items() if path else ():
-            name = f"student {label} distillation, {steps} step{'s' if steps > 1 else ''}"
-            settings.append((f"{label}-{steps}", name, path, {"ts": ts}))
-    settings.append(("teacher", f"teacher, Heun, {2 * TEACHER_STEPS - 1} evaluations", teacher, {}))
-
-    rows = []
-    bar = tqdm(total=num * len(settings), unit="img", desc="sampling", leave=False)
-    for key, title, path, sampling in settings:
-        loaded = networks.load(path, device=device)
-        loaded.net.to(memory_format=torch.channels_last)
-        result = evaluate(
-            loaded.net,
-            loaded.encoder,
-            detector,
-            reference,
-            range(num),
-            batch=batch,
-            dtype=compute,
-            progress=bar.update,
-            **sampling,
-        )
-        picture = f"{key}/grid.png"
-        rows.append(
-            Row(
-                key,
-                title,
-                result.evaluations,
-                result.distance,
-                1000 * result.seconds_per_image,
-                picture if (outdir / picture).is_file() else None,
-            )
-        )
-    bar.close()
-    distance = frechet_distance(floor.mean(), floor.cov(), reference.mean(), reference.cov())
-    rows.append(Row("data", f"{num} images of the data itself", None, distance, None, "data.png"))
-    facts = {"reference_images": reference.count, "images_per_row": num, "dtype": dtype, "detector": detector.name}
-    return rows, facts
+    dataset = ImageDataset(data, use_labels=False, max_size=64)
+    save_grid(outdir / "data.png", np.stack([dataset[i][0] for i in range(len(dataset))]), columns=8)
 
 
 def format_table(rows: list[Row]) -> str:

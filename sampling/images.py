@@ -40,11 +40,14 @@ def image_path(outdir: str | Path, seed: int, *, subdirs: bool = False) -> Path:
 
 
 def split_seeds(seeds: Sequence[int], batch: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """Return the batches of one process: nearly equal ones of at most `batch`, dealt out to the processes in turn."""
-    count = math.ceil(len(seeds) / (batch * world_size)) * world_size
+    """Return the batches of one process: nearly equal ones of at most `batch`, dealt out to the processes in turn.
+
+    Which seeds share a batch does not depend on the number of processes, unless there are fewer batches than those.
+    """
+    count = max(math.ceil(len(seeds) / batch), min(world_size, len(seeds)))
     bounds = [len(seeds) * i // count for i in range(count + 1)] if count else [0]
     parts = [list(seeds[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
-    return [part for part in parts[rank::world_size] if part]
+    return parts[rank::world_size]
 
 
 def count_evaluations(net: Any, *, ts: Sequence[int] | None = None, num_steps: int | None = None) -> int:

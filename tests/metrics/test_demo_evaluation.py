@@ -7,13 +7,26 @@ import pytest
 import torch
 
 import networks
-from metrics.detectors import DEMO_CLASSIFIER, DemoClassifier, load_demo_classifier, save_demo_classifier
-from metrics.evaluate import dataset_moments, evaluate
+from metrics.collect import Collected
+from metrics.detectors import (
+    DEMO_CLASSIFIER,
+    DemoClassifier,
+    load_demo_classifier,
+    load_detector,
+    save_demo_classifier,
+)
+from metrics.evaluate import evaluate_dataset, evaluate_network
 from metrics.frechet import frechet_distance
+from metrics.specs import parse_metrics
 from training.dataset import ImageDataset
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "assets" / "fashion16.zip"
+METRICS = parse_metrics("fd_demo")
+
+
+def distance(a: Collected, b: Collected) -> float:
+    return frechet_distance(a.moments.mean(), a.moments.cov(), b.moments.mean(), b.moments.cov())
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +50,17 @@ def test_features_do_not_depend_on_the_batch(dataset):
 
 
 def test_distance_grows_with_corruption(dataset):
-    classifier = load_demo_classifier()
-    halves = [dataset_moments(dataset, classifier, range(k * 600, k * 600 + 600)) for k in range(2)]
+    detectors = {"fd_demo": load_detector("fd_demo")}
+    first, second = (
+        evaluate_dataset(dataset, METRICS, detectors, indices=range(k * 600, k * 600 + 600))["fd_demo"]
+        for k in range(2)
+    )
+    distances = [distance(first, second)]
     images = torch.stack([torch.from_numpy(dataset[i][0]) for i in range(600)])
-    distances = [frechet_distance(halves[0].mean(), halves[0].cov(), halves[1].mean(), halves[1].cov())]
     for noise in (20, 60):
         disturbed = images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-        features = classifier(disturbed.clamp(0, 255).to(torch.uint8))
-        cov = features.double().T.cov()
-        distances.append(frechet_distance(features.mean(0), cov, halves[1].mean(), halves[1].cov()))
+        pairs = [(image, None) for image in disturbed.clamp(0, 255).to(torch.uint8).numpy()]
+        distances.append(distance(evaluate_dataset(pairs, METRICS, detectors)["fd_demo"], second))
     assert 0 < distances[0] * 3 < distances[1] < distances[2]
 
 
@@ -67,27 +82,42 @@ def test_committed_networks_beat_their_start(dataset):
     from training.presets import NCVSDConfig
     from training.tasks import build_student
 
-    classifier = load_demo_classifier()
-    reference = dataset_moments(dataset, classifier)
+    detectors = {"fd_demo": load_detector("fd_demo")}
+    reference = evaluate_dataset(dataset, METRICS, detectors)["fd_demo"]
     teacher = networks.load(ROOT / "assets" / "demo" / "teacher.safetensors")
     student = networks.load(ROOT / "assets" / "demo" / "student.safetensors")
     untrained, _, _ = build_student(teacher.net, NCVSDConfig())
     arguments = dict(seeds=range(300), batch=100, ts=(12, 39))
-    before = evaluate(untrained, teacher.encoder, classifier, reference, **arguments)
-    after = evaluate(student.net, student.encoder, classifier, reference, **arguments)
-    assert after.evaluations == 1 and after.num_images == 300
-    assert after.distance < 0.2 * before.distance
+    before = evaluate_network(untrained, teacher.encoder, METRICS, detectors, **arguments)
+    after = evaluate_network(student.net, student.encoder, METRICS, detectors, **arguments)
+    assert after.num_images == 300 and after.collected["fd_demo"].moments.count == 300
+    assert after.seconds_per_image * 300 == pytest.approx(after.sampling_seconds) and after.sampling_seconds > 0
+    assert distance(after.collected["fd_demo"], reference) < 0.2 * distance(before.collected["fd_demo"], reference)
 
 
 def test_report_writes_table_and_page(tmp_path):
+    """The demo's measurements and page, as demo.sh makes them, with few images and the 1- and 4-step settings."""
     assets = ROOT / "assets"
-    command = [sys.executable, str(ROOT / "quick_start" / "demo_report.py"), "--num", "20", "--batch", "20"]
-    command += ["--teacher", str(assets / "demo" / "teacher.safetensors"), "--data", str(assets / "fashion16.zip")]
-    command += ["--after", str(assets / "demo" / "student.safetensors"), "--outdir", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    data, common = str(assets / "fashion16.zip"), ["--metrics", "fd_demo", "--device", "cpu", "--quiet"]
+
+    def script(name, *arguments):
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    ref = ["--ref", tmp_path / "ref.npz", "--num", 20, "--seed", 0]
+    script("calculate_metrics.py", "ref", "--data", data, "--dest", tmp_path / "ref.npz", *common)
+    script("calculate_metrics.py", "calc", "--images", data, "--out", tmp_path / "real.json", *ref, *common)
+    for name, settings in (("student", ("--ts", "12,39", "--ts", "0,10,20,30,39")), ("teacher", ())):
+        net = assets / "demo" / f"{name}.safetensors"
+        out = ["--out", tmp_path / f"{name}.json"]
+        script("calculate_metrics.py", "gen", "--net", net, *settings, *out, *ref, *common)
+    reports = ["--after", tmp_path / "student.json", "--teacher", tmp_path / "teacher.json"]
+    reports += ["--real", tmp_path / "real.json", "--data", data, "--outdir", tmp_path]
+    shown = script("quick_start/demo_report.py", *reports)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["key"] for row in rows] == ["after-1", "after-2", "after-4", "teacher", "data"]
-    assert [row["evaluations"] for row in rows] == [1, 2, 4, 63, None]
+    assert [row["key"] for row in rows] == ["after-1", "after-4", "teacher", "data"]
+    assert [row["evaluations"] for row in rows] == [1, 4, 63, None]
     page = (tmp_path / "index.html").read_text()
-    assert all(row["title"] in page and row["title"] in result.stdout for row in rows)
+    assert all(row["title"] in page and row["title"] in shown for row in rows)

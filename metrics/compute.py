@@ -1,0 +1,114 @@
+"""From collected features and reference statistics to the numbers of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from metrics.collect import Collected
+from metrics.frechet import frechet_distance
+from metrics.references import Reference, ReferenceFileError
+from metrics.sample_metrics import inception_score, kernel_distance, precision_recall
+from metrics.specs import Metric
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One metric's outcome."""
+
+    name: str
+    value: float  # precision for precision and recall
+    detector: str
+    detector_sha256: str
+    details: dict[str, Any] = field(default_factory=dict)  # recall, standard deviations, settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+
+def check_reference(metrics: Iterable[Metric], reference: Reference) -> None:
+    """Raise ReferenceFileError where the reference lacks what a metric needs, before any image is drawn."""
+    for metric in metrics:
+        if metric.kind == "is":
+            continue  # looks at the generated images alone
+        statistics = reference.statistics.get(metric.detector)
+        if statistics is None:
+            held = ", ".join(reference.statistics)
+            raise ReferenceFileError(
+                f"{reference.source} holds statistics for {held}, not for {metric.detector} ({metric.name}): choose "
+                f"other --metrics, or make one with: calculate_metrics.py ref --metrics {metric.name}"
+            )
+        if metric.needs_features and statistics.features is None:
+            raise ReferenceFileError(
+                f"{reference.source} holds no single features of {metric.detector}, which {metric.name} needs: make it "
+                f"anew with: calculate_metrics.py ref --metrics {metric.name}"
+            )
+
+
+def compute_metrics(
+    metrics: Iterable[Metric], collected: dict[str, Collected], reference: Reference | None
+) -> tuple[list[MetricValue], list[str]]:
+    """Return the values and warnings about numbers that mean less than they seem.
+
+    Raises ValueError for fewer than 2 images, statistics of another size and too few images for a metric.
+    """
+    metrics = list(metrics)
+    warnings: dict[str, None] = {}
+    values = []
+    for metric in metrics:
+        part = collected[metric.detector]
+        statistics = None if reference is None else reference.statistics.get(metric.detector)
+        if metric.kind != "is" and statistics is not None:
+            for warning in _warnings(metric, part, reference):
+                warnings[warning] = None
+        value, details = _value(metric, part, statistics)
+        values.append(MetricValue(metric.name, value, metric.detector, part.detector.sha256, details))
+    return values, list(warnings)
+
+
+def _value(metric: Metric, part: Collected, statistics: Any) -> tuple[float, dict[str, Any]]:
+    if metric.kind == "is":
+        score = inception_score(part.logits)
+        return score.mean, {"std": score.std, "splits": 10}
+    if statistics is None:
+        raise ReferenceFileError(f"{metric.name} needs reference statistics: give --ref")
+    if metric.kind == "fd":
+        mu, sigma = torch.from_numpy(statistics.mu), torch.from_numpy(statistics.sigma)
+        mean = part.moments.mean()
+        if len(mean) != len(mu):
+            raise ReferenceFileError(
+                f"{metric.name}: the reference has {len(mu)} feature dimensions and the detector {len(mean)}"
+            )
+        return frechet_distance(mean, part.moments.cov(), mu, sigma), {}
+    real = torch.from_numpy(statistics.features)
+    if metric.kind == "kid":
+        distance = kernel_distance(part.features, real)
+        size = min(1000, len(real), len(part.features))
+        return distance.mean, {"std": distance.std, "subsets": 100, "subset_size": size}
+    result = precision_recall(real, part.features)
+    return result.precision, {"recall": result.recall, "k": 3, "reference_features": len(real)}
+
+
+def _warnings(metric: Metric, part: Collected, reference: Reference) -> list[str]:
+    statistics, count, dim = reference.statistics[metric.detector], part.moments.count, len(part.moments.mean())
+    found = []
+    if metric.kind == "fd" and count <= dim:
+        found.append(
+            f"{metric.name}: {count} images for {dim} feature dimensions: their covariance is singular, and the "
+            "distance comes out much too large to compare with published values"
+        )
+    if metric.kind == "fd" and reference.num_images is not None and reference.num_images <= dim:
+        found.append(
+            f"{metric.name}: the reference has {reference.num_images} images for {dim} feature dimensions: its "
+            "covariance is singular"
+        )
+    if statistics.sha256 is not None and statistics.sha256 != part.detector.sha256:
+        found.append(
+            f"{metric.name}: the reference was made with other weights of {metric.detector} "
+            f"({statistics.sha256[:8]}, here {part.detector.sha256[:8]}): the values compare with nothing"
+        )
+    return found

@@ -1,0 +1,164 @@
+"""Metrics of samples of features: kernel distance, precision and recall, inception score.
+
+Features and logits are arrays or tensors [N,D] on any device with float64; all sums are taken in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TIE = 1e-12  # squared distances this close, relative to the squared norms, are equal: they are rounded at 1e-15
+
+
+class MeanStd(NamedTuple):
+    """Mean and standard deviation (of the population, ddof 0) over subsets or splits."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Fractions in [0, 1]."""
+
+    precision: float  # of the generated samples, those within the manifold of the real ones
+    recall: float  # of the real samples, those within the manifold of the generated ones
+
+
+def kernel_distance(
+    features1: Tensor | np.ndarray,  # [N1,D]
+    features2: Tensor | np.ndarray,  # [N2,D]
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,  # samples of each set in a subset; at most min(N1, N2) are taken
+    seed: int = 0,
+) -> MeanStd:
+    """Squared maximum mean discrepancy with the kernel (x·y/D + 1)³, unbiased, over random subsets: the kernel
+    distance of Binkowski et al. (2018, arXiv 1801.01401, section 4), KID in Inception features.
+
+    Being unbiased, it is negative about as often as positive for sets of the same distribution. Each subset draws
+    without replacement, first from set 1, then from set 2. Raises ValueError for fewer than 2 samples, values that are
+    not finite and shapes that do not fit.
+    """
+    features1, features2 = _pair(features1, features2, ("features1", "features2"))
+    if num_subsets < 1 or subset_size < 2:
+        raise ValueError(f"kernel distance: {num_subsets} subsets of {subset_size}; at least 1 of 2 samples are needed")
+    size = min(subset_size, len(features1), len(features2))
+    if size < 2:
+        raise ValueError(f"kernel distance: at least 2 samples per set, got {len(features1)} and {len(features2)}")
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(num_subsets):
+        x, y = (
+            f[torch.from_numpy(rng.choice(len(f), size, replace=False)).to(f.device)].to(torch.float64)
+            for f in (features1, features2)
+        )
+        values.append(_unbiased_mmd(x, y))
+    return MeanStd(float(np.mean(values)), float(np.std(values)))
+
+
+def _unbiased_mmd(x: Tensor, y: Tensor) -> float:
+    n, dim = x.shape
+    xx, yy, xy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+    return float(within / (n * (n - 1)) - 2 * xy.mean())
+
+
+def precision_recall(
+    real: Tensor | np.ndarray,  # [N,D]
+    fake: Tensor | np.ndarray,  # [M,D]
+    *,
+    k: int = 3,
+    chunk: int = 4096,  # rows and columns of a block of distances; takes about 24·chunk² bytes, whatever N and M
+) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+
+    The manifold of a set is the union of balls around its samples, each reaching to the sample's k-th nearest
+    neighbour in the set, border included. Raises ValueError where a set has fewer than k + 1 samples, for values that
+    are not finite and for shapes that do not fit.
+    """
+    real, fake = _pair(real, fake, ("real", "fake"))
+    if k < 1 or chunk < 1:
+        raise ValueError(f"precision and recall: k = {k} and chunk = {chunk} must be at least 1")
+    for name, features in (("real", real), ("fake", fake)):
+        if len(features) < k + 1:
+            raise ValueError(f"precision and recall: k = {k} needs {k + 1} {name} samples or more, got {len(features)}")
+    center = real.mean(dim=0, dtype=torch.float64)  # features far from 0 lose no digits in the distances
+    real_radii, fake_radii = (_squared_radii(f, center, k, chunk) for f in (real, fake))
+    fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for i in range(0, len(fake), chunk):
+        for j in range(0, len(real), chunk):
+            rows, cols = slice(i, i + chunk), slice(j, j + chunk)
+            distances, ties = _squared_distances(fake[rows], real[cols], center)
+            distances -= ties
+            fake_inside[rows] |= (distances <= real_radii[cols]).any(dim=1)
+            real_inside[cols] |= (distances <= fake_radii[rows, None]).any(dim=0)
+    return PrecisionRecall(float(fake_inside.double().mean()), float(real_inside.double().mean()))
+
+
+def _squared_radii(features: Tensor, center: Tensor, k: int, chunk: int) -> Tensor:
+    """Squared distance of each sample to its k-th nearest other sample, float64 [N]."""
+    radii = []
+    for i in range(0, len(features), chunk):
+        rows = features[i : i + chunk]
+        nearest = torch.full((len(rows), k), torch.inf, dtype=torch.float64, device=features.device)
+        for j in range(0, len(features), chunk):
+            distances, _ = _squared_distances(rows, features[j : j + chunk], center)
+            if i == j:
+                distances.fill_diagonal_(torch.inf)
+            candidates = distances.topk(min(k, distances.shape[1]), largest=False).values
+            nearest = torch.cat([nearest, candidates], dim=1).topk(k, largest=False).values
+        radii.append(nearest[:, -1])
+    return torch.cat(radii)
+
+
+def _squared_distances(x: Tensor, y: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """|x_i - y_j|² and the differences too small to tell such distances apart, each float64 [len(x),len(y)]."""
+    x, y = x.to(torch.float64) - center, y.to(torch.float64) - center
+    norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
+    return torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0), norms.mul_(_TIE)
+
+
+def inception_score(logits: Tensor | np.ndarray, *, splits: int = 10) -> MeanStd:
+    """exp of the mean KL divergence of p(class | image) from its mean over images, in each of `splits` contiguous
+    blocks of images (Salimans et al. 2016, arXiv 1606.03498), for logits [N,classes].
+
+    Between 1 and the number of classes. Published values leave out the bias of Inception's last layer. Raises
+    ValueError for fewer images than splits and for values that are not finite.
+    """
+    logits = _checked(logits, "logits")
+    if splits < 1:
+        raise ValueError(f"inception score: {splits} splits; at least 1 is needed")
+    if len(logits) < splits:
+        raise ValueError(f"inception score: {splits} splits need as many images, got {len(logits)}")
+    log_p = torch.log_softmax(logits.to(torch.float64), dim=1)
+    scores = []
+    for part in (log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits] for i in range(splits)):
+        log_mean = torch.logsumexp(part, dim=0) - math.log(len(part))  # finite where every probability underflows
+        scores.append(float((part.exp() * (part - log_mean)).sum(dim=1).mean().exp()))
+    return MeanStd(float(np.mean(scores)), float(np.std(scores)))
+
+
+def _checked(values: Tensor | np.ndarray, name: str) -> Tensor:
+    values = torch.as_tensor(values).detach()
+    if values.ndim != 2 or not values.shape[1]:
+        raise ValueError(f"{name} must have the shape [N,D], got {list(values.shape)}")
+    if not values.dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating-point numbers, got {values.dtype}")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name} are not finite")
+    return values
+
+
+def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    a, b = _checked(a, names[0]), _checked(b, names[1])
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{names[0]} have {a.shape[1]} dimensions, {names[1]} {b.shape[1]}")
+    return a, b.to(a.device)

@@ -1,0 +1,68 @@
+"""Where detector weights are found: a given path, a folder of one's own, or the place that publishes them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dnnlib.util import DownloadError, file_sha256, open_url
+
+FOLDER_VARIABLE = "NCVSD_DETECTORS"
+
+
+class DetectorError(ValueError):
+    """A detector is unknown, or its weights are missing, damaged or not those that define the metric."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A published file of weights."""
+
+    name: str
+    url: str
+    size: str  # for people
+    sha256_prefix: str  # leading hexadecimal digits of the file's SHA-256, as many as are published
+
+
+def find_weights(weights: WeightFile, path: str | os.PathLike[str] | None = None, *, quiet: bool = False) -> Path:
+    """Return the local file, its hash checked: `path` (the file, or a folder that holds it), else the folder
+    $NCVSD_DETECTORS, else a download into the cache.
+
+    Raises DetectorError, in one line that says where to get the file and where to put it.
+    """
+    for given in (path, os.environ.get(FOLDER_VARIABLE)):
+        if given is None or not str(given):
+            continue
+        candidate = Path(given).expanduser()
+        candidate = candidate / weights.name if candidate.is_dir() else candidate
+        if candidate.is_file():
+            return _checked(candidate, weights)
+        if given is path:
+            raise DetectorError(f"no {weights.name} at {given}: {_advice(weights)}")
+    try:
+        downloaded = open_url(weights.url, quiet=quiet)
+    except DownloadError as error:
+        raise DetectorError(f"{weights.name} is missing, and no download ({error}): {_advice(weights)}") from None
+    try:
+        return _checked(downloaded, weights)
+    except DetectorError:
+        downloaded.unlink(missing_ok=True)
+        raise
+
+
+def _checked(path: Path, weights: WeightFile) -> Path:
+    found = file_sha256(path)
+    if not found.startswith(weights.sha256_prefix):
+        raise DetectorError(
+            f"{path} is not {weights.name}: its SHA-256 starts with {found[:8]}, not {weights.sha256_prefix[:8]}; "
+            f"{_advice(weights)}"
+        )
+    return path
+
+
+def _advice(weights: WeightFile) -> str:
+    return (
+        f"get it ({weights.size}) from {weights.url} and name it with --detector-path, or put it in a folder named by "
+        f"the environment variable {FOLDER_VARIABLE}"
+    )

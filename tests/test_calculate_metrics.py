@@ -1,0 +1,175 @@
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import calculate_metrics
+
+ROOT = Path(__file__).parents[1]
+DATA = str(ROOT / "assets" / "fashion16.zip")
+STUDENT = str(ROOT / "assets" / "demo" / "student.safetensors")
+TEACHER = str(ROOT / "assets" / "demo" / "teacher.safetensors")
+ALL = "fd_demo,kid:fd_demo,pr:fd_demo,is:fd_demo"
+QUIET = ["--quiet", "--device", "cpu"]
+
+
+def call(*arguments, fails=False):
+    result = CliRunner().invoke(calculate_metrics.cli, [str(a) for a in arguments])
+    assert (result.exit_code != 0) == fails, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Statistics of the embedded data, with features."""
+    path = tmp_path_factory.mktemp("reference") / "ref.npz"
+    call("ref", "--data", DATA, "--dest", path, "--metrics", ALL, "--batch", 500, *QUIET)
+    return path
+
+
+def gen(reference, out, *arguments, **options):
+    return call("gen", "--net", STUDENT, "--ref", reference, "--metrics", "fd_demo", "--num", 40, "--seed", 7, "--out",
+                out, *arguments, *QUIET, **options)  # fmt: skip
+
+
+def records(path):
+    return json.loads(Path(path).read_text())["results"]
+
+
+def test_help_is_fast_and_needs_no_torch():
+    code = "import sys, calculate_metrics as c; c.cli(['gen', '--help'], standalone_mode=False)"
+    code += "; sys.exit('torch' in sys.modules)"
+    started = time.perf_counter()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    assert time.perf_counter() - started < 5  # seconds; a bound that a busy machine keeps
+
+
+def test_the_data_set_against_itself_is_at_distance_zero(reference, tmp_path):
+    call("calc", "--images", DATA, "--ref", reference, "--metrics", ALL, "--out", tmp_path / "o.json", *QUIET)
+    (record,) = records(tmp_path / "o.json")
+    values = {m["name"]: m["value"] for m in record["metrics"]}
+    assert abs(values["fd_demo"]) < 1e-3 and abs(values["kid:fd_demo"]) < 1e-3 and values["pr:fd_demo"] == 1
+    assert 5 < values["is:fd_demo"] < 10 and record["num_images"] == 20000 and not record["warnings"]
+    assert record["metrics"][2]["details"]["recall"] == 1
+
+
+def test_a_report_says_what_was_measured(reference, tmp_path):
+    shown = gen(reference, tmp_path / "o.json", "--ts", "12,39", "--ts", "10,22", "--zeta", 0.5)
+    first, second = records(tmp_path / "o.json")
+    assert (first["ts"], second["ts"]) == ([12, 39], [10, 22, 39]) and first["evaluations"] == 1
+    assert first["seeds"] == [7, 46] and first["num_images"] == 40 and first["zeta"] == 0.5
+    for hashed in (first["net_sha256"], first["reference"]["sha256"], first["metrics"][0]["detector_sha256"]):
+        assert len(hashed) == 64
+    assert first["reference"]["num_images"] == 20000 and "truncated" in first["pixel_rounding"]
+    assert "singular" in first["warnings"][0] and "warning: fd_demo: 40 images" in shown
+    assert "10,22,39" in shown and f"{second['metrics'][0]['value']:.4g}" in shown
+
+
+def test_saved_images_give_the_same_distance(reference, tmp_path):
+    gen(reference, tmp_path / "a.json", "--ts", "12,39", "--save-images", tmp_path / "images.zip")
+    archive = zipfile.ZipFile(tmp_path / "images.zip")
+    assert len(json.loads(archive.read("dataset.json"))["labels"]) == 40 and sorted(os.listdir(tmp_path)) == [
+        "a.json",
+        "images.zip",
+    ]
+    call("calc", "--images", tmp_path / "images.zip", "--ref", reference, "--metrics", "fd_demo", "--out",
+         tmp_path / "b.json", *QUIET)  # fmt: skip
+    a, b = (records(tmp_path / f"{name}.json")[0]["metrics"][0]["value"] for name in "ab")
+    assert a == pytest.approx(b, rel=1e-9)
+    before = (tmp_path / "images.zip").read_bytes()
+    output = gen(reference, tmp_path / "c.json", "--save-images", tmp_path / "images.zip", fails=True)
+    assert "exists already" in output and (tmp_path / "images.zip").read_bytes() == before
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_the_teacher_is_sampled_with_heun(reference, tmp_path):
+    call("gen", "--net", TEACHER, "--ref", reference, "--metrics", "fd_demo", "--num", 4, "--steps", 3, "--sampler",
+         "heun", "--out", tmp_path / "o.json", *QUIET)  # fmt: skip
+    (record,) = records(tmp_path / "o.json")
+    assert record["evaluations"] == 5 and record["sampler"] == "heun" and record["ts"] is None
+
+
+def test_two_processes_agree_with_one(reference, tmp_path):
+    command = ["calculate_metrics.py", "gen", "--net", STUDENT, "--ref", str(reference), "--metrics", ALL,
+               "--num-images", "70", "--ts", "12,39", "--batch", "10", *QUIET,
+               "--out", str(tmp_path / "two.json")]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    result = subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    call(*[str(tmp_path / "one.json") if "two.json" in part else part for part in command[1:]])
+    one, two = (records(tmp_path / f"{name}.json")[0] for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        assert a["value"] == pytest.approx(b["value"], rel=1e-6, abs=1e-9)
+
+
+def test_a_detector_of_ones_own_is_reported_under_its_name(tmp_path):
+    class Means(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean(dim=(1, 3))[:, :4]
+
+    torch.jit.script(Means()).save(str(tmp_path / "rows.pt"))
+    own = ["--detector", tmp_path / "rows.pt", "--metrics", "rows"]
+    call("ref", "--data", DATA, "--dest", tmp_path / "ref.npz", *own, *QUIET)
+    call(
+        "calc",
+        "--images",
+        DATA,
+        "--ref",
+        tmp_path / "ref.npz",
+        "--num",
+        2000,
+        *own,
+        "--out",
+        tmp_path / "o.json",
+        *QUIET,
+    )
+    (metric,) = records(tmp_path / "o.json")[0]["metrics"]
+    assert metric["name"] == "fd_rows" and 0 < metric["value"] < 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metrics", "fvd"], "no metric 'fvd'"),
+        (["--metrics", "fd_dinov2"], "holds statistics for fd_demo, not for fd_dinov2"),
+        (["--ts", "5,3"], "--ts"),
+        (["--sampler", "heun"], "does not fit a generative denoiser"),
+        (["--steps", 8], "teachers only"),
+        (["--num", 1], "--num"),
+        (["--net", "missing.safetensors"], "missing.safetensors"),
+        (["--ref", "missing.npz"], "missing.npz"),
+        (["--detector-path", "nowhere", "--metrics", "fd_demo"], "nowhere"),
+        (["--zeta", 0.5], "zeta applies to few-step"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(reference, tmp_path, arguments, message):
+    output = gen(reference, tmp_path / "o.json", *arguments, fails=True)
+    assert message in output and "Traceback" not in output and not (tmp_path / "o.json").exists()
+    assert len([line for line in output.splitlines() if line.startswith("Error")]) == 1
+
+
+def test_a_missing_weight_file_is_explained(tmp_path, monkeypatch):
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    monkeypatch.setenv("NCVSD_DETECTORS", str(tmp_path))
+    monkeypatch.setenv("NCVSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("metrics.weights.open_url", _no_network)
+    output = call("calc", "--images", DATA, "--ref", tmp_path / "edm.npz", "--num", 4, *QUIET, fails=True)
+    for part in ("pt_inception-2015-12-05-6726825d.pth", "96 MB", "github.com", "--detector-path", "NCVSD_DETECTORS"):
+        assert part in output
+
+
+def _no_network(*_, **__):
+    from dnnlib.util import DownloadError
+
+    raise DownloadError("no route to host")
