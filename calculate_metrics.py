@@ -34,6 +34,16 @@ def user_errors() -> Iterator[None]:
         distributed.destroy()
 
 
+def _json_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse, before any work is done, a report that could not be written at the end."""
+    import os
+    from pathlib import Path
+
+    if value is not None and (Path(value).is_dir() or not os.access(Path(value).parent, os.W_OK)):
+        raise click.BadParameter(f"{value} is a folder, or stands in none that can be written to: name a .json file")
+    return value
+
+
 def _schedules(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[Any]:
     from sampling.schedules import parse_ts
 
@@ -108,7 +118,7 @@ def cli() -> None:
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bf16", "fp16"]), default="auto", help="Of the U-Nets.")
 @click.option("--save-images", metavar="ZIP", help="Also keep the images, as a data set (one --ts only).")
-@click.option("--out", metavar="JSON", help="Write the report here.")
+@click.option("--out", metavar="JSON", callback=_json_path, help="Write the report here.")
 def gen(device: str, out: str | None, **options: Any) -> None:
     """Draw images with a network and evaluate them."""
     from torch_utils import distributed
@@ -129,7 +139,7 @@ def gen(device: str, out: str | None, **options: Any) -> None:
     "--num", "--num-images", "num", type=click.IntRange(min=2), help="Size of a random subset.  [default: all images]"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the subset.")
-@click.option("--out", metavar="JSON", help="Write the report here.")
+@click.option("--out", metavar="JSON", callback=_json_path, help="Write the report here.")
 def calc(device: str, out: str | None, **options: Any) -> None:
     """Evaluate images on disk."""
     from torch_utils import distributed

@@ -42,10 +42,10 @@ def check_reference(metrics: Iterable[Metric], reference: Reference) -> None:
                 f"{reference.source} holds statistics for {held}, not for {metric.detector} ({metric.name}): choose "
                 f"other --metrics, or make one with: calculate_metrics.py ref --metrics {metric.name}"
             )
-        if metric.needs_features and statistics.features is None:
+        if metric.needs_features and (statistics.features is None or len(statistics.features) < 4):
             raise ReferenceFileError(
-                f"{reference.source} holds no single features of {metric.detector}, which {metric.name} needs: make it "
-                f"anew with: calculate_metrics.py ref --metrics {metric.name}"
+                f"{reference.source} holds no single features of {metric.detector}, which {metric.name} needs: make "
+                f"it anew with: calculate_metrics.py ref --metrics {metric.name}"
             )
 
 

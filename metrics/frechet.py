@@ -79,9 +79,9 @@ class FeatureMoments:
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """|mu1 - mu2|² + tr(C1 + C2 - 2·(C1·C2)^½) for means [D] and covariances [D,D], in float64.
 
-    The trace of the root is the sum of square roots of the eigenvalues of C1^½·C2·C1^½, which is symmetric, so that
-    nothing turns complex for singular covariances. Tensors or arrays; computed where `mu1` is (on the CPU for devices
-    without float64). Raises ValueError where shapes differ or values are not finite.
+    The trace of the root is the sum of square roots of the eigenvalues of Rᵀ·C2·R with R·Rᵀ = C1 (see below), which
+    is symmetric, so that nothing turns complex for singular covariances. Tensors or arrays; computed where `mu1` is
+    (on the CPU for devices without float64). Raises ValueError where shapes differ or values are not finite.
     """
     device = mu1.device if isinstance(mu1, Tensor) and mu1.device.type != "mps" else torch.device("cpu")
     arrays = [torch.as_tensor(a).detach().to(device).to(torch.float64) for a in (mu1, cov1, mu2, cov2)]
@@ -90,9 +90,20 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
         raise ValueError(f"statistics do not fit together: shapes {', '.join(str(list(a.shape)) for a in arrays)}")
     if not all(torch.isfinite(a).all() for a in arrays):
         raise ValueError("statistics are not finite")
-    values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ cov2 @ root
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    eigenvalues = torch.linalg.eigvalsh(_symmetric_product(cov1, cov2))
     trace = cov1.trace() + cov2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + trace)
+
+
+def _symmetric_product(cov1: Tensor, cov2: Tensor, block: int = 256) -> Tensor:
+    """Lower triangle of R^T·C2·R, whose eigenvalues are those of C1·C2, with R·R^T = C1."""
+    root, singular = torch.linalg.cholesky_ex(cov1)
+    if singular:
+        values, vectors = torch.linalg.eigh(cov1)
+        root = vectors * values.clamp(min=0).sqrt()
+        return root.T @ cov2 @ root
+    product = torch.zeros_like(cov2)
+    for i in range(0, len(cov1), block):  # R is triangular too: a third of the work
+        columns = slice(i, i + block)
+        product[i:, columns] = root[i:, i:].T @ (cov2[i:, i:] @ root[i:, columns])
+    return product

@@ -87,7 +87,8 @@ evaluate() {
         found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
         [ "$gpus" -le "$found" ] || refuse "NUM_GPUS is $gpus, and PyTorch sees $found CUDA device(s): give at most that many (0 runs on the CPU)"
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-        launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus")
+        # after the dashes torchrun takes no option (say --num) for an abbreviation of its own (--numa-binding)
+        launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" --)
         set -- --device cuda "$@"
     else
         launcher=("$PYTHON")

@@ -84,13 +84,13 @@ def test_gpus_get_a_process_each_and_the_published_settings(preset, ref, metrics
     assert result.returncode == 0, result.stderr
     launched = (tmp_path / "launched").read_text().splitlines()
     script = launched.index(str(ROOT / "calculate_metrics.py"))
-    assert launched[:script] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    assert launched[:script] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "--"]
     options = dict(zip(launched[script + 2 :: 2], launched[script + 3 :: 2], strict=True))
     assert launched[script + 1] == "gen" and Path(options.pop("--ref")).name == ref
     assert options == {
         "--net": str(STUDENT),
         "--ts": "10,22,39",
-        "--num": "50000",
+        "--num-images": "50000",
         "--seed": "123456789",
         "--batch": "64",
         "--metrics": metrics,
@@ -98,6 +98,19 @@ def test_gpus_get_a_process_each_and_the_published_settings(preset, ref, metrics
         "--device": "cuda",
         "--zeta": "0.5",
     }
+
+
+def test_torchrun_hands_every_option_on(fake_python, tmp_path):
+    result = launch(1, "12,39", STUDENT, "--num", "100", python=fake_python)
+    assert result.returncode == 0, result.stderr
+    launched = (tmp_path / "launched").read_text().splitlines()
+    script = launched.index(str(ROOT / "calculate_metrics.py"))
+    printer = tmp_path / "printer.py"
+    printer.write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+    command = [sys.executable, *launched[:script], str(printer), *launched[script + 1 :]]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == launched[script + 1 :]
 
 
 def test_network_comes_from_the_variable_where_no_argument_names_it(fake_python, tmp_path):

@@ -381,6 +381,7 @@ def test_unknown_detectors_are_named():
         load_detector("vgg")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_script_of_ones_own_equals_its_module_and_has_a_name_of_its_own(tmp_path):
     path = tmp_path / "my-net.pt"
     module = Linear(64, 4)
@@ -417,6 +418,7 @@ class Maps(torch.nn.Module):
         return images.float()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_files_that_are_no_detectors_are_refused(tmp_path):
     files = {
         "plain.pt": b"no archive",

@@ -1,0 +1,137 @@
+"""Draws from the likelihood step p(u | x, y): the exact Gaussian formula, and unadjusted Langevin for the rest.
+
+The target is proportional to exp(-|A(u) - y|²/beta - |u - x|²/(2·rho²)): a Gaussian prior of mean x and standard
+deviation rho, and Gaussian measurement noise of standard deviation sqrt(beta/2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sampling.seeds import SeededNoise
+
+if TYPE_CHECKING:
+    from inverse.operators import Operator
+
+RandnLike = Callable[[Tensor], Tensor]
+
+RETRY_SHRINK = 0.25  # each retry of a diverged chain takes this fraction of the previous step size
+ENERGY_PER_DIMENSION = 10.0  # excess energy of a diverged chain; at equilibrium it is 1/2, plus discretisation error
+
+
+class LangevinDivergenceError(ValueError):
+    """Langevin chains diverged although the step size was reduced repeatedly."""
+
+
+@dataclass(frozen=True)
+class LangevinResult:
+    """Draws of one Langevin likelihood step, and which chains had to be repeated with a smaller step size."""
+
+    sample: Tensor  # [N,C,H,W]
+    retries: Tensor  # [N] int64 on the CPU: 0 = converged at the step size asked for
+
+
+def likelihood_std(beta: float) -> float:
+    """Return the standard deviation of the measurement noise that `beta` stands for: beta = 2·std².
+
+    Raises ValueError unless beta is a positive number.
+    """
+    return math.sqrt(check_positive(beta, "beta") / 2)
+
+
+def check_positive(value: float, name: str) -> float:
+    """Return `value`; raises ValueError unless it is a positive finite number."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, not {value}")
+    return float(value)
+
+
+def gaussian_conditional(
+    a: Tensor,  # eigen- or singular values of the operator, real or complex, any shape
+    noise_std: float,  # standard deviation of the measurement noise
+    rho: float,  # standard deviation of the prior
+) -> tuple[Tensor, Tensor]:
+    """Return (gain, std) of u given x and y = a·u + noise, u ~ N(x, rho²), for each eigenvalue on its own.
+
+    The conditional is N(x + gain·(y - a·x), std²), with gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and
+    std = rho·noise_std/sqrt(|a|²·rho² + noise_std²). Where a = 0 nothing is measured: gain 0, std rho.
+    Raises ValueError unless noise_std and rho are positive numbers.
+    """
+    noise_std, rho = check_positive(noise_std, "likelihood_std"), check_positive(rho, "rho")
+    total = (a.abs() * rho).square() + noise_std**2
+    return a.conj() * (rho**2 / total), rho * noise_std / total.sqrt()
+
+
+def langevin_step(
+    operator: Operator,
+    x: Tensor,  # prior mean and start of the chains [N,C,H,W]
+    y: Tensor,  # measurements [N,...]
+    beta: float,  # 2·(measurement noise std)²
+    rho_sigma: float,  # standard deviation of the prior
+    *,
+    steps: int = 100,
+    c1: float = 0.1,  # step size of the prior's scale
+    c2: float = 0.1,  # smaller = longer steps where the likelihood dominates
+    max_retries: int = 4,  # attempts with smaller and smaller steps for chains that diverged
+    randn_like: RandnLike = torch.randn_like,
+) -> LangevinResult:
+    """Draw u approximately from p(u | x, y) by unadjusted Langevin dynamics started at x.
+
+    Iterates u ← u - lr·∇[|A(u) - y|²/beta + |u - x|²/(2·rho_sigma²)] + sqrt(2·lr)·n with the step size
+    lr = c1/(c2/beta + 1/rho_sigma²) (NCVSD, arXiv 2506.09416). Noise: one number per image, then one image per step.
+
+    A chain has diverged if its end is not finite, or if its energy (the bracket above) exceeds that of the start by
+    more than 10 per pixel. It is run again from x at a quarter of the step size, each image with its own stream seeded
+    by the number drawn first, so that an image's result never depends on the others in the batch.
+    Raises LangevinDivergenceError if chains still diverge after `max_retries`, ValueError for settings that are not
+    positive and for x or y that are not finite or do not fit.
+    """
+    if steps < 1 or max_retries < 0:
+        raise ValueError(f"Langevin needs steps >= 1 and max_retries >= 0, not {steps} and {max_retries}")
+    check_positive(beta, "beta")
+    check_positive(rho_sigma, "rho_sigma")
+    operator.check_pair(x, y)
+    lr = check_positive(c1, "c1") / (check_positive(c2, "c2") / beta + rho_sigma**-2)
+
+    def energy(u: Tensor) -> Tensor:
+        misfit = (operator.forward(u) - y).flatten(1).square().sum(1) / beta
+        return misfit + (u - x).flatten(1).square().sum(1) / (2 * rho_sigma**2)
+
+    limit = energy(x) + ENERGY_PER_DIMENSION * x[0].numel()
+    if not limit.isfinite().all():
+        raise ValueError("Langevin cannot start: x, y or A(x) holds numbers that are not finite")
+
+    seeds = randn_like(x[:, :1, :1, :1]).float().cpu().flatten().view(torch.int32).tolist()
+    u = _langevin_chain(operator, x, y, beta, rho_sigma, lr, steps, randn_like)
+    retries = torch.zeros(len(x), dtype=torch.int64)
+    for attempt in range(max_retries + 1):
+        diverged = ~(energy(u) <= limit)
+        if not diverged.any():
+            return LangevinResult(u, retries)
+        if attempt == max_retries:
+            break
+        lr *= RETRY_SHRINK
+        again = diverged.nonzero().flatten()
+        noise = SeededNoise([(seeds[i] & 0xFFFFFFFF) + (attempt << 32) for i in again.tolist()], x.device)
+        u[again] = _langevin_chain(operator, x[again], y[again], beta, rho_sigma, lr, steps, noise.randn_like)
+        retries[again.cpu()] += 1
+    raise LangevinDivergenceError(
+        f"Langevin diverged for {int(diverged.sum())} of {len(x)} images at noise level {rho_sigma:.4g}, even with the "
+        f"step size reduced to {lr:.3g}: make c1 smaller than {c1:g} or c2 larger than {c2:g}"
+    )
+
+
+def _langevin_chain(
+    operator: Operator, x: Tensor, y: Tensor, beta: float, rho: float, lr: float, steps: int, randn_like: RandnLike
+) -> Tensor:
+    u = x
+    for _ in range(steps):
+        gradient = operator.misfit_gradient(u, y) / beta + (u - x) / rho**2
+        u = u - lr * gradient + math.sqrt(2 * lr) * randn_like(u)
+    return u
