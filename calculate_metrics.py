@@ -39,8 +39,10 @@ def _json_path(ctx: click.Context, param: click.Parameter, value: str | None) ->
     import os
     from pathlib import Path
 
-    if value is not None and (Path(value).is_dir() or not os.access(Path(value).parent, os.W_OK)):
-        raise click.BadParameter(f"{value} is a folder, or stands in none that can be written to: name a .json file")
+    if value is not None:
+        folder = next(parent for parent in Path(value).absolute().parents if parent.exists())  # the rest will be made
+        if Path(value).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise click.BadParameter(f"{value} is a folder, or {folder} cannot be written to: name another .json file")
     return value
 
 
@@ -96,7 +98,7 @@ def cli() -> None:
     # 50,000 images of a network in one, two and four steps, on 8 GPUs
     torchrun --standalone --nproc-per-node 8 calculate_metrics.py gen --net student.safetensors --ref img64.npz \\
         --ts 12,39 --ts 10,22,39 --ts 0,10,20,30,39 --out fid.json
-    (behind torchrun say --num-images rather than --num, which torchrun takes for an option of its own)
+    (behind torchrun say --num-images for --num, which it takes for its own)
     \b
     # Images on disk
     python calculate_metrics.py calc --images out/fid --ref img64.npz

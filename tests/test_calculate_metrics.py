@@ -173,3 +173,9 @@ def _no_network(*_, **__):
     from dnnlib.util import DownloadError
 
     raise DownloadError("no route to host")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(reference, tmp_path):
+    assert "is a folder" in gen(reference, tmp_path, fails=True)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in gen(reference, tmp_path / "file" / "o.json", fails=True)

@@ -84,7 +84,7 @@ def test_other_images_are_refused(images):
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="pip install transformers"):
+    with pytest.raises(ValueError, match="pip install 'transformers"):
         load_dinov2()
 
 
