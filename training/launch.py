@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from torch_utils.user_errors import user_errors
 from training.presets import TrainingConfig, load_config, preset_names
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
@@ -56,16 +57,8 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 
     Every mistake of the user's ends in one line and a non-zero exit.
     """
-    from torch_utils import distributed
-
-    try:
+    with user_errors("--batch-gpu"):
         _launch(kind, options, build)
-    except distributed.MainProcessError:
-        sys.exit(1)  # one message is enough
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        distributed.destroy()
 
 
 def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
@@ -106,8 +99,6 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         raise click.ClickException(one_line(error)) from error
     except DivergenceError as error:
         raise click.ClickException(f"{error}; the newest state, if any, is in {run_dir}") from error
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch-gpu ({error})") from error
 
 
 def compute_dtype(name: str, device: Any) -> Any:
