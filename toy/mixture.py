@@ -93,9 +93,7 @@ class GaussianMixture(nn.Module):
         axes, variances = self.axes.to(y.dtype), self.variances.to(y.dtype)
         means = self.means.to(y.dtype) + torch.einsum("kde,nke->nkd", axes, gains * projected)
         left = variances * (expand_sigma(sigma, y)[:, :, 0] ** 2 / total)  # along each axis
-        return Conditionals(
-            log_weights.log_softmax(1), means, torch.einsum("kde,nke,kfe->nkdf", axes, left, axes)
-        )
+        return Conditionals(log_weights.log_softmax(1), means, torch.einsum("kde,nke,kfe->nkdf", axes, left, axes))
 
     def posterior_of_coordinate(self, value: Tensor, std: float) -> Conditionals:
         """p(x0 | value) for noisy observations [N] of the first coordinate, noise of standard deviation std."""
@@ -177,5 +175,7 @@ def spiral_arms(
     variances = torch.tensor([float(along) ** 2, width**2], dtype=torch.float64).expand(components, 2)
     second_moment = (means.square().sum(1).mean() + variances[0].sum()) / 2
     scale = sigma_data / second_moment.sqrt()
-    both = [torch.cat([part, part * sign]) for part, sign in ((means * scale, -1), (axes, -1), (variances * scale**2, 1))]
+    both = [
+        torch.cat([part, part * sign]) for part, sign in ((means * scale, -1), (axes, -1), (variances * scale**2, 1))
+    ]
     return GaussianMixture(torch.ones(2 * components, dtype=torch.float64), *both, sigma_data=sigma_data)

@@ -11,77 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from dnnlib.util import atomic_write
+from dnnlib.util import atomic_path
 from networks import GenerativeDenoiser
 from networks.posterior import combine_observations
 from toy.mixture import GaussianMixture
-from toy.networks import PointCondition, PointDiscriminator, PointPrecond, architecture
+from toy.networks import CombinedScore, PointCondition, PointDiscriminator, PointPrecond, architecture
+from toy.settings import ToySettings
 from training.losses import weighted_error
-from training.noise import LogNormalSigma
+from training.noise import UniformKarrasSigma
 from training.optim import DivergenceError, count_nonfinite, learning_rate
 from training.phema import PowerFunctionEMA
-from training.presets import NCVSDConfig
 from training.tasks import Batch, Phase, distillation_phases
 
 FORMAT = "ncvsd-toy-1"
 EMA_STD = 0.05
 ADAM_BETAS = (0.9, 0.99)
-
-
-@dataclass(frozen=True)
-class ToySettings:
-    """Of one training run; the switches take one ingredient away each."""
-
-    seconds: float = 600.0  # of processor time, after which training ends early; infinite = until the last iteration
-    iterations: int = 6000  # of distillation
-    pretraining: int = 1500  # iterations that fit the start network to the exact denoiser
-    batch: int = 512
-    width: int = 128
-    blocks: int = 1  # in each of encoder, control branch and decoder
-    lr: float = 0.01  # of the score network
-    g_lr_scaling: float = 0.2
-    d_lr_scaling: float = 0.2
-    g_delay: float = 0.05  # share of the iterations before the generator moves
-    gan_start: float = 0.1  # share of the iterations before the adversarial loss joins
-    gan_weight: float = 1.0
-    t_mean: float = -0.8  # of ln t, in all losses
-    t_std: float = 1.6
-    g_t_mean: float = -0.8  # of ln t in the generator's loss
-    g_t_std: float = 1.6
-    score_updates: int = 1  # per generator update
-    gamma: float = 0.414
-    adversarial: bool = True
-    control: bool = True  # False = the networks do not see y
-    identity: bool = True  # False = the target is the score of p(x_t) in place of p(x_t | y)
-    seed: int = 0
-
-    def config(self) -> NCVSDConfig:
-        """The same in terms of image training."""
-        images = self.iterations * self.batch
-        return NCVSDConfig(
-            duration=images,
-            batch=self.batch,
-            batch_gpu=self.batch,
-            ref_lr=self.lr,
-            ref_batches=0,
-            rampup_mimg=min(100, 0.1 * self.iterations) * self.batch / 1e6,
-            cooldown_mimg=0.5 * images / 1e6,
-            gamma=self.gamma,
-            g_lr_scaling=self.g_lr_scaling,
-            d_lr_scaling=self.d_lr_scaling,
-            g_delay_kimg=self.g_delay * images / 1e3,
-            gan_warmup_kimg=(self.gan_start * images if self.adversarial else 2 * images) / 1e3,
-            gan_loss_scaling=self.gan_weight,
-            g_p_mean=self.g_t_mean,
-            g_p_std=self.g_t_std,
-            s_p_mean=self.t_mean,
-            s_p_std=self.t_std,
-            d_p_mean=self.t_mean,
-            d_p_std=self.t_std,
-        )
 
 
 class BatchNoise:
@@ -117,7 +66,7 @@ def pretrain(mixture: GaussianMixture, settings: ToySettings, noise: BatchNoise)
     """Fit a plain denoiser to the exact one: the starting point that an image teacher's weights are."""
     net = PointPrecond(**architecture(settings.width, settings.blocks), sigma_data=mixture.sigma_data).train()
     optimizer = torch.optim.Adam(net.parameters(), betas=ADAM_BETAS, fused=True)
-    levels = LogNormalSigma(-0.8, 1.8)
+    levels = UniformKarrasSigma(sigma_max=120.0)
     for i in range(settings.pretraining):
         sigma = levels.sample(noise, settings.batch)
         x0 = mixture.sample(settings.batch, noise.randn_like)
@@ -148,7 +97,9 @@ def train(
 
     conditional = PointCondition(**teacher_net.init_kwargs).init_from_teacher(teacher_net)
     score_net = copy.deepcopy(conditional)
-    discriminator = PointDiscriminator(**teacher_net.init_kwargs).init_from_teacher(teacher_net)
+    if settings.combined_score:
+        score_net = CombinedScore(score_net)
+    discriminator = PointDiscriminator(**teacher_net.init_kwargs, joint=settings.joint).init_from_teacher(teacher_net)
     generator = GenerativeDenoiser(conditional, config.gamma, config.init_sigma)
     start = copy.deepcopy(generator).eval().requires_grad_(False)
     phases = distillation_phases(
@@ -183,7 +134,9 @@ def train(
             terms = phase.loss(Batch(x0, None, noise, nimg))
             (terms.total.sum() / settings.batch).backward()
             if count_nonfinite(phase.net.parameters()):
-                raise DivergenceError(f"gradients of the {phase.name} network are not finite: use a lower learning rate")
+                raise DivergenceError(
+                    f"gradients of the {phase.name} network are not finite: use a lower learning rate"
+                )
             optimizers[phase.name].param_groups[0]["lr"] = lr * phase.lr_scaling
             optimizers[phase.name].step()
             optimizers[phase.name].zero_grad(set_to_none=True)
@@ -208,3 +161,37 @@ def _parameters(phase: Phase, settings: ToySettings) -> list[torch.nn.Parameter]
     return [p for name, p in named if settings.control or not name.endswith("additional_x_weight")]
 
 
+def save_student(path: str | Path, student: Student) -> None:
+    """Write one safetensors file, weights in float32, the rest as JSON metadata; the file appears whole or not."""
+    facts = dict(
+        format=FORMAT,
+        settings=dataclasses.asdict(student.settings),
+        curves=student.curves,
+        seconds=student.seconds,
+    )
+    nets = {"generator": student.generator, "start": student.start}
+    tensors = {
+        f"{name}.{key}": value.contiguous() for name, net in nets.items() for key, value in net.state_dict().items()
+    }
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"toy": json.dumps(facts, allow_nan=False)})
+
+
+def load_student(path: str | Path) -> Student:
+    """Read a file of `save_student`. Raises ValueError for any other file, OSError where it cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("toy", "{}"))
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"not written by toy_example.py train ({FORMAT})")
+        settings = ToySettings(**facts["settings"])
+        net = PointCondition(**architecture(settings.width, settings.blocks))
+        generator = GenerativeDenoiser(net, settings.gamma).eval().requires_grad_(False)
+        start = copy.deepcopy(generator)
+        tensors = safetensors.torch.load_file(path)
+        for name, target in (("generator", generator), ("start", start)):
+            prefix = f"{name}."
+            target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        return Student(generator, start, settings, facts["curves"], facts["seconds"])
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no trained student: {str(error).splitlines()[0]}") from error
