@@ -131,7 +131,7 @@ class CombinedScore(nn.Module):
     """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t.
 
     The published one is preconditioned for x_t alone. Where y is much the better observation, its output is then a
-    small difference of large terms; here the error shrinks with sigma, and the start is the score of the true posterior.
+    small difference of large terms; here the error shrinks with sigma, and it starts as the true posterior's score.
     """
 
     def __init__(self, model: PointCondition) -> None:
@@ -142,9 +142,7 @@ class CombinedScore(nn.Module):
     def sigma_data(self) -> float:
         return self.model.sigma_data
 
-    def forward(
-        self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None, **options: Any
-    ):
+    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None, **options: Any):
         """As `PrecondCondition`: denoised [N,2,1,1], with return_logvar also [N,1,1,1]."""
         return self.model(*combine_observations(y, sigma_y, x, sigma), y, sigma_y, labels, **options)
 

@@ -81,7 +81,9 @@ def test_draws_of_the_posterior_have_its_mean_and_spread(mixture):
     posterior = mixture.posterior(y, 0.4)
     draws = posterior.sample(40000)
     assert torch.allclose(draws.mean(1), mixture(y, 0.4).flatten(1), atol=0.01)
-    second = (posterior.log_weights.exp()[..., None] * (posterior.means**2 + posterior.covariances.diagonal(0, 2, 3))).sum(1)
+    second = (
+        posterior.log_weights.exp()[..., None] * (posterior.means**2 + posterior.covariances.diagonal(0, 2, 3))
+    ).sum(1)
     assert torch.allclose(draws.square().mean(1), second, atol=0.01)
     exact = ExactDenoiser(mixture)(y.repeat_interleave(4000, 0), 0.4).reshape(2, 4000, 2)
     assert (energy_distance(exact, draws[:, :4000]) < 0.003).all()
