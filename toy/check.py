@@ -19,6 +19,7 @@ from toy.training import BatchNoise, Student
 SIGMAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 80.0)
 SCHEDULES: dict[str, Sequence[int] | None] = {"1 step": None, "2 steps": (10, 22, 39), "4 steps": (0, 10, 20, 30, 39)}
 ZETAS = (0.3, 0.7, 1.0)
+PROBE_SAMPLES = 128  # draws per observation of a measurement during training
 MODES = 8  # sections of the arms, of equal weight
 
 
@@ -121,7 +122,7 @@ def identity_errors(
 
 def probe(mixture: GaussianMixture) -> Callable[[Callable[..., Tensor]], dict[str, float]]:
     """A small measurement for the course of training: one-step energy distance over the floor, by noise level."""
-    bench = Bench(mixture, points=32, samples=128)
+    bench = Bench(mixture, points=32, samples=PROBE_SAMPLES)
 
     def measure(denoiser: Callable[..., Tensor]) -> dict[str, float]:
         found = {f"energy_{s:g}": bench.row(s, bench.draw(denoiser, s), "1 step").energy_ratio for s in bench.sigmas}

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dnnlib.util import atomic_write
-from toy.check import SCHEDULES
+from toy.check import PROBE_SAMPLES, SCHEDULES
 from toy.mixture import GaussianMixture
 from toy.training import BatchNoise, Student
 
@@ -63,7 +63,7 @@ def draw_figure(path: str | Path, mixture: GaussianMixture, student: Student, se
         (LEFT, curve_top, middle - 40, curve_top + 190),
         energies,
         energy_colors,
-        "energy distance, 1 step / floor",
+        f"energy distance to the truth, 1 step / floor ({PROBE_SAMPLES} draws)",
         log=True,
     )
     _curves(
@@ -75,7 +75,7 @@ def draw_figure(path: str | Path, mixture: GaussianMixture, student: Student, se
         log=False,
     )
     data = io.BytesIO()
-    canvas.save(data, format="PNG", optimize=True)
+    canvas.quantize(256, dither=Image.Dither.NONE).save(data, format="PNG", optimize=True)
     with atomic_write(path) as file:
         file.write(data.getvalue())
 
@@ -150,7 +150,7 @@ def _curves(pen, box, series, colors, title: str, *, log: bool) -> None:
         share = math.log(max(value, low) / low) / math.log(high / low) if log else (value - low) / (high - low)
         return left + iteration / last * (right - left), bottom - share * (bottom - top)
 
-    ticks = [10**k * m for k in range(3) for m in (1, 3)] if log else np.linspace(low, high, 4).tolist()
+    ticks = [10**k * m for k in range(3) for m in (1, 3)] if log else [k / 10 for k in range(20)]
     for tick in ticks:
         if low <= tick <= high:
             _, v = place(0, tick)
@@ -166,8 +166,9 @@ def _curves(pen, box, series, colors, title: str, *, log: bool) -> None:
     ends.sort()
     for i in range(1, len(ends)):
         ends[i][0] = max(ends[i][0], ends[i - 1][0] + 16)
+    excess = max(0.0, ends[-1][0] - bottom + 4)
     for v, name in ends:
-        _text(pen, (right + 8, v), name, 15, colors[name], anchor="lm")
+        _text(pen, (right + 8, v - excess), name, 15, colors[name], anchor="lm")
 
 
 def _text(pen, position, text: str, size: int, color=INK, anchor: str = "la") -> None:

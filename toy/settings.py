@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from training.presets import NCVSDConfig, PresetError, setting
 
@@ -67,8 +67,3 @@ class ToySettings:
             d_p_mean=self.t_mean,
             d_p_std=self.t_std,
         )
-
-
-def switches() -> list[str]:
-    """Names of the settings that turn an ingredient on or off."""
-    return [field.name for field in fields(ToySettings) if isinstance(field.default, bool)]
