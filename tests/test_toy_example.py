@@ -79,6 +79,7 @@ def test_student_in_the_repository_samples_the_true_posterior():
         one = bench.row(sigma, bench.draw(student.generator, sigma), "1 step")
         four = bench.row(sigma, bench.draw(student.generator, sigma, ts=(0, 10, 20, 30, 39)), "4 steps")
         assert one.energy_ratio < 6 and four.energy_ratio < 4, sigma
-        assert one.energy < 0.5 * before.energy and four.energy < 0.5 * before.energy, sigma
+        share = 0.7 if sigma < 0.2 else 0.4  # at low levels the start is not far off
+        assert one.energy < share * before.energy and four.energy < share * before.energy, sigma
         assert 0.9 < one.spread_ratio < 1.1 and 0.9 < four.spread_ratio < 1.1, sigma
     assert max(row["largest_relative_error"] for row in identity_errors(mixture)) < 1e-5

@@ -11,8 +11,8 @@ from training.presets import NCVSDConfig, PresetError, setting
 class ToySettings:
     """One training run. Raises PresetError for values that make no sense."""
 
-    iterations: int = setting(6000, "Iterations of distillation")
-    pretraining: int = setting(1500, "Iterations that fit the start network to the exact denoiser")
+    iterations: int = setting(6500, "Iterations of distillation")
+    pretraining: int = setting(600, "Iterations that fit the start network to the exact denoiser")
     batch: int = setting(512, "Points per update")
     width: int = setting(96, "Width of the layers")
     blocks: int = setting(1, "Residual blocks in each of encoder, control branch and decoder")
@@ -22,10 +22,10 @@ class ToySettings:
     g_delay: float = setting(0.05, "Share of the iterations before the generator moves")
     gan_start: float = setting(0.1, "Share of the iterations before the adversarial loss joins")
     gan_weight: float = setting(3.0, "Weight of the adversarial loss")
-    t_mean: float = setting(-0.8, "Mean of ln t in the score and discriminator losses")
-    t_std: float = setting(1.6, "Standard deviation of ln t in the score and discriminator losses")
-    g_t_mean: float = setting(-0.4, "Mean of ln t in the generator's loss")
-    g_t_std: float = setting(1.4, "Standard deviation of ln t in the generator's loss")
+    t_mean: float = setting(-1.2, "Mean of ln t in the score and discriminator losses")
+    t_std: float = setting(1.8, "Standard deviation of ln t in the score and discriminator losses")
+    g_t_mean: float = setting(-1.0, "Mean of ln t in the generator's loss")
+    g_t_std: float = setting(1.6, "Standard deviation of ln t in the generator's loss")
     score_updates: int = setting(1, "Updates of the score network per update of the generator")
     gamma: float = setting(0.414, "Extra noise of the generative denoiser; 0 leaves it deterministic")
     adversarial: bool = setting(True, "Train with the adversarial loss")
