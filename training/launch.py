@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dnnlib.util import parse_duration
 from training.presets import TrainingConfig, load_config, preset_names
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
@@ -41,6 +44,25 @@ def common_options(kind: type[TrainingConfig]) -> Callable:
             "-n", "--dry-run", is_flag=True, help="Check options, networks and data, print the settings and stop."
         ),
         click.option("--quiet", is_flag=True, help="No progress bar."),
+        click.option(
+            "--max-time", metavar="TIME", help="Save and stop in time before so much has passed, as in 11h30m."
+        ),
+        click.option("--force-resume", is_flag=True, help="Resume although settings or data are not those of the run."),
+        click.option("--shard", is_flag=True, help="Divide Adam's moments and the averages between the processes."),
+        click.option(
+            "--ema-device",
+            type=click.Choice(("same", "cpu")),
+            default="same",
+            help="Where averages are kept: with the networks, or in host memory.",
+        ),
+        click.option(
+            "--checkpoint-activations",
+            is_flag=True,
+            help="Compute activations again in the backward pass: less memory, more time.",
+        ),
+        click.option(
+            "--deterministic", is_flag=True, help="Use no operation whose result varies from run to run on a GPU."
+        ),
     ]
 
     def decorate(function: Callable) -> Callable:
@@ -69,28 +91,33 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 
 
 def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
+    started = time.monotonic()
     settings = {f.name: options.pop(f.name) for f in dataclasses.fields(kind)}
     config = load_config(kind, options["preset"], settings)
+    limit = None if options["max_time"] is None else parse_duration(options["max_time"])
     run_dir = Path(options["outdir"])
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"--outdir {run_dir} is a file: name a folder")
 
     import torch
 
+    from networks.unet import set_recompute
     from torch_utils import distributed
     from training.dataset import DatasetError, ImageDataset, one_line
     from training.loop import Run, split_batch, train
     from training.optim import DivergenceError
 
     device = distributed.init(options["device"])
+    configure_backends(options["deterministic"])
     split_batch(config, distributed.world_size())
     dataset = ImageDataset(
         options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"])
     )
     torch.manual_seed(options["seed"])
     task, encoder = distributed.main_first(lambda: build(config, options, dataset, device))
-    for phase in task.phases:
-        phase.net.compute_dtype = compute_dtype(options["dtype"], device)
+    for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
+        net.compute_dtype = compute_dtype(options["dtype"], device)
+        set_recompute(net, options["checkpoint_activations"])
     workers = options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda")
     _describe(config, options, task, dataset, device)
     if options["dry_run"]:
@@ -99,13 +126,26 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
 
     run_dir.mkdir(parents=True, exist_ok=True)
     provenance = {"command": shlex.join(sys.argv), "git_commit": git_commit()}
-    run = Run(run_dir, device, options["seed"], workers, provenance, options["quiet"])
+    run = Run(
+        run_dir,
+        device,
+        options["seed"],
+        workers,
+        provenance,
+        options["quiet"],
+        force_resume=options["force_resume"],
+        deadline=None if limit is None else started + limit,
+        shard=options["shard"],
+        ema_device=torch.device("cpu") if options["ema_device"] == "cpu" else None,
+    )
     try:
         train(task, dataset, encoder, config, run)
     except DatasetError as error:
         raise click.ClickException(one_line(error)) from error
     except DivergenceError as error:
-        raise click.ClickException(f"{error}; the newest state, if any, is in {run_dir}") from error
+        if not distributed.is_main():  # all processes saw it: one message is enough
+            raise distributed.MainProcessError(str(error)) from error
+        raise click.ClickException(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch-gpu ({error})") from error
 
@@ -120,6 +160,17 @@ def compute_dtype(name: str, device: Any) -> Any:
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
     return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def configure_backends(deterministic: bool) -> None:
+    """Let cuDNN choose the fastest algorithms, or, where asked for, none whose result varies from run to run."""
+    import torch
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's matrix library starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
 
 
 def git_commit() -> str | None:
@@ -144,11 +195,21 @@ def _is_small(path: str) -> bool:
 
 def _describe(config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any) -> None:
     from torch_utils import distributed
+    from training.memory import memory_plan
 
     facts = dataset.facts()
     distributed.print0(f"data      {options['data']}: {json.dumps(facts)}")
-    for phase in task.phases:
-        count = sum(p.numel() for p in phase.net.parameters())
-        distributed.print0(f"{phase.name:9s} {count:,} parameters")
+    plan = memory_plan(
+        [(p.name, p.net) for p in task.phases],
+        task.frozen.items(),
+        task.result,
+        len(config.ema_stds),
+        world=distributed.world_size(),
+        shard=options["shard"],
+        ema_on_host=options["ema_device"] == "cpu" and device.type != "cpu",
+    )
+    for p in task.phases:
+        distributed.print0(f"{p.name:9s} {sum(w.numel() for w in p.net.parameters()):,} parameters")
+    distributed.print0("\n".join(plan.lines()))
     distributed.print0(f"device    {device}, {distributed.world_size()} process(es), dtype {options['dtype']}")
     distributed.print0(f"settings  {json.dumps(dataclasses.asdict(config))}")

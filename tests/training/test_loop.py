@@ -356,8 +356,8 @@ def poison(task, name, iterations):
     phase = next(phase for phase in task.phases if phase.name == name)
     real = phase.loss
 
-    def loss(batch):
-        terms = real(batch)
+    def loss(batch, net):
+        terms = real(batch, net)
         if batch.nimg in iterations:
             terms.total = terms.total * float("nan")
         return terms
