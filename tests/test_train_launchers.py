@@ -136,7 +136,7 @@ def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, tm
         assert run[name] == published.get(name, 1.0), name
     snapshot = out / "network-snapshot-000000008-0.050.safetensors"
     assert isinstance(networks.load(snapshot).net, networks.GenerativeDenoiser)
-    assert sorted(path.name[:15] for path in out.glob("grid-000000008-*.png")) == ["grid-000000008-"] * 2
+    assert len(list(out.glob("grid-000000008-*.png"))) == 4 and (out / "grid-teacher.png").is_file()
     reference = tmp_path / "reference.npz"
     data = prepared["DATA_DIR"] / DATA[preset.split("-")[0]].replace("-sd", "")
     metrics = [sys.executable, "calculate_metrics.py"]

@@ -60,6 +60,9 @@ def common_options(kind: type[TrainingConfig]) -> Callable:
             is_flag=True,
             help="Compute activations again in the backward pass: less memory, more time.",
         ),
+        click.option("--eval-metric", metavar="LIST", help="Measure each snapshot: fd_demo, fid, ...  [default: none]"),
+        click.option("--eval-num", type=click.IntRange(2), default=2000, help="Images drawn for that."),
+        click.option("--eval-ref", metavar="FILE|URL", help="Statistics to compare with.  [default: the data's]"),
         click.option(
             "--deterministic", is_flag=True, help="Use no operation whose result varies from run to run on a GPU."
         ),
@@ -104,7 +107,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     from networks.unet import set_recompute
     from torch_utils import distributed
     from training.dataset import DatasetError, ImageDataset, one_line
-    from training.loop import Run, split_batch, train
+    from training.loop import split_batch, train
     from training.optim import DivergenceError
 
     device = distributed.init(options["device"])
@@ -118,26 +121,13 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
         net.compute_dtype = compute_dtype(options["dtype"], device)
         set_recompute(net, options["checkpoint_activations"])
-    workers = options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda")
     _describe(config, options, task, dataset, device)
     if options["dry_run"]:
         distributed.print0("dry run: nothing is written")
         return
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    provenance = {"command": shlex.join(sys.argv), "git_commit": git_commit()}
-    run = Run(
-        run_dir,
-        device,
-        options["seed"],
-        workers,
-        provenance,
-        options["quiet"],
-        force_resume=options["force_resume"],
-        deadline=None if limit is None else started + limit,
-        shard=options["shard"],
-        ema_device=torch.device("cpu") if options["ema_device"] == "cpu" else None,
-    )
+    run = _run(config, options, task, dataset, device, None if limit is None else started + limit)
     try:
         train(task, dataset, encoder, config, run)
     except DatasetError as error:
@@ -148,6 +138,45 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         raise click.ClickException(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch-gpu ({error})") from error
+
+
+def _run(
+    config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any, deadline: float | None
+) -> Any:
+    """What the options say about where and how to train. Collective."""
+    import torch
+
+    from torch_utils import distributed
+    from training.loop import Run, split_batch
+
+    run_dir = Path(options["outdir"])
+    evaluate = None
+    if options["eval_metric"]:
+        from training.evaluation import snapshot_metrics
+
+        evaluate = snapshot_metrics(
+            options["eval_metric"],
+            options["eval_num"],
+            dataset,
+            device,
+            reference=options["eval_ref"],
+            run_dir=run_dir,
+            batch=split_batch(config, distributed.world_size())[0],
+            sampling=list(task.schedules.values())[-1],
+        )
+    return Run(
+        run_dir,
+        device,
+        options["seed"],
+        options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda"),
+        {"command": shlex.join(sys.argv), "git_commit": git_commit()},
+        options["quiet"],
+        force_resume=options["force_resume"],
+        deadline=deadline,
+        shard=options["shard"],
+        ema_device=torch.device("cpu") if options["ema_device"] == "cpu" else None,
+        evaluate=evaluate,
+    )
 
 
 def compute_dtype(name: str, device: Any) -> Any:

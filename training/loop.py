@@ -24,7 +24,7 @@ from training.parallel import accumulate, replicate
 from training.presets import TrainingConfig
 from training.records import Recorder, RunningMeans
 from training.state import find_newest_state, list_states, read_state, remove_unfinished, to_host
-from training.tasks import Batch, Phase, Task
+from training.tasks import Batch, Phase, Task, draw
 from training.trained import Trained
 from training.writer import StateWriter
 
@@ -218,15 +218,18 @@ class Trainer:
                 self.recorder.log("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def sheets(self, average: nn.Module) -> None:
-        """Sample sheets of the first average, one for each schedule of the task."""
+        """Sample sheets of the first average, one for each schedule of the task, and once the teacher's."""
+        nimg, task, shown = self.trained.nimg, self.task, (self.encoder, GRID_SEEDS, self.batch_gpu)
         try:
-            grids = self.task.sample_grids(average, self.encoder, GRID_SEEDS, self.batch_gpu)
+            grids = {f"{nimg:09d}-{name}": images for name, images in task.sample_grids(average, *shown).items()}
+            if task.teacher is not None and not nimg:
+                grids["teacher"] = draw(task.teacher, *shown)
         except ValueError as error:  # latents whose autoencoder is not at hand
             self.recorder.log(f"no sample grids: {error}")
             return
         for name, images in grids.items():
-            save_grid(self.run.run_dir / f"grid-{self.trained.nimg:09d}-{name}.png", images)
-            self.recorder.image(self.trained.nimg, f"Samples/{name}", image_grid(images))
+            save_grid(self.run.run_dir / f"grid-{name}.png", images)
+            self.recorder.image(nimg, f"Samples/{name.rpartition('-')[2]}", image_grid(images))
 
 
 def split_batch(config: TrainingConfig, world: int) -> tuple[int, int]:

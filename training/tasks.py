@@ -19,6 +19,7 @@ from sampling.seeds import SeededNoise
 from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
 from training.noise import LogNormalSigma, UniformKarrasSigma
 from training.presets import EDM2Config, NCVSDConfig
+from training.views import denoised_views
 
 
 @dataclass
@@ -62,14 +63,23 @@ class Task:
     schedules: dict[str, dict[str, Any]]  # name of a sample grid -> arguments of generate_images
     teacher_digest: str | None = None  # SHA-256 of the teacher's weights
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # further networks that the phases evaluate
+    teacher: Precond | None = None  # whose samples to show once, for comparison
+    views: Callable[[nn.Module, Any, Sequence[int], int], dict[str, Tensor]] | None = None  # more images of a network
 
     def sample_grids(self, net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
         """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
         grids = {}
         for name, arguments in self.schedules.items():
-            batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
-            grids[name] = torch.cat([b.images.cpu() for b in batches])
+            grids[name] = draw(net, encoder, seeds, batch, **arguments)
+        if self.views is not None:
+            grids |= self.views(net, encoder, seeds, batch)
         return grids
+
+
+def draw(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int, **arguments: Any) -> Tensor:
+    """Images [N,C,H,W] uint8 on the CPU, all drawn by this process; arguments are those of generate_images."""
+    batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
+    return torch.cat([b.images.cpu() for b in batches])
 
 
 def weights_digest(net: nn.Module) -> str:
@@ -155,4 +165,8 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
     ]
     ts = parse_ts(config.eval_ts).ts
     schedules = {"1step": {}, "ts" + "_".join(map(str, ts)): {"ts": ts}}
-    return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher})
+
+    def views(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
+        return denoised_views(net, score_net, teacher, encoder, seeds, math.exp(config.g_p_mean), batch)
+
+    return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher}, teacher, views)

@@ -73,9 +73,9 @@ def count_lines(path):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.timeout(120 + 60 * KILLS)
+@pytest.mark.timeout(300 + 60 * KILLS)
 def test_a_run_killed_again_and_again_goes_on_to_the_same_result(tmp_path, tiny_data, tiny_teacher):
-    folder, duration = tmp_path / "killed", 8 * (20 + 10 * KILLS)
+    folder, duration = tmp_path / "killed", 8 * (12 + 8 * KILLS)
     options = dict(duration=duration, dropout=0.1, checkpoint=8)
     slow = [sys.executable, "-c", SLOW_WRITES, *command(folder, tiny_data, tiny_teacher, **options)[1:]]
     log = folder / "log.txt"
@@ -97,6 +97,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_result(tmp_path, tiny_
     assert 0 < reached < duration and during_write > 0
     print(f"{KILLS} kills, {during_write} of them during a write, the last at {reached} of {duration} images")
     execute([sys.executable, *command(folder, tiny_data, tiny_teacher, **options)])
+    options["checkpoint"] = duration
     execute([sys.executable, *command(tmp_path / "whole", tiny_data, tiny_teacher, **options)])
     assert f"resuming at {reached} images" in (folder / "log.txt").read_text()
     assert not list(folder.glob(".training-state-*"))
