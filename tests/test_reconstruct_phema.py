@@ -29,7 +29,7 @@ def run(*arguments):
 def tracked(tmp_path_factory, tiny_data, tiny_teacher):
     """Folder of a short run with snapshots of two profiles, and the average of a third one tracked in training."""
     folder = tmp_path_factory.mktemp("tracked")
-    config = dataclasses.replace(EDM2, duration=8 * 64, snapshot=8 * 4, ref_lr=3e-3, status=1 << 20)
+    config = dataclasses.replace(EDM2, duration=8 * 48, snapshot=8 * 4, ref_lr=3e-2, status=1 << 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "GRID_SEEDS", range(1))
         run_training(make_task(config, tiny_teacher), ImageDataset(tiny_data), config, folder / "run")
@@ -49,23 +49,23 @@ def test_a_profile_that_was_not_stored_comes_out_as_if_it_had_been_tracked(track
     folder, direct = tracked
     result = run(folder, "--std", "0.08,0.05", "--outdir", tmp_path, "--dtype", "float32")
     assert result.exit_code == 0, result.output
-    rebuilt = networks.load(tmp_path / "phema-000000512-0.080.safetensors")
-    stored = [networks.load(folder / f"network-snapshot-000000512-{std}.safetensors").net for std in ("0.050", "0.100")]
+    rebuilt = networks.load(tmp_path / "phema-000000384-0.080.safetensors")
+    stored = [networks.load(folder / f"network-snapshot-000000384-{std}.safetensors").net for std in ("0.050", "0.100")]
     nearest = min(distance(net, direct) for net in stored)
     assert distance(rebuilt.net, direct) < 0.1 * nearest
-    assert rebuilt.config["provenance"]["ema_std"] == 0.08 and rebuilt.config["provenance"]["images_seen"] == 512
+    assert rebuilt.config["provenance"]["ema_std"] == 0.08 and rebuilt.config["provenance"]["images_seen"] == 384
     same = networks.load(
-        tmp_path / "phema-000000512-0.050.safetensors"
+        tmp_path / "phema-000000384-0.050.safetensors"
     ).net  # a stored profile is its own reconstruction
     assert distance(same, stored[0]) < 1e-5
 
 
 def test_an_earlier_end_uses_what_came_before(tracked, tmp_path):
     folder, _ = tracked
-    result = run(folder, "--std", "0.1", "--nimg", "256", "--outdir", tmp_path)
-    assert result.exit_code == 0 and "from 16 snapshots" in result.output
-    wanted = networks.load(folder / "network-snapshot-000000256-0.100.safetensors").net
-    assert distance(networks.load(tmp_path / "phema-000000256-0.100.safetensors").net, wanted) < 1e-3
+    result = run(folder, "--std", "0.1", "--nimg", "192", "--outdir", tmp_path)
+    assert result.exit_code == 0 and "from 12 snapshots" in result.output
+    wanted = networks.load(folder / "network-snapshot-000000192-0.100.safetensors").net
+    assert distance(networks.load(tmp_path / "phema-000000192-0.100.safetensors").net, wanted) < 1e-3
 
 
 def test_coefficients_are_the_measured_ones(tmp_path, tiny_teacher):

@@ -106,6 +106,21 @@ def prepared(tmp_path_factory, photos, vae):
     return dict(MODEL_ZOO=zoo, DATA_DIR=data)
 
 
+class Means(torch.nn.Module):
+    """A detector that takes images of any size: their mean colours."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=[2, 3]) / 255
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    """Path of a TorchScript detector."""
+    path = tmp_path_factory.mktemp("detector") / "means.pt"
+    torch.jit.script(Means()).save(str(path))
+    return path
+
+
 @pytest.fixture
 def fake_python(tmp_path):
     """Folder of a `python` that sees 8 GPUs, and writes down what it should launch instead of doing so."""
@@ -126,7 +141,7 @@ esac
 
 
 @pytest.mark.parametrize("preset", TEACHERS)
-def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, tmp_path):
+def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, detector, tmp_path):
     out = tmp_path / "run"
     result = launch(f"train-{preset}.sh", 0, *SHORT, OUT=out, **prepared)
     assert result.returncode == 0, result.stderr
@@ -139,11 +154,12 @@ def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, tm
     assert len(list(out.glob("grid-000000008-*.png"))) == 4 and (out / "grid-teacher.png").is_file()
     reference = tmp_path / "reference.npz"
     data = prepared["DATA_DIR"] / DATA[preset.split("-")[0]].replace("-sd", "")
-    metrics = [sys.executable, "calculate_metrics.py"]
-    execute([*metrics, "ref", "--data", data, "--dest", reference, "--metrics", "fd_demo", "--device", "cpu"])
+    own = ["--detector", detector, "--detector-name", "means"]
+    metrics = [sys.executable, "calculate_metrics.py", "ref", "--data", data, "--dest", reference]
+    execute([*metrics, "--metrics", "fd:means", "--device", "cpu", *own])
     report = tmp_path / "report.json"
-    evaluation = dict(REF=reference, METRICS="fd_demo", NUM=8, BATCH=8, OUT=report)
-    result = launch(f"eval-{preset.split('-')[0]}.sh", 0, "12,39", snapshot, "--quiet", **evaluation)
+    evaluation = dict(REF=reference, METRICS="fd:means", NUM=8, BATCH=8, OUT=report)
+    result = launch(f"eval-{preset.split('-')[0]}.sh", 0, "12,39", snapshot, "--quiet", *own, **evaluation)
     assert result.returncode == 0, result.stderr
     assert json.loads(report.read_text())["results"][0]["num_images"] == 8
 

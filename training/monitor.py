@@ -46,9 +46,9 @@ def facts(trained: Trained, lr: float) -> dict[str, float]:
         for key, p in phase.net.named_parameters():
             kind = key.rpartition(".")[2]
             if kind == "additional_x_weight":
-                values[f"Control/{phase.name}_x"] = float(p)
+                values[f"Control/{phase.name}_x"] = float(p.clamp(0, 1))  # as the network uses it
             elif kind == "additional_skips_weight":
-                values |= {f"Control/{phase.name}_skip{i:02d}": w for i, w in enumerate(p.tolist())}
+                values |= {f"Control/{phase.name}_skip{i:02d}": w for i, w in enumerate(p.clamp(0, 1).tolist())}
     return values
 
 
