@@ -65,7 +65,8 @@ def measure(wrap: Callable[..., tuple[Any, Any]], updates: int, batch: int, devi
     edm2_loss(callable_net, images, 1.0, labels, randn_like=torch.randn_like).mean().backward()
     inner = getattr(optimizer, "optim", optimizer)
     moments = [value for entry in inner.state.values() for value in entry.values()]
-    worst = max(abs(float(whole(m.weight).square().mean().sqrt()) - 1) for m in net.modules() if isinstance(m, MPConv))
+    kept = [whole(m.weight.detach()) for m in net.modules() if isinstance(m, MPConv)]
+    worst = max(abs(float(weight.square().mean().sqrt()) - 1) for weight in kept)
     return {
         "ms": 1000 * seconds / updates,
         "weights": local_bytes(net.parameters()),
@@ -95,10 +96,11 @@ def fsdp(net: Any, device: Any) -> tuple[Any, Any]:
     from torch_utils import distributed
 
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    scalars = {p for p in net.parameters() if p.ndim == 0}  # which it cannot divide; EDM2 has one per block
     for module in net.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+            fully_shard(module, mesh=mesh, ignored_params=scalars)
+    fully_shard(net, mesh=mesh, ignored_params=scalars)
     return net, torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
 
 

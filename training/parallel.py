@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +23,9 @@ class Replica(DistributedDataParallel):
     """
 
     def __init__(self, net: nn.Module) -> None:
-        super().__init__(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # later releases rename the option, earlier ones know no other name
+            warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
+            super().__init__(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     @property
     def sigma_data(self) -> float:
