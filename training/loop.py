@@ -18,6 +18,7 @@ from torch_utils import distributed
 from training import monitor, stopping
 from training.dataset import ImageDataset, InfiniteSampler
 from training.identity import claim_folder, run_identity
+from training.memory import memory_plan
 from training.noise import training_noise
 from training.optim import DivergenceError, check_weights, learning_rate, update_network
 from training.parallel import accumulate, replicate
@@ -57,10 +58,6 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     processes or the state belongs to another run, DivergenceError if gradients stay non-finite, OSError if states
     cannot be written.
     """
-    split_batch(config, distributed.world_size())
-    run_dir, log = run.run_dir, distributed.print0
-    identity = run_identity(config, run.seed, dataset.fingerprint(), task.teacher_digest)
-    claim_folder(run_dir, identity, force=run.force_resume, log=log)
     trainer = Trainer(task, dataset, encoder, config, run)
     try:
         with stopping.StopRequest(run.deadline) as stop:
@@ -85,8 +82,10 @@ class Trainer:
         self.batch_gpu, self.rounds = split_batch(config, self.world)
         for p in task.phases:
             p.net.eval().requires_grad_(False)  # but for the one whose turn it is
-        self.trained = Trained(task, config, run.seed, run.device, shard=run.shard, ema_device=run.ema_device)
         warnings: list[str] = []
+        identity = run_identity(config, run.seed, dataset.fingerprint(), task.teacher_digest)
+        claim_folder(run.run_dir, identity, force=run.force_resume, log=warnings.append)
+        self.trained = Trained(task, config, run.seed, run.device, shard=run.shard, ema_device=run.ema_device)
         self.resumed, state = _newest_state(run.run_dir, warnings.append)
         if state is not None:
             self.trained.load_state_dict(state)
@@ -96,7 +95,10 @@ class Trainer:
         for warning in warnings:
             self.recorder.log(warning)
         self.recorder.log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
-        self.writer = StateWriter(run.run_dir, keep_every=config.keep_every, log=self.recorder.log)
+        phases = [(p.name, p.net) for p in task.phases]
+        expected = memory_plan(phases, [], task.result, len(config.ema_stds)).state
+        log = self.recorder.log
+        self.writer = StateWriter(run.run_dir, keep_every=config.keep_every, expected=expected, log=log)
         self.writer.last_good = self.resumed
         self.means = RunningMeans()
         self.loader = _batches(dataset, self.batch_gpu, run, start=nimg * len(task.phases))
@@ -193,8 +195,10 @@ class Trainer:
         started = time.perf_counter()
         state = self.trained.state_dict()
         if self.main:
-            self.writer.start(to_host(state), self.trained.nimg, sound=self.trained.sound)
-            self.means.add("Checkpoint/stall_seconds", time.perf_counter() - started)
+            copied = to_host(state)
+            stall = time.perf_counter() - started
+            self.writer.start(copied, self.trained.nimg, sound=self.trained.sound, spent=stall)
+            self.means.add("Checkpoint/stall_seconds", stall)
 
     def snapshot(self) -> None:
         """Averaged networks, one safetensors file per profile, sample sheets, and metrics if asked for. Collective."""
@@ -202,6 +206,9 @@ class Trainer:
         facts = dict(run.provenance, seed=run.seed, images_seen=nimg, training_seconds=round(trained.seconds))
         facts["config"] = dataclasses.asdict(self.config)
         for index, std in enumerate(trained.ema.stds):
+            measured = index == 0 and run.evaluate is not None
+            if not (self.main or run.shard or measured):
+                continue
             average = trained.ema.network(index)
             try:
                 if self.main:
@@ -212,7 +219,7 @@ class Trainer:
                         self.sheets(average)
             except OSError as error:
                 self.recorder.log(f"the snapshot at {nimg} images could not be written ({error.strerror or error})")
-            if index == 0 and run.evaluate is not None:
+            if measured:
                 metrics = {f"Metrics/{name}": value for name, value in run.evaluate(average, self.encoder).items()}
                 self.recorder.stats(nimg, metrics)
                 self.recorder.log("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

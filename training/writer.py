@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.state import save_state, state_bytes
+from training.state import save_state
 
 MAX_FAILURES = 3  # in a row, until training stops
 _SLOW_DISK = 50 << 20  # bytes per second assumed before the first write is measured
@@ -24,26 +24,33 @@ class StateWriter:
     A failed write leaves the previous states in place; it is reported, and the next one is tried when it comes.
     """
 
-    def __init__(self, run_dir: Path, *, keep_every: int = 0, log: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_every: int = 0,  # see `training.state.prune`
+        expected: int = 0,  # bytes of a state
+        log: Callable[[str], None] = print,
+    ) -> None:
         self.run_dir = run_dir
         self.keep_every = keep_every
         self.log = log
         self.failures = 0  # in a row
         self.last_good: Path | None = None  # newest state written while training was sound
-        self.seconds = 0.0  # longest write so far
+        self.seconds = expected / _SLOW_DISK  # the longest write so far, a guess before the first one
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Path | None, BaseException | None] = (None, None)
         self._sound = True
+        self._measured = False
 
-    def start(self, state: dict[str, Any], nimg: int, *, sound: bool = True) -> None:
+    def start(self, state: dict[str, Any], nimg: int, *, sound: bool = True, spent: float = 0.0) -> None:
         """Begin to write a state that nobody changes any more, after the write before it, if that is still going on.
 
-        `sound` states are those that `last_good` may name.
+        `sound` states are those that `last_good` may name; `spent` is how many seconds the copy took.
         """
         self.wait()
-        self.seconds = self.seconds or state_bytes(state) / _SLOW_DISK
         self._sound = sound
-        self._thread = threading.Thread(target=self._write, args=(state, nimg), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(state, nimg, spent), daemon=True)
         self._thread.start()
 
     def poll(self) -> None:
@@ -90,10 +97,12 @@ class StateWriter:
             "then run the same command again"
         )
 
-    def _write(self, state: dict[str, Any], nimg: int) -> None:
+    def _write(self, state: dict[str, Any], nimg: int, spent: float) -> None:
         started = time.perf_counter()
         try:
             self._outcome = save_state(self.run_dir, state, nimg, keep_every=self.keep_every), None
-            self.seconds = max(self.seconds, time.perf_counter() - started)
+            seconds = spent + time.perf_counter() - started
+            self.seconds = max(self.seconds, seconds) if self._measured else seconds
+            self._measured = True
         except BaseException as error:  # handed to the thread that trains
             self._outcome = None, error

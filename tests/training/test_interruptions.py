@@ -196,15 +196,17 @@ def limit_files(size):
 
 
 def test_training_survives_a_disk_that_is_full_for_a_while(tmp_path, dataset, tiny_teacher):
-    config = dataclasses.replace(NCVSD, duration=48, checkpoint=8)
+    config = dataclasses.replace(NCVSD, duration=48, checkpoint=8, snapshot=24)
     task = during(make_task(config, tiny_teacher), {16: lambda: limit_files(60_000), 32: lambda: limit_files(-1)})
     try:
         run_training(task, dataset, config, tmp_path)
     finally:
         limit_files(-1)
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("could not be written") == 2 and "failure 2 of 3" in log and "goes on and tries again" in log
+    assert log.count("state could not be written") == 2 and "failure 2 of 3" in log and "goes on and tries again" in log
     assert "the previous one stays (training-state-000000016" in log
+    assert log.count("the snapshot at 24 images could not be written") == 2
+    assert {path.name[17:26] for path in tmp_path.glob("network-*")} == {"000000000", "000000048"}
     assert [load_state(path)["nimg"] for path in list_states(tmp_path)] == [48, 40]
     assert not list(tmp_path.glob(".training-state-*"))
 
