@@ -68,8 +68,8 @@ def measure(preset: str, dtype: str, batch_gpu: int, steps: int, device: Any) ->
 
     from networks import Precond
     from training.launch import compute_dtype
-    from training.loop import update_network
     from training.noise import training_noise
+    from training.optim import Health, update_network
     from training.presets import NCVSDConfig, load_config
     from training.records import RunningMeans
     from training.tasks import Batch, distillation_task
@@ -113,9 +113,9 @@ def measure(preset: str, dtype: str, batch_gpu: int, steps: int, device: Any) ->
             phase.net.train().requires_grad_(True)
             first = (3 * step + index) * batch_gpu
             noise = training_noise(0, range(first, first + batch_gpu), device)
-            terms = phase.loss(Batch(images, labels, noise, nimg=step * batch_gpu))
+            terms = phase.loss(Batch(images, labels, noise, nimg=step * batch_gpu), phase.net)
             (terms.total.sum() / batch_gpu).backward()
-            update_network(phase, optimizers[phase.name], 1e-4, 0, config, RunningMeans())
+            update_network(phase, optimizers[phase.name], 1e-4, Health(), config, RunningMeans())
             phase.net.eval().requires_grad_(False)
             _synchronize(device)
             seconds[phase.name] += time.perf_counter() - started

@@ -70,6 +70,21 @@ def format_time(seconds: float) -> str:
     return f"{s // 86400}d {s // 3600 % 24:02d}h"
 
 
+def parse_duration(text: str) -> float:
+    """Parses a length of time into seconds: "11h30m", "90m", "2d", "1h 5m 30s", or a number of seconds.
+
+    Raises ValueError for anything else.
+    """
+    compact = re.sub(r"\s+", "", str(text).lower())
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    number = r"\d{1,9}(?:\.\d{1,9})?"
+    if re.fullmatch(number, compact):
+        return float(compact)
+    if not compact or not re.fullmatch("".join(f"(?:{number}{unit})?" for unit in units), compact):
+        raise ValueError(f"{text!r} is not a length of time: write days, hours, minutes and seconds, as in 11h30m")
+    return sum(float(value) * units[unit] for value, unit in re.findall(f"({number})([dhms])", compact))
+
+
 def format_bytes(count: float) -> str:
     """Formats a number of bytes in powers of 1024: 512 B, 1.5 KiB, 2.3 GiB."""
     if abs(count) < 1024:

@@ -78,7 +78,7 @@ def save(
     """Writes a network to a safetensors file, whole or not at all. The format is described at the top of this module.
 
     Raises CheckpointError (a ValueError) for another class of network, another dtype, facts that JSON cannot hold,
-    and weights that overflow float16; an existing file is then left as it was.
+    and weights that overflow float16, OSError where the file cannot be written; an existing one is left as it was.
     """
     if dtype not in (torch.float32, torch.float16):
         raise CheckpointError(f"{path}: weights are stored as float32 or float16, not {dtype}")
@@ -110,7 +110,10 @@ def save(
             stored = stored.to(torch.float16)
         tensors[key] = stored.clone(memory_format=torch.contiguous_format)
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={_METADATA_KEY: metadata})
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata={_METADATA_KEY: metadata})
+        except safetensors.SafetensorError as error:  # of the file system, whose own error it hides
+            raise OSError(f"{path}: cannot be written ({_show(error)})") from None
 
 
 def load(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -136,6 +136,7 @@ class Block(nn.Module):
         clip_act: float | None = 256.0,  # bound on the output's magnitude; None = unbounded
     ) -> None:
         super().__init__()
+        self.recompute = False  # activations in the backward pass, see `networks.unet.run_block`
         self.flavor = flavor
         self.resample_mode = resample_mode
         self.resample_filter = tuple(resample_filter)
@@ -175,6 +176,18 @@ class Block(nn.Module):
             keep, take = mp_sum_weights(self.attn_balance)
             x = torch.add(self._attention(x, gain=take), x, alpha=keep)
         return x if self.clip_act is None else F.hardtanh(x, -self.clip_act, self.clip_act)
+
+    @contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """Context in which no forward pass of this block replaces its weights."""
+        forced = [m for m in self.modules() if isinstance(m, MPConv) and m.forced]
+        for module in forced:
+            module.forced = False
+        try:
+            yield
+        finally:
+            for module in forced:
+                module.forced = True
 
     def _attention(self, x: Tensor, gain: float) -> Tensor:
         """Self-attention over pixels with normalised queries, keys and values (EDM2, Section 2.3)."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from networks.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum
 
@@ -132,12 +134,36 @@ def build_decoder(config: UNetConfig) -> nn.ModuleDict:
     return layers
 
 
+def run_block(block: Block, x: Tensor, emb: Tensor) -> Tensor:
+    """Output of a block. Where `block.recompute` is set and gradients are wanted, only its inputs are kept; the
+    backward pass computes the rest again, with the weights as they are: their forced normalisation is not repeated.
+    """
+    if not (block.recompute and torch.is_grad_enabled()):
+        return block(x, emb)
+    calls = itertools.count()
+
+    def run(x: Tensor, emb: Tensor) -> Tensor:
+        if next(calls) == 0:
+            return block(x, emb)
+        with block.weights_kept():
+            return block(x, emb)
+
+    return checkpoint(run, x, emb, use_reentrant=False)
+
+
+def set_recompute(net: nn.Module, recompute: bool) -> None:
+    """Choose for all blocks of a network whether activations are kept or computed again in the backward pass."""
+    for module in net.modules():
+        if isinstance(module, Block):
+            module.recompute = recompute
+
+
 def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
     """Every output of the encoder for image [N,C,H,W] and embedding [N,emb_channels], finest first."""
     x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
     outputs = []
     for layer in layers.values():
-        x = layer(x) if isinstance(layer, MPConv) else layer(x, emb)
+        x = layer(x) if isinstance(layer, MPConv) else run_block(layer, x, emb)
         outputs.append(x)
     return outputs
 
@@ -150,7 +176,7 @@ def run_decoder(
     for name, layer in layers.items():
         if "_block" in name:
             x = mp_cat(x, skips.pop(), concat_balance)
-        x = layer(x, emb)
+        x = run_block(layer, x, emb)
     return x
 
 

@@ -18,6 +18,7 @@ import train_edm2
 import train_ncvsd
 from sampling.grid import read_image
 from sampling.images import generate_images
+from training import loop
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--batch=8", "--batch-gpu=8", "--status=8", "--checkpoint=16", "--snapshot=8", "--rampup-mimg=0"]
@@ -98,7 +99,8 @@ def test_a_distillation_leaves_what_it_should(tmp_path, distil, tiny_data, tiny_
     states = [name for name in names if name.startswith("training-state")]
     assert [name[:24] for name in states] == ["training-state-000000016", "training-state-000000024"]
     snapshots = [f"network-snapshot-{n:09d}-{std}.safetensors" for n in (0, 8, 16, 24) for std in ("0.050", "0.100")]
-    grids = [f"grid-{n:09d}-{name}.png" for n in (0, 8, 16, 24) for name in ("1step", "ts20_39")]
+    views = ("1step", "ts20_39", "score_view", "teacher_view")
+    grids = ["grid-teacher.png", *(f"grid-{n:09d}-{name}.png" for n in (0, 8, 16, 24) for name in views)]
     assert names == sorted([*states, *snapshots, *grids, "log.txt", "run.json", "stats.jsonl"])
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     assert "finished at 24 images" in (folder / "log.txt").read_text()
@@ -258,3 +260,41 @@ def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny
     (folder / "00000" / "img00000003.png").write_bytes(b"no image")
     line = mistake(train_ncvsd, *replaced(distil, data=folder), "--workers=1", "--duration=64")
     assert "img00000003.png" in line
+
+
+def test_time_that_is_over_ends_training_with_code_0(tmp_path, distil):
+    result = run(train_ncvsd, *distil, "--duration=80", "--max-time=1s")
+    assert result.exit_code == 0, result.output
+    assert "stopped (--max-time is nearly over)" in (tmp_path / "run/log.txt").read_text()
+    assert "soon' is not a length of time" in mistake(train_ncvsd, *distil, "--max-time=soon")
+
+
+def test_deterministic_runs_use_nothing_else(tmp_path, distil, monkeypatch):
+    seen = []
+    real = loop.Trainer.iteration
+    monkeypatch.setattr(
+        loop.Trainer,
+        "iteration",
+        lambda self: (seen.append(torch.are_deterministic_algorithms_enabled()), real(self)),
+    )
+    for options, wanted in ((["--deterministic"], True), (["--duration=16"], False)):
+        assert run(train_ncvsd, *distil, *options).exit_code == 0
+        assert seen.pop() == wanted and not seen
+
+
+def test_saving_memory_changes_nothing(tmp_path, distil):
+    saving = ["--checkpoint-activations", "--ema-device=cpu", "--shard"]
+    for name, options in (("plain", []), ("saving", saving)):
+        result = run(train_ncvsd, *replaced(distil, outdir=tmp_path / name), *options)
+        assert result.exit_code == 0, result.output
+        assert re.search(r"together +[\d.]+ MiB on the device", result.output)
+    a, b = (tmp_path / f"{name}/network-snapshot-000000008-0.050.safetensors" for name in ("plain", "saving"))
+    a, b = networks.load(a).net.state_dict(), networks.load(b).net.state_dict()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def test_snapshots_can_be_measured(tmp_path, distil):
+    line = mistake(train_ncvsd, *distil, "--eval-metric=fd_other")
+    assert "no metric 'fd_other'" in line
+    line = mistake(train_ncvsd, *distil, "--eval-metric=fd_demo")  # a detector of 16x16 images
+    assert "fd_demo takes uint8 images [N,1,16,16]" in line

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dnnlib.util import parse_duration
 from torch_utils.user_errors import user_errors
 from training.presets import TrainingConfig, load_config, preset_names
 
@@ -42,6 +45,28 @@ def common_options(kind: type[TrainingConfig]) -> Callable:
             "-n", "--dry-run", is_flag=True, help="Check options, networks and data, print the settings and stop."
         ),
         click.option("--quiet", is_flag=True, help="No progress bar."),
+        click.option(
+            "--max-time", metavar="TIME", help="Save and stop in time before so much has passed, as in 11h30m."
+        ),
+        click.option("--force-resume", is_flag=True, help="Resume although settings or data are not those of the run."),
+        click.option("--shard", is_flag=True, help="Divide Adam's moments and the averages between the processes."),
+        click.option(
+            "--ema-device",
+            type=click.Choice(("same", "cpu")),
+            default="same",
+            help="Where averages are kept: with the networks, or in host memory.",
+        ),
+        click.option(
+            "--checkpoint-activations",
+            is_flag=True,
+            help="Compute activations again in the backward pass: less memory, more time.",
+        ),
+        click.option("--eval-metric", metavar="LIST", help="Measure each snapshot: fd_demo, fid, ...  [default: none]"),
+        click.option("--eval-num", type=click.IntRange(2), default=2000, help="Images drawn for that."),
+        click.option("--eval-ref", metavar="FILE|URL", help="Statistics to compare with.  [default: the data's]"),
+        click.option(
+            "--deterministic", is_flag=True, help="Use no operation whose result varies from run to run on a GPU."
+        ),
     ]
 
     def decorate(function: Callable) -> Callable:
@@ -62,43 +87,87 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 
 
 def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
+    started = time.monotonic()
     settings = {f.name: options.pop(f.name) for f in dataclasses.fields(kind)}
     config = load_config(kind, options["preset"], settings)
+    limit = None if options["max_time"] is None else parse_duration(options["max_time"])
     run_dir = Path(options["outdir"])
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"--outdir {run_dir} is a file: name a folder")
 
     import torch
 
+    from networks.unet import set_recompute
     from torch_utils import distributed
     from training.dataset import DatasetError, ImageDataset, one_line
-    from training.loop import Run, split_batch, train
+    from training.loop import split_batch, train
     from training.optim import DivergenceError
 
     device = distributed.init(options["device"])
+    configure_backends(options["deterministic"])
     split_batch(config, distributed.world_size())
     dataset = ImageDataset(
         options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"])
     )
     torch.manual_seed(options["seed"])
     task, encoder = distributed.main_first(lambda: build(config, options, dataset, device))
-    for phase in task.phases:
-        phase.net.compute_dtype = compute_dtype(options["dtype"], device)
-    workers = options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda")
+    for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
+        net.compute_dtype = compute_dtype(options["dtype"], device)
+        set_recompute(net, options["checkpoint_activations"])
     _describe(config, options, task, dataset, device)
     if options["dry_run"]:
         distributed.print0("dry run: nothing is written")
         return
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    provenance = {"command": shlex.join(sys.argv), "git_commit": git_commit()}
-    run = Run(run_dir, device, options["seed"], workers, provenance, options["quiet"])
+    run = _run(config, options, task, dataset, device, None if limit is None else started + limit)
     try:
         train(task, dataset, encoder, config, run)
     except DatasetError as error:
         raise click.ClickException(one_line(error)) from error
     except DivergenceError as error:
-        raise click.ClickException(f"{error}; the newest state, if any, is in {run_dir}") from error
+        if not distributed.is_main():  # all processes saw it: one message is enough
+            raise distributed.MainProcessError(str(error)) from error
+        raise click.ClickException(str(error)) from error
+
+
+def _run(
+    config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any, deadline: float | None
+) -> Any:
+    """What the options say about where and how to train. Collective."""
+    import torch
+
+    from torch_utils import distributed
+    from training.loop import Run, split_batch
+
+    run_dir = Path(options["outdir"])
+    evaluate = None
+    if options["eval_metric"]:
+        from training.evaluation import snapshot_metrics
+
+        evaluate = snapshot_metrics(
+            options["eval_metric"],
+            options["eval_num"],
+            dataset,
+            device,
+            reference=options["eval_ref"],
+            run_dir=run_dir,
+            batch=split_batch(config, distributed.world_size())[0],
+            sampling=list(task.schedules.values())[-1],
+        )
+    return Run(
+        run_dir,
+        device,
+        options["seed"],
+        options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda"),
+        {"command": shlex.join(sys.argv), "git_commit": git_commit()},
+        options["quiet"],
+        force_resume=options["force_resume"],
+        deadline=deadline,
+        shard=options["shard"],
+        ema_device=torch.device("cpu") if options["ema_device"] == "cpu" else None,
+        evaluate=evaluate,
+    )
 
 
 def compute_dtype(name: str, device: Any) -> Any:
@@ -111,6 +180,17 @@ def compute_dtype(name: str, device: Any) -> Any:
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
     return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def configure_backends(deterministic: bool) -> None:
+    """Let cuDNN choose the fastest algorithms, or, where asked for, none whose result varies from run to run."""
+    import torch
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's matrix library starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
 
 
 def git_commit() -> str | None:
@@ -135,11 +215,21 @@ def _is_small(path: str) -> bool:
 
 def _describe(config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any) -> None:
     from torch_utils import distributed
+    from training.memory import memory_plan
 
     facts = dataset.facts()
     distributed.print0(f"data      {options['data']}: {json.dumps(facts)}")
-    for phase in task.phases:
-        count = sum(p.numel() for p in phase.net.parameters())
-        distributed.print0(f"{phase.name:9s} {count:,} parameters")
+    plan = memory_plan(
+        [(p.name, p.net) for p in task.phases],
+        task.frozen.items(),
+        task.result,
+        len(config.ema_stds),
+        world=distributed.world_size(),
+        shard=options["shard"],
+        ema_on_host=options["ema_device"] == "cpu" and device.type != "cpu",
+    )
+    for p in task.phases:
+        distributed.print0(f"{p.name:9s} {sum(w.numel() for w in p.net.parameters()):,} parameters")
+    distributed.print0("\n".join(plan.lines()))
     distributed.print0(f"device    {device}, {distributed.world_size()} process(es), dtype {options['dtype']}")
     distributed.print0(f"settings  {json.dumps(dataclasses.asdict(config))}")

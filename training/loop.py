@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,24 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from dnnlib.util import atomic_write
 from sampling.grid import image_grid, save_grid
 from sampling.seeds import stream_seed
 from torch_utils import distributed
+from training import monitor, stopping
 from training.dataset import ImageDataset, InfiniteSampler
+from training.identity import claim_folder, run_identity
+from training.memory import memory_plan
 from training.noise import training_noise
-from training.optim import DivergenceError, count_nonfinite, learning_rate, zero_nonfinite
-from training.phema import PowerFunctionEMA
+from training.optim import DivergenceError, check_weights, learning_rate, update_network
+from training.parallel import accumulate, replicate
 from training.presets import TrainingConfig
 from training.records import Recorder, RunningMeans
-from training.state import StateError, load_newest_state, save_state
-from training.tasks import Batch, Phase, Task
+from training.state import find_newest_state, list_states, read_state, remove_unfinished, to_host
+from training.tasks import Batch, Phase, Task, draw
+from training.trained import Trained
+from training.writer import StateWriter
 
 GRID_SEEDS = range(64)
-ADAM_BETAS = (0.9, 0.99)
-MAY_CHANGE = (  # on resume
-    "duration",
-    "status",
-    "snapshot",
-    "checkpoint",
-    "batch_gpu",
-    "eval_ts",
-    "eval_steps",
-    "nonfinite",
-    "nonfinite_limit",
-)
 
 
 @dataclasses.dataclass
@@ -51,110 +42,201 @@ class Run:
     workers: int = 0  # processes that load data; 0 = this one
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)  # facts to keep in snapshots
     quiet: bool = False  # no progress bar
+    force_resume: bool = False  # resume although settings or data differ
+    deadline: float | None = None  # reading of time.monotonic() by which to have saved and stopped
+    shard: bool = False  # divide Adam's moments and the averages between the processes
+    ema_device: torch.device | None = None  # where the averages are kept; None = `device`
+    evaluate: Callable[[nn.Module, Any], dict[str, float]] | None = None  # network, encoder -> metrics; collective
 
 
 def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfig, run: Run) -> nn.Module:
     """Train until `config.duration` images, resuming from the newest valid state; return the first average.
 
     An iteration runs every phase on a fresh batch and counts as `config.batch` images. The noise of an image depends
-    on the seed and on its position in the run's image sequence alone. Raises ValueError where batch sizes do not fit
-    the number of processes or the state belongs to another run, DivergenceError if gradients stay non-finite.
+    on the seed and on its position in the run's image sequence alone. A signal or the deadline ends training after
+    the iteration that is going on, with its state written. Raises ValueError where batch sizes do not fit the number of
+    processes or the state belongs to another run, DivergenceError if gradients stay non-finite, OSError if states
+    cannot be written.
     """
-    world = distributed.world_size()
-    batch_gpu, rounds = split_batch(config, world)
-    identity = _identity(config, run.seed, dataset, task)
-    for p in task.phases:
-        p.net.eval().requires_grad_(False)  # but for the one whose turn it is
-    ema = PowerFunctionEMA(task.result, config.ema_stds)
-    optimizers = {p.name: _optimizer(p.net, run.device) for p in task.phases}
-    streaks = {p.name: 0 for p in task.phases}
-    nimg, seconds = 0, 0.0
-    _claim_folder(run.run_dir, identity)
-    state = _newest_state(run.run_dir)
-    if state is not None:
+    trainer = Trainer(task, dataset, encoder, config, run)
+    try:
+        with stopping.StopRequest(run.deadline) as stop:
+            trainer.train(stop)
+    except DivergenceError as error:
+        trainer.writer.wait()
+        good = trainer.writer.last_good
+        named = f"the last good state is {good}" if good else "no state was written before"
+        raise DivergenceError(f"{error}; {named}") from None
+    finally:
+        trainer.recorder.close()
+    return trainer.trained.ema.network(0)
+
+
+class Trainer:
+    """One run: what is trained, the data it sees, and where it leaves its results."""
+
+    def __init__(self, task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfig, run: Run) -> None:
+        """Resumes from the newest valid state. Collective."""
+        self.task, self.dataset, self.encoder, self.config, self.run = task, dataset, encoder, config, run
+        self.world, self.main = distributed.world_size(), distributed.is_main()
+        self.batch_gpu, self.rounds = split_batch(config, self.world)
         for p in task.phases:
-            p.net.load_state_dict(state["nets"][p.name])
-            optimizers[p.name].load_state_dict(state["optimizers"][p.name])
-        ema.load_state_dict(state["ema"])
-        nimg, seconds, streaks = state["nimg"], state["seconds"], state["streaks"]
-        del state
+            p.net.eval().requires_grad_(False)  # but for the one whose turn it is
+        warnings: list[str] = []
+        identity = run_identity(config, run.seed, dataset.fingerprint(), task.teacher_digest)
+        claim_folder(run.run_dir, identity, force=run.force_resume, log=warnings.append)
+        self.trained = Trained(task, config, run.seed, run.device, shard=run.shard, ema_device=run.ema_device)
+        self.resumed, state = _newest_state(run.run_dir, warnings.append)
+        if state is not None:
+            self.trained.load_state_dict(state)
+        self.callables = {p.name: replicate(p.net) for p in task.phases}  # what is called in training
+        nimg = self.trained.nimg
+        self.recorder = Recorder(run.run_dir, config.duration, nimg, active=self.main, quiet=run.quiet)
+        for warning in warnings:
+            self.recorder.log(warning)
+        self.recorder.log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
+        phases = [(p.name, p.net) for p in task.phases]
+        expected = memory_plan(phases, [], task.result, len(config.ema_stds)).state
+        log = self.recorder.log
+        self.writer = StateWriter(run.run_dir, keep_every=config.keep_every, expected=expected, log=log)
+        self.writer.last_good = self.resumed
+        self.means = RunningMeans()
+        self.loader = _batches(dataset, self.batch_gpu, run, start=nimg * len(task.phases))
+        self.clock = nimg, time.perf_counter()  # of the last statistics
 
-    recorder = Recorder(run.run_dir, config.duration, nimg, active=distributed.is_main(), quiet=run.quiet)
-    recorder.log(f"resuming at {nimg} images" if nimg else f"training for {config.duration} images")
-    means = RunningMeans()
-    loader = _batches(dataset, batch_gpu, run, start=nimg * len(task.phases))
-    since, started = nimg, time.perf_counter()
+    def train(self, stop: stopping.StopRequest) -> None:
+        """Train to the end, or until a stop is requested."""
+        if self.resumed is None:
+            self.snapshot()
+        reason = None
+        while self.trained.nimg < self.config.duration and not reason:
+            self.iteration()
+            self.writer.poll()
+            reason = self.agree(stop.reason(self.writer.seconds))
+            done = self.trained.nimg >= self.config.duration
+            if done or reason or self.crossed(self.config.status):
+                self.statistics()
+            if done or reason or self.crossed(self.config.checkpoint):
+                self.checkpoint()
+            if done or self.crossed(self.config.snapshot):
+                self.snapshot()
+        self.writer.wait()
+        if self.writer.failures:
+            raise self.writer.error()
+        outcome = f"stopped ({reason}): the same command goes on" if reason else "finished"
+        self.recorder.log(f"{outcome} at {self.trained.nimg} images")
 
-    def snapshot() -> None:
-        """Averaged networks, one safetensors file per profile, and a sheet of samples for each schedule."""
-        if not distributed.is_main():
-            return
-        for std, average in zip(ema.stds, ema.averages, strict=True):
-            facts = dict(run.provenance, seed=run.seed, images_seen=nimg, ema_std=std, training_seconds=round(seconds))
-            facts["config"] = dataclasses.asdict(config)
-            path = run.run_dir / f"network-snapshot-{nimg:09d}-{std:.3f}.safetensors"
-            networks.save(path, average, encoder, dtype=torch.float16, dataset=dataset.facts(), provenance=facts)
-        try:
-            grids = task.sample_grids(ema.averages[0], encoder, GRID_SEEDS, batch_gpu)
-        except ValueError as error:  # latents whose autoencoder is not at hand
-            recorder.log(f"no sample grids: {error}")
-            return
-        for name, images in grids.items():
-            save_grid(run.run_dir / f"grid-{nimg:09d}-{name}.png", images)
-            recorder.image(nimg, f"Samples/{name}", image_grid(images))
-
-    def checkpoint() -> None:
-        """Everything that a resumed run needs."""
-        if distributed.is_main():
-            nets = {p.name: p.net.state_dict() for p in task.phases}
-            optims = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-            state = dict(nimg=nimg, seconds=seconds, streaks=streaks)
-            save_state(run.run_dir, {**state, "nets": nets, "optimizers": optims, "ema": ema.state_dict()}, nimg)
-        distributed.barrier()
-
-    if nimg == 0:
-        snapshot()
-    while nimg < config.duration:
-        iteration = nimg // config.batch * world + distributed.rank()
-        torch.manual_seed(stream_seed((run.seed + 1 << 32) + iteration))  # of dropout, all else has its own streams
-        lr = learning_rate(nimg, config)
-        for index, phase in enumerate(task.phases):
-            position = nimg * len(task.phases) + index * config.batch
-            if nimg < phase.start:
-                for _ in range(rounds):
-                    next(loader)
+    def iteration(self) -> None:
+        """Every phase on a batch of its own, then the averages."""
+        trained, config = self.trained, self.config
+        iteration = trained.nimg // config.batch * self.world + distributed.rank()
+        torch.manual_seed(stream_seed((self.run.seed + 1 << 32) + iteration))  # of dropout: all else has own streams
+        lr = learning_rate(trained.nimg, config)
+        for index, phase in enumerate(self.task.phases):
+            if trained.nimg < phase.start:
+                for _ in range(self.rounds):
+                    next(self.loader)
                 continue
             phase.net.train().requires_grad_(True)
-            for k in range(rounds):
-                raw, labels = next(loader)
-                first = position + k * batch_gpu * world + distributed.rank()
-                noise = training_noise(run.seed, range(first, first + batch_gpu * world, world), run.device)
-                batch = Batch(_encode(encoder, raw, noise), labels.to(run.device), noise, nimg)
-                terms = phase.loss(batch)
-                terms.total.sum().mul(config.loss_scaling * world / config.batch).backward()
-                for name, value in terms.reported.items():
-                    means.add(f"Loss/{name}", value.detach().mean())
-            average_gradients(phase.net)
-            streaks[phase.name] = update_network(phase, optimizers[phase.name], lr, streaks[phase.name], config, means)
+            self.gradients(phase, position=trained.nimg * len(self.task.phases) + index * config.batch)
+            health = trained.health[phase.name]
+            update_network(phase, trained.optimizers[phase.name], lr, health, config, self.means)
             phase.net.eval().requires_grad_(False)
+        trained.nimg += config.batch
+        trained.ema.update(trained.nimg, config.batch)
+        self.recorder.progress(config.batch)
 
-        nimg += config.batch
-        ema.update(nimg, config.batch)
-        recorder.progress(config.batch)
-        done = nimg >= config.duration
-        if done or _crossed(nimg, config.batch, config.status):
-            now = time.perf_counter()
-            seconds, rate, since, started = seconds + now - started, (nimg - since) / (now - started), nimg, now
-            values = {**means.read(), "Progress/img_per_s": rate, "Progress/lr": lr, "Progress/seconds": seconds}
-            recorder.stats(nimg, values)
-        if done or _crossed(nimg, config.batch, config.checkpoint):
-            checkpoint()
-        if done or _crossed(nimg, config.batch, config.snapshot):
-            snapshot()
+    def gradients(self, phase: Phase, position: int) -> None:
+        """Gradients of one phase's loss, summed over rounds and averaged over processes, of the images from `position`
+        of the run's image sequence on.
+        """
+        for k in range(self.rounds):
+            raw, labels = next(self.loader)
+            first = position + k * self.batch_gpu * self.world + distributed.rank()
+            positions = range(first, first + self.batch_gpu * self.world, self.world)
+            noise = training_noise(self.run.seed, positions, self.run.device)
+            batch = Batch(_encode(self.encoder, raw, noise), labels.to(self.run.device), noise, self.trained.nimg)
+            net = self.callables[phase.name]
+            with accumulate(net, last=k == self.rounds - 1):
+                terms = phase.loss(batch, net)
+                terms.total.sum().mul(self.config.loss_scaling * self.world / self.config.batch).backward()
+            monitor.add_losses(self.means, phase, terms)
 
-    recorder.log(f"finished at {nimg} images")
-    recorder.close()
-    return ema.averages[0]
+    def agree(self, reason: str | None) -> str | None:
+        """The reason to stop now of any process. Raises OSError in the main process, and MainProcessError in the
+        others, where states cannot be written any more. Collective.
+        """
+        own = stopping.FAIL if self.writer.exhausted else stopping.STOP if reason else stopping.GO_ON
+        verdict = stopping.agree(own, self.run.device)
+        if verdict == stopping.FAIL:
+            raise self.writer.error() if self.main else distributed.MainProcessError("states cannot be written")
+        return (reason or "another process was told to") if verdict == stopping.STOP else None
+
+    def crossed(self, interval: int) -> bool:
+        """Whether the last iteration passed a multiple of so many images."""
+        nimg = self.trained.nimg
+        return nimg // interval != (nimg - self.config.batch) // interval
+
+    def statistics(self) -> None:
+        """Means since the last statistics, norms, memory and speed, in every place that records. Collective."""
+        trained, config = self.trained, self.config
+        (since, started), now = self.clock, time.perf_counter()
+        trained.seconds, self.clock = trained.seconds + now - started, (trained.nimg, now)
+        progress = {"Progress/img_per_s": (trained.nimg - since) / (now - started), "Progress/seconds": trained.seconds}
+        lr = learning_rate(trained.nimg - config.batch, config)  # of the last update
+        values = {**self.means.read(), **monitor.facts(trained, lr), **monitor.memory(self.run.device), **progress}
+        self.recorder.stats(trained.nimg, values)
+        self.recorder.log(monitor.status_line(trained.nimg, config.duration, values))
+
+    def checkpoint(self) -> None:
+        """Have the state written, in the background. Raises DivergenceError for one not worth keeping. Collective."""
+        check_weights(self.task.phases)
+        self.writer.wait()
+        started = time.perf_counter()
+        state = self.trained.state_dict()
+        if self.main:
+            copied = to_host(state)
+            stall = time.perf_counter() - started
+            self.writer.start(copied, self.trained.nimg, sound=self.trained.sound, spent=stall)
+            self.means.add("Checkpoint/stall_seconds", stall)
+
+    def snapshot(self) -> None:
+        """Averaged networks, one safetensors file per profile, sample sheets, and metrics if asked for. Collective."""
+        trained, run, nimg = self.trained, self.run, self.trained.nimg
+        facts = dict(run.provenance, seed=run.seed, images_seen=nimg, training_seconds=round(trained.seconds))
+        facts["config"] = dataclasses.asdict(self.config)
+        for index, std in enumerate(trained.ema.stds):
+            measured = index == 0 and run.evaluate is not None
+            if not (self.main or run.shard or measured):
+                continue
+            average = trained.ema.network(index)
+            try:
+                if self.main:
+                    path = run.run_dir / f"network-snapshot-{nimg:09d}-{std:.3f}.safetensors"
+                    known = dict(dataset=self.dataset.facts(), provenance={**facts, "ema_std": std})
+                    networks.save(path, average, self.encoder, dtype=torch.float16, **known)
+                    if index == 0:
+                        self.sheets(average)
+            except OSError as error:
+                self.recorder.log(f"the snapshot at {nimg} images could not be written ({error.strerror or error})")
+            if measured:
+                metrics = {f"Metrics/{name}": value for name, value in run.evaluate(average, self.encoder).items()}
+                self.recorder.stats(nimg, metrics)
+                self.recorder.log("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def sheets(self, average: nn.Module) -> None:
+        """Sample sheets of the first average, one for each schedule of the task, and once the teacher's."""
+        nimg, task, shown = self.trained.nimg, self.task, (self.encoder, GRID_SEEDS, self.batch_gpu)
+        try:
+            grids = {f"{nimg:09d}-{name}": images for name, images in task.sample_grids(average, *shown).items()}
+            if task.teacher is not None and not nimg:
+                grids["teacher"] = draw(task.teacher, *shown)
+        except ValueError as error:  # latents whose autoencoder is not at hand
+            self.recorder.log(f"no sample grids: {error}")
+            return
+        for name, images in grids.items():
+            save_grid(self.run.run_dir / f"grid-{name}.png", images)
+            self.recorder.image(nimg, f"Samples/{name.rpartition('-')[2]}", image_grid(images))
 
 
 def split_batch(config: TrainingConfig, world: int) -> tuple[int, int]:
@@ -164,45 +246,6 @@ def split_batch(config: TrainingConfig, world: int) -> tuple[int, int]:
     if rest or not rounds:
         raise ValueError(f"batch {config.batch} must be a multiple of batch_gpu {batch_gpu} times {world} processes")
     return batch_gpu, rounds
-
-
-def average_gradients(net: nn.Module) -> None:
-    """Mean of the gradients over all processes, in one message."""
-    if distributed.world_size() == 1:
-        return
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    torch.distributed.all_reduce(flat)
-    flat /= distributed.world_size()
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(part.reshape(grad.shape))
-
-
-def _optimizer(net: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.Adam(net.parameters(), betas=ADAM_BETAS, fused=device.type in ("cpu", "cuda"))
-
-
-def update_network(
-    phase: Phase, optimizer: torch.optim.Optimizer, lr: float, streak: int, config: TrainingConfig, means: RunningMeans
-) -> int:
-    """Check gradients and take one step; return the number of affected updates in a row."""
-    bad = count_nonfinite(phase.net.parameters())
-    means.add(f"Nonfinite/{phase.name}_entries", bad)
-    means.add(f"Nonfinite/{phase.name}_updates", bad > 0)
-    streak = streak + 1 if bad else 0
-    if streak >= config.nonfinite_limit:
-        raise DivergenceError(
-            f"gradients of the {phase.name} network have been non-finite for {streak} updates in a row "
-            f"({bad} entries in the last one): resume with --dtype bf16 or float32, or start anew with a lower --ref-lr"
-        )
-    if bad:
-        zero_nonfinite(phase.net.parameters())
-    if not bad or config.nonfinite == "zero":
-        for group in optimizer.param_groups:
-            group["lr"] = lr * phase.lr_scaling
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return streak
 
 
 def _batches(dataset: ImageDataset, batch_gpu: int, run: Run, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -216,6 +259,7 @@ def _batches(dataset: ImageDataset, batch_gpu: int, run: Run, start: int) -> Ite
         num_workers=run.workers,
         pin_memory=run.device.type == "cuda",
         prefetch_factor=2 if run.workers else None,
+        worker_init_fn=stopping.ignore_signals,
     )
     return iter(loader)
 
@@ -225,42 +269,14 @@ def _encode(encoder: Any, raw: Tensor, noise: Any) -> Tensor:
     return latents.contiguous(memory_format=torch.channels_last)
 
 
-def _crossed(nimg: int, batch: int, interval: int) -> bool:
-    return nimg // interval != (nimg - batch) // interval
+def _newest_state(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:
+    """Newest valid state. The main process verifies files and sets damaged ones aside; the others read what is left."""
 
+    def find() -> tuple[Path | None, dict[str, Any] | None]:
+        if distributed.is_main():
+            remove_unfinished(run_dir)
+            return find_newest_state(run_dir, warn)
+        states = list_states(run_dir)
+        return (states[0], read_state(states[0])) if states else (None, None)
 
-def _newest_state(run_dir: Path) -> dict[str, Any] | None:
-    """Newest valid state; the main process looks first, so that it alone sets damaged files aside."""
-    if not distributed.is_main():
-        distributed.barrier()
-    state = load_newest_state(run_dir, warn=distributed.print0)
-    if distributed.is_main():
-        distributed.barrier()
-    return state
-
-
-def _identity(config: TrainingConfig, seed: int, dataset: ImageDataset, task: Task) -> dict[str, Any]:
-    """What a state must have in common with the run that resumes from it."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
-    return {**fields, "seed": seed, "data": dataset.fingerprint(), "teacher": task.teacher_digest}
-
-
-def _claim_folder(run_dir: Path, identity: dict[str, Any]) -> None:
-    """Write run.json where it is new. Raises StateError where the folder holds a run with other settings."""
-    path = run_dir / "run.json"
-    wanted = json.loads(json.dumps(identity))
-    if distributed.is_main() and not path.exists():
-        with atomic_write(path, "w", encoding="utf-8") as file:
-            json.dump(identity, file, indent=2)
-    distributed.barrier()
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StateError(f"{path} is damaged ({error}): restore it, or use another --outdir") from None
-    differing = [k for k in sorted(stored.keys() | wanted.keys()) if stored.get(k) != wanted.get(k)]
-    if differing:
-        k = differing[0]
-        raise StateError(
-            f"{run_dir} holds a run with other settings ({', '.join(differing)}; its {k} is {stored.get(k)}, "
-            f"now {wanted.get(k)}): give the same options to resume it, or another --outdir"
-        )
+    return distributed.main_first(find)

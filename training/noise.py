@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ class LogNormalSigma:
     def sample(self, noise: SeededNoise, count: int) -> Tensor:
         """Noise levels [count,1,1,1]."""
         return (noise.randn([count, 1, 1, 1]) * self.p_std + self.p_mean).exp()
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """Levels below which a quarter, half and three quarters of the draws lie."""
+        return tuple(math.exp(self.p_mean + self.p_std * z) for z in (-0.67449, 0.0, 0.67449))
 
 
 @dataclass(frozen=True)

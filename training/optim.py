@@ -1,16 +1,29 @@
-"""Learning rate schedule and gradient checks."""
+"""Learning rate schedule, updates, and what is done about gradients and weights that are not finite."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from training.presets import TrainingConfig
+from training.records import RunningMeans
+from training.tasks import Phase
 
 
 class DivergenceError(RuntimeError):
-    """Training cannot go on: gradients have been non-finite for too many updates in a row."""
+    """Training cannot go on: gradients have been non-finite for too many updates in a row, or weights are."""
+
+
+@dataclass
+class Health:
+    """Non-finite gradients of one network."""
+
+    streak: int = 0  # affected updates in a row, up to the last one
+    updates: int = 0  # affected updates since the run began
+    entries: int = 0  # entries in all of them
 
 
 def learning_rate(nimg: int, config: TrainingConfig) -> float:
@@ -29,10 +42,47 @@ def learning_rate(nimg: int, config: TrainingConfig) -> float:
     return lr
 
 
+def update_network(
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    lr: float,  # before the phase's own factor
+    health: Health,  # of the phase's network; brought up to date
+    config: TrainingConfig,
+    means: RunningMeans,
+) -> None:
+    """Check gradients and take one step. Raises DivergenceError after `config.nonfinite_limit` affected updates."""
+    means.add(f"Gradients/{phase.name}_norm", total_norm(_gradients(phase.net.parameters())))
+    bad = count_nonfinite(phase.net.parameters())
+    means.add(f"Nonfinite/{phase.name}_entries", bad)
+    means.add(f"Nonfinite/{phase.name}_updates", bad > 0)
+    health.streak = health.streak + 1 if bad else 0
+    health.updates += bad > 0
+    health.entries += bad
+    if health.streak >= config.nonfinite_limit:
+        raise DivergenceError(
+            f"gradients of the {phase.name} network have been non-finite for {health.streak} updates in a row "
+            f"({bad} entries in the last one): resume with --dtype bf16 or float32, or start anew with a lower --ref-lr"
+        )
+    if bad:
+        zero_nonfinite(phase.net.parameters())
+    if not bad or config.nonfinite == "zero":
+        for group in optimizer.param_groups:
+            group["lr"] = lr * phase.lr_scaling
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all entries together, a scalar on their device."""
+    norms = torch._foreach_norm([t.detach() for t in tensors])
+    return torch.stack([n.float() for n in norms]).norm() if norms else torch.zeros([])
+
+
 @torch.no_grad()
 def count_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> int:
     """Number of gradient entries that are NaN or infinite."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = _gradients(parameters)
     norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1)
     if torch.isfinite(norms.sum()):
         return 0
@@ -42,6 +92,20 @@ def count_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> int:
 @torch.no_grad()
 def zero_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace NaN and infinite gradient entries by 0."""
-    for p in parameters:
-        if p.grad is not None:
-            torch.nan_to_num(p.grad, nan=0, posinf=0, neginf=0, out=p.grad)
+    for grad in _gradients(parameters):
+        torch.nan_to_num(grad, nan=0, posinf=0, neginf=0, out=grad)
+
+
+@torch.no_grad()
+def check_weights(phases: Iterable[Phase]) -> None:
+    """Raise DivergenceError where a network has a weight that is not finite."""
+    for phase in phases:
+        if not torch.isfinite(total_norm(phase.net.parameters())):
+            raise DivergenceError(
+                f"weights of the {phase.name} network are no longer finite: resume with --dtype bf16 or float32, or "
+                "start anew with a lower --ref-lr"
+            )
+
+
+def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from torch_utils import distributed
+from training import parallel
+
 
 def std_to_exp(std: float | np.ndarray) -> np.ndarray:
     """Exponent gamma of the profile with relative standard deviation std = sqrt((γ+1)/((γ+2)²(γ+3))) (EDM2, Eq. 123).
@@ -56,28 +59,66 @@ def solve_posthoc_coefficients(
 
 
 class PowerFunctionEMA:
-    """Averages of one network's parameters under several profiles, kept in float32 on the network's device."""
+    """Averages of one network's parameters under several profiles, in float32.
 
-    def __init__(self, net: nn.Module, stds: Sequence[float] = (0.05, 0.10)) -> None:
+    With `shard` each process keeps and updates its share of the parameters only; averages are elementwise, so that
+    takes no messages until a whole network is asked for. Buffers are constants: they stay those of the network.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        stds: Sequence[float] = (0.05, 0.10),
+        *,
+        device: torch.device | str | None = None,  # None = the network's; the CPU saves GPU memory
+        shard: bool = False,  # divide the averages between the processes
+    ) -> None:
         self.net = net
         self.stds = tuple(stds)
-        self.averages = [copy.deepcopy(net).eval().requires_grad_(False) for _ in self.stds]
+        self.device = device
+        self._parameters = dict(net.named_parameters())
+        world = distributed.world_size() if shard else 1
+        self._owners = parallel.divide({name: p.numel() for name, p in self._parameters.items()}, world)
+        self._sharded = world > 1
+        own = distributed.rank() if self._sharded else 0
+        self._own = {name: p for name, p in self._parameters.items() if self._owners[name] == own}
+        self._shares = [{name: self._copy(p) for name, p in self._own.items()} for _ in self.stds]
+
+    def _copy(self, p: torch.Tensor) -> torch.Tensor:
+        return p.detach().to(self.device or p.device, torch.float32, copy=True)
 
     @torch.no_grad()
     def update(self, nimg: int, batch: int) -> None:
         """Take in the network's weights after the update that reached `nimg` images."""
-        weights = list(self.net.parameters())
-        for std, average in zip(self.stds, self.averages, strict=True):
+        weights = [p.detach().to(self.device or p.device) for p in self._own.values()]
+        for std, share in zip(self.stds, self._shares, strict=True):
             beta = power_function_beta(std, nimg, batch)
-            torch._foreach_lerp_(list(average.parameters()), weights, 1 - beta)
+            torch._foreach_lerp_(list(share.values()), weights, 1 - beta)
+
+    def average(self, index: int) -> dict[str, torch.Tensor]:
+        """One profile's average of every parameter; sharded, on the CPU of the main process alone. Collective then."""
+        if not self._sharded:
+            return dict(self._shares[index])
+        return parallel.gather(self._parameters, self._shares[index], self._owners, self._parameters)
+
+    @torch.no_grad()
+    def network(self, index: int) -> nn.Module:
+        """A new network on the trained one's device with one profile's average. Collective if sharded."""
+        net = copy.deepcopy(self.net).eval().requires_grad_(False)
+        for name, p in net.named_parameters():
+            share = self._shares[index].get(name, p)
+            message = parallel.spread(share.to(p.device), self._owners[name]) if self._sharded else share
+            p.copy_(message)
+        return net
 
     def state_dict(self) -> dict:
-        """Averages by profile, with the profiles."""
-        return {"stds": list(self.stds), "averages": [average.state_dict() for average in self.averages]}
+        """Averages by profile, with the profiles; as complete as `average` is. Collective if sharded."""
+        return {"stds": list(self.stds), "averages": [self.average(index) for index in range(len(self.stds))]}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the averages. Raises ValueError if they belong to other profiles."""
+        """Restore the averages, whatever the number of processes was. Raises ValueError if profiles differ."""
         if tuple(state["stds"]) != self.stds:
             raise ValueError(f"the state holds EMA profiles {state['stds']}, this run asks for {list(self.stds)}")
-        for average, weights in zip(self.averages, state["averages"], strict=True):
-            average.load_state_dict(weights)
+        for share, weights in zip(self._shares, state["averages"], strict=True):
+            for name, tensor in share.items():
+                tensor.copy_(weights[name])

@@ -49,6 +49,7 @@ class TrainingConfig:
     status: int = setting(128 << 10, "Write statistics every so many images", si=True)
     snapshot: int = setting(1 << 20, "Write EMA networks and sample grids every so many images", si=True)
     checkpoint: int = setting(4 << 20, "Write the training state every so many images", si=True)
+    keep_every: int = setting(0, "Keep a state for good every so many images, beside the newest two; 0 = none", si=True)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -59,7 +60,7 @@ class TrainingConfig:
                 raise PresetError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_gpu < 0 or (self.batch_gpu and self.batch % self.batch_gpu):
             raise PresetError(f"batch {self.batch} must be a multiple of batch_gpu {self.batch_gpu}")
-        self._check_not_negative("ref_batches", "rampup_mimg", "cooldown_mimg")
+        self._check_not_negative("ref_batches", "rampup_mimg", "cooldown_mimg", "keep_every")
         self._check_positive("ref_lr", "loss_scaling")
         if not 0 <= self.dropout < 1:
             raise PresetError(f"dropout must lie in [0, 1), got {self.dropout}")

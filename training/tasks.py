@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sampling.seeds import SeededNoise
 from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
 from training.noise import LogNormalSigma, UniformKarrasSigma
 from training.presets import EDM2Config, NCVSDConfig
+from training.views import denoised_views
 
 
 @dataclass
@@ -36,7 +38,9 @@ class LossTerms:
     """Elementwise loss to be summed over [N,C,H,W], and the terms to report."""
 
     total: Tensor
-    reported: dict[str, Tensor]
+    reported: dict[str, Tensor]  # losses, [N,C,H,W] or [N,1,1,1]
+    levels: Tensor  # noise level of each image, [N,1,1,1]
+    rates: dict[str, Tensor] = field(default_factory=dict)  # further quantities to average, by full name
 
 
 @dataclass
@@ -46,8 +50,9 @@ class Phase:
     name: str
     net: nn.Module  # the network being trained
     lr_scaling: float  # relative to the schedule's rate
-    loss: Callable[[Batch], LossTerms]
+    loss: Callable[[Batch, nn.Module], LossTerms]  # with `net`, or what wraps it where gradients are exchanged
     start: float = 0  # images seen before the first update
+    level_edges: tuple[float, ...] = ()  # noise levels that part the statistics of the loss
 
 
 @dataclass
@@ -58,14 +63,24 @@ class Task:
     result: nn.Module  # Precond or GenerativeDenoiser
     schedules: dict[str, dict[str, Any]]  # name of a sample grid -> arguments of generate_images
     teacher_digest: str | None = None  # SHA-256 of the teacher's weights
+    frozen: dict[str, nn.Module] = field(default_factory=dict)  # further networks that the phases evaluate
+    teacher: Precond | None = None  # whose samples to show once, for comparison
+    views: Callable[[nn.Module, Any, Sequence[int], int], dict[str, Tensor]] | None = None  # more images of a network
 
     def sample_grids(self, net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
         """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
         grids = {}
         for name, arguments in self.schedules.items():
-            batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
-            grids[name] = torch.cat([b.images.cpu() for b in batches])
+            grids[name] = draw(net, encoder, seeds, batch, **arguments)
+        if self.views is not None:
+            grids |= self.views(net, encoder, seeds, batch)
         return grids
+
+
+def draw(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int, **arguments: Any) -> Tensor:
+    """Images [N,C,H,W] uint8 on the CPU, all drawn by this process; arguments are those of generate_images."""
+    batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
+    return torch.cat([b.images.cpu() for b in batches])
 
 
 def weights_digest(net: nn.Module) -> str:
@@ -81,13 +96,14 @@ def pretraining_task(net: Precond, config: EDM2Config) -> Task:
     """Teacher pretraining (EDM2)."""
     sigma_sampler = LogNormalSigma(config.p_mean, config.p_std)
 
-    def loss(batch: Batch) -> LossTerms:
+    def loss(batch: Batch, net: nn.Module) -> LossTerms:
         sigma = sigma_sampler.sample(batch.noise, len(batch.images))
         value = edm2_loss(net, batch.images, sigma, batch.labels, randn_like=batch.noise.randn_like)
-        return LossTerms(value, {"edm2": value})
+        return LossTerms(value, {"edm2": value}, sigma)
 
     schedules = {f"heun{2 * config.eval_steps - 1}": {"num_steps": config.eval_steps}}
-    return Task([Phase("teacher", net, 1.0, loss)], net, schedules)
+    phase = Phase("teacher", net, 1.0, loss, level_edges=sigma_sampler.quartiles())
+    return Task([phase], net, schedules)
 
 
 def build_student(teacher: Precond, config: NCVSDConfig) -> tuple[GenerativeDenoiser, PrecondCondition, Discriminator]:
@@ -104,10 +120,15 @@ def build_student(teacher: Precond, config: NCVSDConfig) -> tuple[GenerativeDeno
 def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
     """The three phases of NCVSD (NCVSD, Algorithm 1): score network, discriminator, generator."""
     teacher.eval().requires_grad_(False)
-    student = build_student(teacher, config)
+    generator, score_net, discriminator = build_student(teacher, config)
+    phases = distillation_phases(teacher, generator, score_net, discriminator, config)
     ts = parse_ts(config.eval_ts).ts
     schedules = {"1step": {}, "ts" + "_".join(map(str, ts)): {"ts": ts}}
-    return Task(distillation_phases(teacher, *student, config), student[0], schedules, weights_digest(teacher))
+
+    def views(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
+        return denoised_views(net, score_net, teacher, encoder, seeds, math.exp(config.g_p_mean), batch)
+
+    return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher}, teacher, views)
 
 
 def distillation_phases(
@@ -120,6 +141,9 @@ def distillation_phases(
 ) -> list[Phase]:
     """The phases of an iteration in their order: score network, discriminator, generator."""
     y_sampler = UniformKarrasSigma(config.sigma_steps, sigma_max=config.init_sigma, rho=config.sigma_rho)
+    score_levels = LogNormalSigma(config.s_p_mean, config.s_p_std)
+    discriminator_levels = LogNormalSigma(config.d_p_mean, config.d_p_std)
+    generator_levels = LogNormalSigma(config.g_p_mean, config.g_p_std)
 
     def observe(batch: Batch, t_sampler: LogNormalSigma) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy y, its level sigma and the level t of x_t."""
@@ -127,21 +151,23 @@ def distillation_phases(
         t = t_sampler.sample(batch.noise, len(batch.images))
         return batch.images + sigma * batch.noise.randn_like(batch.images), sigma, t
 
-    def score_phase(batch: Batch) -> LossTerms:
-        y, sigma, t = observe(batch, LogNormalSigma(config.s_p_mean, config.s_p_std))
+    def score_phase(batch: Batch, score_net: nn.Module) -> LossTerms:
+        y, sigma, t = observe(batch, score_levels)
         value = score_loss(generator, score_net, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like)
-        return LossTerms(value, {"score": value})
+        return LossTerms(value, {"score": value}, t)
 
-    def discriminator_phase(batch: Batch) -> LossTerms:
-        y, sigma, t = observe(batch, LogNormalSigma(config.d_p_mean, config.d_p_std))
+    def discriminator_phase(batch: Batch, discriminator: nn.Module) -> LossTerms:
+        y, sigma, t = observe(batch, discriminator_levels)
         fake, real = discriminator_loss(
             generator, discriminator, batch.images, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like
         )
         total = (0.5 * (fake + real)).expand_as(batch.images)
-        return LossTerms(total, {"disc_fake": fake, "disc_real": real})
+        chance = math.log(2)  # the cross-entropy of a logit of 0
+        rates = {"Discriminator/accuracy_fake": fake < chance, "Discriminator/accuracy_real": real < chance}
+        return LossTerms(total, {"disc_fake": fake, "disc_real": real}, t, rates)
 
-    def generator_phase(batch: Batch) -> LossTerms:
-        y, sigma, t = observe(batch, LogNormalSigma(config.g_p_mean, config.g_p_std))
+    def generator_phase(batch: Batch, generator: nn.Module) -> LossTerms:
+        y, sigma, t = observe(batch, generator_levels)
         adversarial = batch.nimg >= config.gan_warmup_kimg * 1000
         critic = discriminator if adversarial else None
         vsd, gan = generator_loss(
@@ -157,11 +183,12 @@ def distillation_phases(
             combine=combine,
         )
         if gan is None:
-            return LossTerms(vsd, {"vsd": vsd})
-        return LossTerms(vsd + config.gan_loss_scaling * gan, {"vsd": vsd, "gan": gan})
+            return LossTerms(vsd, {"vsd": vsd}, t)
+        return LossTerms(vsd + config.gan_loss_scaling * gan, {"vsd": vsd, "gan": gan}, t)
 
+    generator_start = config.g_delay_kimg * 1000
     return [
-        Phase("score", score_net, 1.0, score_phase),
-        Phase("disc", discriminator, config.d_lr_scaling, discriminator_phase),
-        Phase("gen", generator, config.g_lr_scaling, generator_phase, start=config.g_delay_kimg * 1000),
+        Phase("score", score_net, 1.0, score_phase, 0, score_levels.quartiles()),
+        Phase("disc", discriminator, config.d_lr_scaling, discriminator_phase, 0, discriminator_levels.quartiles()),
+        Phase("gen", generator, config.g_lr_scaling, generator_phase, generator_start, generator_levels.quartiles()),
     ]

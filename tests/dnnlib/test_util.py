@@ -316,3 +316,25 @@ def test_easy_dict():
         d.a  # noqa: B018
     with pytest.raises(AttributeError):
         del d.a
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("11h30m", 41400),
+        ("90m", 5400),
+        ("2d", 172800),
+        ("1h 5m 30s", 3930),
+        ("45", 45),
+        ("0.5h", 1800),
+        ("1D2H", 93600),
+    ],
+)
+def test_lengths_of_time(text, seconds):
+    assert util.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "11:30", "30m11h", "1h1h", "-5m", "5x", "1e3"])
+def test_what_is_no_length_of_time(text):
+    with pytest.raises(ValueError, match="as in 11h30m"):
+        util.parse_duration(text)

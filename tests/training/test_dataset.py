@@ -321,3 +321,12 @@ def test_sampler_resumes_exactly_on_any_number_of_ranks(start, replicas):
 def test_sampler_errors(options):
     with pytest.raises(ValueError):
         InfiniteSampler(**{"dataset_size": 5, **options})
+
+
+def test_a_folders_fingerprint_notices_other_content_of_the_same_size(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"img-mean-std-{i:08d}.npy", np.full((8, 4, 4), i, dtype=np.float32))
+    before = ImageDataset(tmp_path).fingerprint()
+    assert ImageDataset(tmp_path).fingerprint() == before
+    np.save(tmp_path / "img-mean-std-00000001.npy", np.full((8, 4, 4), 7, dtype=np.float32))
+    assert ImageDataset(tmp_path).fingerprint() != before

@@ -1,36 +1,28 @@
-"""The training loop: what one step changes, exact resume, accumulation, processes, SIGKILL, non-finite gradients."""
+"""The training loop: what one step changes, exact resume, accumulation, non-finite gradients."""
 
 import copy
 import dataclasses
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import networks
-from networks.encoders import RGBEncoder
+from tests.training.tiny_runs import (
+    EDM2,
+    NCVSD,
+    compare_states,
+    differing,
+    make_task,
+    run_training,
+    stats,
+    weights,
+)
 from training import loop
 from training.dataset import ImageDataset, InfiniteSampler
-from training.loop import Run, train
 from training.optim import DivergenceError
-from training.presets import EDM2Config, NCVSDConfig
 from training.state import StateError, list_states, load_newest_state
-from training.tasks import distillation_task, pretraining_task
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-COMMON = dict(batch=8, batch_gpu=8, rampup_mimg=0, status=8, snapshot=1 << 20, checkpoint=1 << 20)
-NCVSD = NCVSDConfig(
-    duration=8, ref_lr=1e-2, g_lr_scaling=0.1, d_lr_scaling=0.1, gan_warmup_kimg=0.008, eval_ts=(20, 39), **COMMON
-)
-EDM2 = EDM2Config(duration=8, ref_lr=1e-2, eval_steps=2, **COMMON)
+from training.tasks import distillation_task
 
 
 @pytest.fixture(autouse=True)
@@ -41,34 +33,6 @@ def few_samples(monkeypatch):
 @pytest.fixture
 def dataset(tiny_data):
     return ImageDataset(tiny_data)
-
-
-def make_task(config, teacher_path):
-    """A fresh task for the tiny networks, from the same seed every time."""
-    torch.manual_seed(0)
-    teacher = networks.load(teacher_path).net
-    if isinstance(config, NCVSDConfig):
-        return distillation_task(teacher, config)
-    arguments = {**teacher.init_kwargs, "dropout": config.dropout}
-    return pretraining_task(networks.Precond(**arguments), config)
-
-
-def run_training(task, dataset, config, folder, seed=0):
-    folder.mkdir(exist_ok=True)
-    return train(task, dataset, RGBEncoder(), config, Run(folder, torch.device("cpu"), seed=seed, quiet=True))
-
-
-def weights(net):
-    return {key: tensor.clone() for key, tensor in net.state_dict().items()}
-
-
-def differing(a, b):
-    assert a.keys() == b.keys()
-    return [key for key in a if not torch.equal(a[key], b[key])]
-
-
-def stats(folder):
-    return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
 # ----------------------------------------------------------------------------
@@ -149,17 +113,6 @@ def test_the_adversarial_loss_begins_after_its_warm_up(tmp_path, dataset, tiny_t
 
 # ----------------------------------------------------------------------------
 # resume
-
-
-def compare_states(a, b):
-    a, b = load_newest_state(a), load_newest_state(b)
-    assert a["nimg"] == b["nimg"]
-    for name in a["nets"]:
-        assert differing(a["nets"][name], b["nets"][name]) == []
-        for index, entry in a["optimizers"][name]["state"].items():
-            assert differing(entry, b["optimizers"][name]["state"][index]) == []
-    for first, second in zip(a["ema"]["averages"], b["ema"]["averages"], strict=True):
-        assert differing(first, second) == []
 
 
 @pytest.mark.parametrize("config", [NCVSD, EDM2], ids=["ncvsd", "edm2"])
@@ -285,62 +238,6 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path, dataset, tiny_teacher
         run_training(make_task(EDM2, tiny_teacher), dataset, EDM2, tmp_path)
 
 
-def command(folder, tiny_data, tiny_teacher, **options):
-    """Command line of train_ncvsd.py on the tiny problem."""
-    settings = dict(batch=8, batch_gpu=4, rampup_mimg=0, ref_lr="1e-3", gan_warmup_kimg=0.008, eval_ts="20,39")
-    settings |= dict(snapshot="1Mi", checkpoint=8, status=8) | options
-    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    paths = ["--net", str(tiny_teacher), "--data", str(tiny_data), "--outdir", str(folder)]
-    return ["train_ncvsd.py", *paths, "--device", "cpu", "--quiet", *arguments]
-
-
-def execute(arguments):
-    result = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stderr
-
-
-def test_two_processes_train_like_one(tmp_path, tiny_data, tiny_teacher):
-    one = [sys.executable, *command(tmp_path / "one", tiny_data, tiny_teacher, duration=16)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = [*launcher, *command(tmp_path / "two", tiny_data, tiny_teacher, duration=16)]
-    execute(one)
-    execute(two)
-    a, b = load_newest_state(tmp_path / "one"), load_newest_state(tmp_path / "two")
-    assert a["nimg"] == b["nimg"] == 16
-    for name in ("score", "disc", "gen"):
-        for key, wanted in a["nets"][name].items():
-            error = (b["nets"][name][key] - wanted).norm() / wanted.norm().clamp_min(1)
-            assert error <= 1e-4, (name, key)
-        # Adam's steps hide the gradients' scale
-        first, second = (state["optimizers"][name]["state"] for state in (a, b))
-        scale = torch.stack([entry["exp_avg"].norm() for entry in first.values()]).norm()
-        error = torch.stack([(first[i]["exp_avg"] - second[i]["exp_avg"]).norm() for i in first]).norm()
-        assert error <= 1e-2 * scale, name
-    assert len(stats(tmp_path / "two")) == 2  # one process writes
-
-
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, tiny_data, tiny_teacher):
-    duration = 8 * 24
-    options = dict(duration=duration, dropout=0.1, checkpoint=32)
-    arguments = [sys.executable, *command(tmp_path / "killed", tiny_data, tiny_teacher, **options)]
-    with subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while len(list_states(tmp_path / "killed")) < 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    killed_at = load_newest_state(tmp_path / "killed")["nimg"]
-    assert 0 < killed_at < duration
-    execute(arguments)
-    execute([sys.executable, *command(tmp_path / "whole", tiny_data, tiny_teacher, **options)])
-    assert f"resuming at {killed_at} images" in (tmp_path / "killed/log.txt").read_text()
-    for std in ("0.050", "0.100"):
-        name = f"network-snapshot-{duration:09d}-{std}.safetensors"
-        a, b = (networks.load(tmp_path / folder / name).net for folder in ("whole", "killed"))
-        assert differing(weights(a), weights(b)) == []
-    compare_states(tmp_path / "whole", tmp_path / "killed")
-
-
 # ----------------------------------------------------------------------------
 # non-finite gradients
 
@@ -350,8 +247,8 @@ def poison(task, name, iterations):
     phase = next(phase for phase in task.phases if phase.name == name)
     real = phase.loss
 
-    def loss(batch):
-        terms = real(batch)
+    def loss(batch, net):
+        terms = real(batch, net)
         if batch.nimg in iterations:
             terms.total = terms.total * float("nan")
         return terms

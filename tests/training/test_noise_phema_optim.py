@@ -134,7 +134,8 @@ def test_ema_weights_follow_the_power_function():
     for nimg in range(batch, total + 1, batch):
         nn.init.constant_(net.weight, float(nimg > jump))
         ema.update(nimg, batch)
-    for std, average in zip((0.05, 0.10), ema.averages, strict=True):
+    for index, std in enumerate((0.05, 0.10)):
+        average = ema.network(index)
         wanted = 1 - (jump / total) ** (float(std_to_exp(std)) + 1)
         assert average.weight.item() == pytest.approx(wanted, abs=1e-3)
         assert not average.weight.requires_grad
@@ -148,7 +149,8 @@ def test_ema_state_round_trip_and_other_profiles():
     ema.update(20, 10)
     other = PowerFunctionEMA(nn.Linear(2, 2), (0.05, 0.10))
     other.load_state_dict(ema.state_dict())
-    for a, b in zip(ema.averages, other.averages, strict=True):
+    for index in range(2):
+        a, b = ema.network(index), other.network(index)
         assert torch.equal(a.weight, b.weight) and a.weight.abs().max() > 0
     with pytest.raises(ValueError, match="EMA profiles"):
         PowerFunctionEMA(net, (0.05,)).load_state_dict(ema.state_dict())

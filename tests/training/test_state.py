@@ -4,12 +4,24 @@ import hashlib
 import io
 import os
 import pickle
+import threading
 import zipfile
 
 import pytest
 import torch
 
-from training.state import StateError, list_states, load_newest_state, load_state, save_state
+from training import writer as writer_module
+from training.state import (
+    StateError,
+    list_states,
+    load_newest_state,
+    load_state,
+    remove_unfinished,
+    save_state,
+    state_bytes,
+    to_host,
+)
+from training.writer import StateWriter
 
 
 def state_at(nimg):
@@ -130,3 +142,87 @@ def test_hostile_states_are_refused_and_leave_no_mark(tmp_path, kind):
     good = save_state(tmp_path, state_at(100), 100)
     assert same(load_newest_state(tmp_path, warn=lambda message: None), state_at(100))
     assert not mark.exists() and list_states(tmp_path) == [good]
+
+
+def test_some_states_are_kept_for_good(tmp_path):
+    for nimg in (30, 60, 90, 120, 150, 180, 210, 240, 270):
+        save_state(tmp_path, state_at(nimg), nimg, keep_every=100)
+    kept = [load_state(path)["nimg"] for path in list_states(tmp_path)]
+    assert kept == [270, 240, 210, 120]  # the newest two, and the first of each hundred
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path):
+    resource = pytest.importorskip("resource")
+    old = save_state(tmp_path, state_at(100), 100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 100, 2000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                save_state(tmp_path, state_at(200), 200)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == [old] and same(load_newest_state(tmp_path), state_at(100))
+
+
+def test_copies_in_host_memory_are_copies():
+    state = state_at(1)
+    copy = to_host(state)
+    assert same(copy, state) and state_bytes(copy) == 16 * 16 * 4 + 3 * 2 + 4 + 16 * 4
+    state["nets"]["gen"]["weight"].zero_()
+    assert same(copy, state_at(1))
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    save_state(tmp_path, state_at(100), 100)
+    (tmp_path / ".training-state-000000200-77.new").write_bytes(b"half")
+    remove_unfinished(tmp_path)
+    assert [path.name[:24] for path in tmp_path.iterdir()] == ["training-state-000000100"]
+
+
+# ----------------------------------------------------------------------------
+# in the background
+
+
+def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    may_end, written = threading.Event(), []
+
+    def slow(run_dir, state, nimg, **options):
+        assert may_end.wait(60)
+        written.append(nimg)
+        return run_dir / f"{nimg}"
+
+    monkeypatch.setattr(writer_module, "save_state", slow)
+    writer = StateWriter(tmp_path)
+    writer.start(state_at(1), 1)
+    writer.poll()
+    assert written == [] and writer.last_good is None  # it came back while the write goes on
+    may_end.set()
+    writer.start(state_at(2), 2, sound=False)  # one after the other
+    writer.wait()
+    assert written == [1, 2] and writer.last_good == tmp_path / "1" and writer.failures == 0
+
+
+def test_three_failures_in_a_row_are_too_many(tmp_path, monkeypatch):
+    outcomes = iter([OSError(28, "No space left on device")] * 2 + [None] + [OSError(30, "Read-only file system")] * 3)
+
+    def write(run_dir, state, nimg, **options):
+        outcome = next(outcomes)
+        if outcome:
+            raise outcome
+        return run_dir / f"{nimg}"
+
+    monkeypatch.setattr(writer_module, "save_state", write)
+    messages = []
+    writer = StateWriter(tmp_path, log=messages.append)
+    counts = []
+    for nimg in range(1, 7):
+        writer.start(state_at(1), nimg)
+        writer.wait()
+        counts.append((writer.failures, writer.exhausted))
+    assert counts == [(1, False), (2, False), (0, False), (1, False), (2, False), (3, True)]
+    assert "No space left on device" in messages[0] and "none so far" in messages[0]
+    assert "failure 3 of 3: the previous one stays (3)" in messages[-1] and "\n" not in "".join(messages)
+    assert (
+        "Read-only" in messages[-1] and "tries again" not in messages[-1] and str(tmp_path / "3") in str(writer.error())
+    )

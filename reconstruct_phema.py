@@ -1,0 +1,65 @@
+"""Make networks of other EMA widths from the snapshots of a finished run."""
+
+import sys
+
+import click
+
+from dnnlib.util import parse_si
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.argument("snapshots", metavar="DIR|FILE ...", nargs=-1, required=True)
+@click.option("--std", "stds", metavar="LIST", required=True, help="Relative widths of the wanted averages: 0.05,0.1.")
+@click.option("--outdir", metavar="DIR", required=True, help="Where to write phema-IMAGES-STD.safetensors.")
+@click.option("--nimg", metavar="COUNT", help="Images at which they end, such as 32Mi.  [default: the last snapshot's]")
+@click.option("--dtype", type=click.Choice(("fp16", "float32")), default="fp16", help="Of kernels in the files.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def main(snapshots: tuple[str, ...], stds: str, outdir: str, nimg: str | None, dtype: str, quiet: bool) -> None:
+    """Reconstruct averages that were not tracked in training from those that were (EDM2's post-hoc EMA).
+
+    SNAPSHOTS are a run folder of this project, or files: its .safetensors or EDM2's .pkl.
+
+    \b
+    python reconstruct_phema.py training-runs/img512-m --std 0.03,0.08,0.15 --outdir out/phema
+    """
+    try:
+        widths = [float(part) for part in stds.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{stds!r}: write numbers with commas between them, as in 0.05,0.1") from None
+    if len({f"{std:.3f}" for std in widths}) < len(widths):
+        raise click.BadParameter(f"{stds!r}: widths must differ in their first three decimals")
+    try:
+        end = None if nimg is None else parse_si(nimg)
+        _reconstruct(snapshots, widths, end, outdir, dtype, quiet)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _reconstruct(paths, widths, end, outdir, dtype, quiet):
+    from pathlib import Path
+
+    import torch
+    from tqdm import tqdm
+
+    import networks
+    from training.reconstruction import find_snapshots, reconstruct
+
+    found = find_snapshots(paths)
+    with tqdm(total=len(found), unit="file", disable=quiet) as bar:
+        results, last, coefficients = reconstruct(found, widths, end, progress=lambda snapshot: bar.update())
+    end = found[-1].nimg if end is None else end
+    used = [s for s in found if s.nimg <= end]
+    for std, weights, column in zip(widths, results, coefficients.T, strict=True):
+        net = last.net
+        for name, p in net.named_parameters():
+            p.copy_(weights[name])
+        sources = {s.path.name: float(c) for s, c in zip(used, column, strict=True)}
+        facts = dict(images_seen=end, ema_std=std, command=sys.argv, reconstructed_from=sources)
+        path = Path(outdir) / f"phema-{end:09d}-{std:.3f}.safetensors"
+        kernels = torch.float16 if dtype == "fp16" else torch.float32
+        networks.save(path, net, last.encoder, dtype=kernels, dataset=last.config["dataset"], provenance=facts)
+        click.echo(f"{path}: from {len(used)} snapshots, coefficients {column.min():.3g} to {column.max():.3g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The launchers of the published settings, end to end on the CPU, with tiny stand-ins under the published names."""
+
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import networks
+from networks.encoders import RGBEncoder
+from tests.edm2_pickles import write_edm2_pickle
+from tests.golden_utils import fill_by_name
+from tests.training.tiny_runs import execute
+from training.state import load_newest_state
+
+ROOT = Path(__file__).parents[1]
+TEACHERS = {
+    "img64-s": "edm2-img64-s-1073741-0.075",
+    "img64-m": "edm2-img64-m-2147483-0.060",
+    "img64-l": "edm2-img64-l-1073741-0.040",
+    "img512-s": "edm2-img512-s-2147483-0.130",
+    "img512-m": "edm2-img512-m-2147483-0.100",
+    "img512-l": "edm2-img512-l-1879048-0.085",
+    "ffhq256-xs": "edm2-ffhq256-xs",
+}
+SHORT = ["--batch=8", "--batch-gpu=8", "--duration=8", "--status=8", "--quiet"]
+VARIABLES = ("DATA_DIR", "MODEL_ZOO", "OUT", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DEVICE", "VAE")
+
+
+def environment(python=Path(sys.executable).parent, **variables):
+    kept = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    kept |= {"PATH": f"{python}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return kept | {k: str(v) for k, v in variables.items()}
+
+
+def launch(script, *arguments, **variables):
+    command = ["bash", str(ROOT / "quick_start" / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """A stand-in for Stable Diffusion's autoencoder: same layout, 4 latent channels, random weights, 2x reduction."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    net = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    net.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Twelve random pictures in folders of three classes, as ImageNet has them."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(12):
+        path = folder / f"n{i % 3:08d}" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, photos, vae):
+    """MODEL_ZOO and DATA_DIR with every file that the launchers look for; the data by data_prep.sh."""
+    folder = tmp_path_factory.mktemp("edm2")
+    zoo, data = folder / "zoo", folder / "data"
+    zoo.mkdir()
+    for name, options in (("img64", ["--rgb"]), ("img512", []), ("ffhq256", ["--labels=none", "--filter=box"])):
+        resolution = 16 if name == "img512" else 8
+        source = photos
+        if name == "ffhq256":  # square pictures: the published recipe only scales
+            source = folder / "square"
+            source.mkdir()
+            for path in photos.glob("*/*.png"):
+                Image.open(path).resize((16, 16)).save(source / path.name)
+        result = launch(
+            "data_prep.sh", name, source, *options, DATA_DIR=data, VAE=vae, RESOLUTION=f"{resolution}x{resolution}"
+        )
+        assert result.returncode == 0, result.stderr
+    small = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=16)
+    for preset, name in TEACHERS.items():
+        latent, label_dim = preset.startswith("img512"), 0 if preset.startswith("ffhq") else 3
+        net = fill_by_name(networks.Precond(8, 4 if latent else 3, label_dim, **small), 11)
+        write_edm2_pickle(zoo / f"{name}.pkl", net, "sd-vae" if latent else "rgb", str(vae))
+    return dict(MODEL_ZOO=zoo, DATA_DIR=data)
+
+
+class Means(torch.nn.Module):
+    """A detector that takes images of any size: their mean colours."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=[2, 3]) / 255
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    """Path of a TorchScript detector."""
+    path = tmp_path_factory.mktemp("detector") / "means.pt"
+    torch.jit.script(Means()).save(str(path))
+    return path
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """Folder of a `python` that sees 8 GPUs, and writes down what it should launch instead of doing so."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "python"
+    script.write_text(
+        f"""#!/usr/bin/env bash
+case "$1:$2" in
+    -m:torch.distributed.run) printf '%s\\n' "$@" >"{tmp_path}/launched" ;;
+    -c:*torch*) echo 8 ;;
+    *) exec "{sys.executable}" "$@" ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("preset", TEACHERS)
+def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, detector, tmp_path):
+    out = tmp_path / "run"
+    result = launch(f"train-{preset}.sh", 0, *SHORT, OUT=out, **prepared)
+    assert result.returncode == 0, result.stderr
+    run = json.loads((out / "run.json").read_text())
+    published = json.loads((ROOT / "presets" / f"{preset}.json").read_text())
+    for name in ("ref_lr", "ref_batches", "gan_warmup_kimg", "s_p_mean", "s_p_std", "loss_scaling"):
+        assert run[name] == published.get(name, 1.0), name
+    snapshot = out / "network-snapshot-000000008-0.050.safetensors"
+    assert isinstance(networks.load(snapshot).net, networks.GenerativeDenoiser)
+    assert len(list(out.glob("grid-000000008-*.png"))) == 4 and (out / "grid-teacher.png").is_file()
+    data, report = preset.split("-")[0], tmp_path / "report.json"
+    reference = prepared["DATA_DIR"] / f"{data}.npz"
+    own = ["--detector", detector, "--detector-name", "means"]
+    if not reference.exists():
+        metrics = ["ref", "--data", reference.with_suffix(".zip"), "--dest", reference, "--metrics", "fd:means"]
+        execute([sys.executable, "calculate_metrics.py", *metrics, "--device", "cpu", *own])
+    evaluation = dict(REF=reference, METRICS="fd:means", NUM=8, BATCH=8, OUT=report)
+    result = launch(f"eval-{data}.sh", 0, "12,39", snapshot, "--quiet", *own, **evaluation)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(report.read_text())["results"][0]["num_images"] == 8
+
+
+def test_several_nodes_get_torchruns_options(prepared, fake_python, tmp_path):
+    nodes = dict(NNODES=4, NODE_RANK=3, MASTER_ADDR="node0", MASTER_PORT=1234, OUT=tmp_path / "run")
+    result = launch("train-img512-m.sh", 8, "--batch-gpu", "16", python=fake_python, **nodes, **prepared)
+    assert result.returncode == 0, result.stderr
+    launched = (tmp_path / "launched").read_text().splitlines()
+    script = launched.index(str(ROOT / "train_ncvsd.py"))
+    wanted = (
+        "-m torch.distributed.run --nproc-per-node 8 --nnodes 4 --node-rank 3 --master-addr node0 --master-port 1234 --"
+    )
+    assert launched[:script] == wanted.split()
+    assert launched[script + 1 :] == [
+        *("--preset", "img512-m", "--net", str(prepared["MODEL_ZOO"] / f"{TEACHERS['img512-m']}.pkl")),
+        *("--data", str(prepared["DATA_DIR"] / "img512-sd.zip"), "--outdir", str(tmp_path / "run")),
+        *("--device", "cuda", "--batch-gpu", "16"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([], {}, "usage: bash quick_start/train-img64-s.sh NUM_GPUS"),
+        (["many"], {}, "NUM_GPUS is 'many'"),
+        ([9], {}, "NUM_GPUS is 9, and PyTorch sees 8"),
+        ([8], {"NNODES": 2}, "name the host of node 0 in MASTER_ADDR"),
+        ([8], {"NNODES": 2, "NODE_RANK": 2}, "NODE_RANK is 2: with NNODES=2 the nodes are 0 to 1"),
+        ([8], {"MODEL_ZOO": "/absent"}, "no teacher /absent/edm2-img64-s-1073741-0.075.pkl: fetch it"),
+        ([8], {"DATA_DIR": "/absent"}, "no data /absent/img64.zip: make it"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(arguments, variables, message, prepared, fake_python, tmp_path):
+    result = launch("train-img64-s.sh", *arguments, python=fake_python, **{**prepared, **variables})
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "launched").exists()
+
+
+def test_sigterm_to_the_launcher_saves_and_ends_with_code_0(prepared, tmp_path):
+    out = tmp_path / "run"
+    options = ["--batch=8", "--batch-gpu=8", "--duration=8000", "--status=8", "--checkpoint=8000", "--quiet"]
+    command = ["bash", str(ROOT / "quick_start/train-img64-s.sh"), "1", *options]
+    variables = environment(OUT=out, DEVICE="cpu", **prepared)
+    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "stats.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=100) == 0
+    assert 0 < load_newest_state(out)["nimg"] < 8000
+    assert "stopped (SIGUSR1)" in (out / "log.txt").read_text()
+
+
+# ----------------------------------------------------------------------------
+# downloads
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """Serves a folder on this machine; returns the folder and its URL."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_is_checked_noted_and_compared_again(shelf, tmp_path, tiny_teacher):
+    folder, url = shelf
+    shutil.copy(tiny_teacher, folder / "teacher.pkl")
+    size = (folder / "teacher.pkl").stat().st_size
+    for name in ("list", "short", "hash"):
+        content = {"list": f"{size} -", "short": f"{size + 1} -", "hash": f"- {'0' * 64}"}[name]
+        (tmp_path / f"{name}.txt").write_text(f"# files\nteacher {url}/teacher.pkl {content}\n")
+    zoo = tmp_path / "zoo"
+    result = launch("download.sh", "teacher", EDM2_LIST=tmp_path / "list.txt", MODEL_ZOO=zoo)
+    assert result.returncode == 0, result.stderr
+    assert "CC BY-NC-SA 4.0" in result.stdout and (zoo / "teacher.pkl").stat().st_size == size
+    assert re.match(r"[0-9a-f]{64}  teacher.pkl\n", (zoo / "teacher.pkl.sha256").read_text())
+    with open(zoo / "teacher.pkl", "r+b") as file:  # damage shows when the same command runs again
+        file.write(b"\0\0\0\0")
+    result = launch("download.sh", "teacher", EDM2_LIST=tmp_path / "list.txt", MODEL_ZOO=zoo)
+    assert result.returncode == 1 and "remove the file and fetch it again" in result.stderr
+    for name, message in (("short", f"expected {size + 1}"), ("hash", "wrong SHA-256")):
+        result = launch("download.sh", "teacher", EDM2_LIST=tmp_path / f"{name}.txt", MODEL_ZOO=tmp_path / name)
+        assert result.returncode == 1 and message in result.stderr, result.stderr
+        assert not (tmp_path / name / "teacher.pkl").exists()
+
+
+def test_the_list_has_every_launchers_teacher():
+    lines = [line.split() for line in (ROOT / "quick_start/edm2.txt").read_text().splitlines() if line[0] != "#"]
+    assert sorted(fields[0] for fields in lines) == sorted(TEACHERS.values())
+    assert all(len(fields) == 4 and fields[1].endswith(f"/{fields[0]}.pkl") for fields in lines)
+    result = launch("download.sh", "edm2-img64-xl")
+    assert result.returncode == 1 and "does not list 'edm2-img64-xl'" in result.stderr
+
+
+def test_pickles_of_the_fixture_hold_what_was_written(tmp_path, tiny_teacher):
+    net = networks.load(tiny_teacher).net
+    write_edm2_pickle(tmp_path / "net.pkl", net)
+    loaded = networks.load(tmp_path / "net.pkl")
+    assert isinstance(loaded.encoder, RGBEncoder) and loaded.net.init_kwargs == net.init_kwargs
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(loaded.net.state_dict()[key], tensor.half().float())

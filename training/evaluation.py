@@ -1,0 +1,66 @@
+"""A small metric of every snapshot: the losses of distillation oscillate and say little about the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from metrics.compute import check_reference, compute_metrics
+from metrics.detectors import load_detector
+from metrics.evaluate import evaluate_dataset, evaluate_network
+from metrics.references import load_reference, save_reference
+from metrics.specs import parse_metrics
+from torch_utils import distributed
+from training.dataset import ImageDataset
+
+REFERENCE_IMAGES = 50_000  # of the data set at most, where no statistics are given
+FIRST_SEED = 1 << 24  # apart from those of sample sheets
+
+
+def snapshot_metrics(
+    names: str,  # such as fd_demo or fid
+    num: int,  # images to draw
+    dataset: ImageDataset,
+    device: torch.device,
+    *,
+    reference: str | None = None,  # statistics to compare with; None = of the training data, kept in `run_dir`
+    run_dir: Path,
+    batch: int,  # per process
+    sampling: dict[str, Any],  # arguments of generate_images
+) -> Callable[[nn.Module, Any], dict[str, float]]:
+    """Function of a network and its encoder that returns metrics by name. Both are collective.
+
+    Raises ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
+    """
+    metrics = parse_metrics(names)
+    if num < 2:
+        raise ValueError(f"--eval-num must be at least 2, got {num}")
+    detectors = {m.detector: load_detector(m.detector, device=device) for m in metrics}
+    if reference is None:
+        path = run_dir / "eval-reference.npz"
+        if not distributed.main_first(path.exists):
+            if dataset.num_channels not in (1, 3):
+                raise ValueError("the data are latents: give statistics of the images in --eval-ref")
+            rng = np.random.default_rng(0)
+            indices = rng.permutation(len(dataset))[:REFERENCE_IMAGES].tolist()
+            collected = evaluate_dataset(dataset, metrics, detectors, indices=indices, batch=batch, device=device)
+            if distributed.is_main():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_reference(path, collected)
+            distributed.barrier()
+        reference = str(path)
+    known = distributed.main_first(lambda: load_reference(reference))
+    check_reference(metrics, known)
+    seeds = range(FIRST_SEED, FIRST_SEED + num)
+
+    def evaluate(net: nn.Module, encoder: Any) -> dict[str, float]:
+        found = evaluate_network(net, encoder, metrics, detectors, seeds, batch=batch, **sampling)
+        values, _ = compute_metrics(metrics, found.collected, known)
+        return {value.name: value.value for value in values}
+
+    return evaluate

@@ -1,0 +1,126 @@
+"""Training one network in several processes: replicated gradients, and what can be divided between the processes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_utils import distributed
+
+ADAM_BETAS = (0.9, 0.99)
+
+
+class Replica(DistributedDataParallel):
+    """A network whose gradients are averaged over the processes while they are computed.
+
+    Buffers are constants and are not broadcast; gradients are views of the messages' buffers, which saves a copy.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        with warnings.catch_warnings():  # later releases rename the option, earlier ones know no other name
+            warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
+            super().__init__(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    @property
+    def sigma_data(self) -> float:
+        return self.module.sigma_data
+
+
+def replicate(net: nn.Module) -> nn.Module:
+    """The network to call in training: a Replica where there are several processes, else `net` itself.
+
+    `net` must not require gradients, nor does it afterwards.
+    """
+    if distributed.world_size() == 1:
+        return net
+    net.requires_grad_(True)
+    replica = Replica(net)
+    net.requires_grad_(False)
+    return replica
+
+
+def accumulate(net: nn.Module, last: bool) -> AbstractContextManager:
+    """Context of one accumulation round: processes exchange gradients in the last one only."""
+    return nullcontext() if last or not isinstance(net, Replica) else net.no_sync()
+
+
+# ----------------------------------------------------------------------------
+# optimizers
+
+
+def build_optimizer(net: nn.Module, device: torch.device, *, shard: bool = False) -> torch.optim.Optimizer:
+    """Adam on all parameters; with `shard` its moments are divided between the processes (ZeRO, stage 1)."""
+    if not shard or distributed.world_size() == 1:
+        return torch.optim.Adam(net.parameters(), betas=ADAM_BETAS, fused=device.type in ("cpu", "cuda"))
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    fused = device.type == "cpu"  # elsewhere fused Adam wants its step counts on the device, and gets them on the CPU
+    return ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, betas=ADAM_BETAS, fused=fused)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Moments and step counts by parameter; of a sharded optimizer complete in the main process alone. Collective."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
+        if not distributed.is_main():
+            return {"state": {}}
+    return {"state": optimizer.state_dict()["state"]}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take in what `optimizer_state` returned, whatever the number of processes was then."""
+    (group,) = optimizer.param_groups
+    settings = {key: value for key, value in group.items() if key != "params"}
+    settings["params"] = list(range(len(group["params"])))
+    moments = state["state"]
+    if group["params"][0].device.type == "cpu":  # Adam would work on the very tensors, which are those of the file
+        moments = {i: {key: value.clone() for key, value in entry.items()} for i, entry in moments.items()}
+    optimizer.load_state_dict({"state": dict(moments), "param_groups": [settings]})
+
+
+# ----------------------------------------------------------------------------
+# tensors divided between processes
+
+
+def divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """Owner of each named tensor, such that all processes hold about as much: the largest first, to the least laden."""
+    owners, load = {}, [0] * world
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += sizes[name]
+    return owners
+
+
+def gather(
+    names: Iterable[str], owned: Mapping[str, Tensor], owners: Mapping[str, int], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All the named tensors in the main process, on the CPU, one message each; empty elsewhere. Collective.
+
+    `like` has the shapes of all of them and the device on which messages travel.
+    """
+    main, rank = distributed.is_main(), distributed.rank()
+    complete = {}
+    for name in names:
+        if owners[name] == rank:
+            message = owned[name].to(like[name].device, copy=True).contiguous()
+            if not main:
+                torch.distributed.send(message, dst=0)
+        elif main:
+            message = torch.empty(like[name].shape, dtype=torch.float32, device=like[name].device)
+            torch.distributed.recv(message, src=owners[name])
+        if main:
+            complete[name] = message.to("cpu")
+    return complete
+
+
+def spread(tensor: Tensor, owner: int) -> Tensor:
+    """The owner's tensor, in every process. Collective."""
+    message = tensor.detach().contiguous().clone()
+    torch.distributed.broadcast(message, src=owner)
+    return message

@@ -1,0 +1,158 @@
+"""Curves of one or several runs from their stats.jsonl, as a PNG: python -m training.plot RUN_DIR ..."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw
+
+Curve = list[tuple[float, float]]  # (images seen, value)
+
+DEFAULT_KEYS = "Loss/*,Discriminator/*,Metrics/*,Gradients/*,Nonfinite/*_total,Progress/img_per_s,Progress/lr"
+COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#3d3d3d", "#e07a1f", "#009e9e")
+PANEL = (560, 300)  # pixels
+MARGIN = (70, 44, 16, 34)  # of a panel: left, top, right, bottom
+FONT_SIZE = 14
+
+
+class PlotError(ValueError):
+    """A run that has nothing to draw."""
+
+
+def read_curves(run_dir: str | Path) -> dict[str, Curve]:
+    """Every quantity of a run's stats.jsonl by name. Raises PlotError for no file or no numbers in it."""
+    path = Path(run_dir) / "stats.jsonl"
+    if not path.is_file():
+        raise PlotError(f"{run_dir} has no stats.jsonl: name the folder of a run")
+    curves: dict[str, Curve] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a line that was cut off
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("nimg"), int):
+            continue
+        for key, value in entry.items():
+            if key != "nimg" and isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(key, []).append((entry["nimg"], float(value)))
+    if not curves:
+        raise PlotError(f"{path} holds no statistics yet")
+    return curves
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that cover low..high; at least two."""
+    if not high > low:
+        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def short_number(value: float) -> str:
+    """A tick's label: 0.25, 12k, 3.5M."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Any:
+    """Picture with a panel for each quantity that matches one of the patterns `keys`, the runs over one another.
+
+    Raises PlotError if there is none.
+    """
+    from PIL import Image, ImageDraw
+
+    known = list(dict.fromkeys(key for curves in runs.values() for key in curves))
+    chosen = list(dict.fromkeys(key for pattern in keys for key in known if fnmatch(key, pattern.strip())))
+    if not chosen:
+        raise PlotError(f"no statistics match {', '.join(keys)}: known are {', '.join(known)}")
+    columns = min(2, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    legend = 22 * len(runs) + 16
+    picture = Image.new("RGB", (columns * PANEL[0], rows * PANEL[1] + legend), "white")
+    pen = ImageDraw.Draw(picture)
+    font = _font()
+    for i, name in enumerate(runs):
+        y = 8 + 22 * i
+        pen.rectangle((16, y + 6, 44, y + 10), fill=COLOURS[i % len(COLOURS)])
+        pen.text((54, y), name, fill="black", font=font)
+    for i, key in enumerate(chosen):
+        corner = (i % columns * PANEL[0], legend + i // columns * PANEL[1])
+        _panel(pen, corner, key, [(j, curves[key]) for j, curves in enumerate(runs.values()) if key in curves])
+    return picture
+
+
+def _panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves: list[tuple[int, Curve]]) -> None:
+    font = _font()
+    points = [point for _, curve in curves for point in curve]
+    xs, ys = nice_ticks(0, max(x for x, _ in points)), nice_ticks(min(y for _, y in points), max(y for _, y in points))
+    left, top = corner[0] + MARGIN[0], corner[1] + MARGIN[1]
+    right, bottom = corner[0] + PANEL[0] - MARGIN[2], corner[1] + PANEL[1] - MARGIN[3]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - xs[0]) / (xs[-1] - xs[0]), (y - ys[0]) / (ys[-1] - ys[0])
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    pen.text((left, corner[1] + 16), title, fill="black", font=font)
+    for y in ys:
+        row = place(xs[0], y)[1]
+        pen.line((left, row, right, row), fill="#e2e2e2")
+        pen.text((left - 8, row), short_number(y), fill="#444444", font=font, anchor="rm")
+    for x in xs:
+        column = place(x, ys[0])[0]
+        pen.line((column, bottom, column, bottom + 4), fill="#888888")
+        pen.text((column, bottom + 8), short_number(x), fill="#444444", font=font, anchor="ma")
+    pen.line((left, bottom, right, bottom), fill="#888888")
+    for index, curve in curves:
+        colour = COLOURS[index % len(COLOURS)]
+        path = [place(x, y) for x, y in curve]
+        if len(path) > 1:
+            pen.line(path, fill=colour, width=2, joint="curve")
+        else:
+            (x, y) = path[0]
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+
+
+def _font() -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(FONT_SIZE)
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120})
+@click.argument("run_dirs", metavar="RUN_DIR ...", nargs=-1, required=True)
+@click.option("--out", metavar="FILE", help="PNG to write.  [default: curves.png in the first folder]")
+@click.option("--keys", metavar="LIST", default=DEFAULT_KEYS, help="Quantities, with * for any text.")
+def main(run_dirs: tuple[str, ...], out: str | None, keys: str) -> None:
+    """Draw what happened in training, several runs over one another. The horizontal axis is images seen."""
+    import io
+
+    from dnnlib.util import atomic_write
+
+    try:
+        runs = {run_dir: read_curves(run_dir) for run_dir in run_dirs}
+        picture = draw(runs, keys.split(","))
+        data = io.BytesIO()
+        picture.save(data, format="PNG")
+        path = Path(out) if out else Path(run_dirs[0]) / "curves.png"
+        with atomic_write(path) as file:
+            file.write(data.getvalue())
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(str(path))
+
+
+if __name__ == "__main__":
+    main()

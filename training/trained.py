@@ -1,0 +1,70 @@
+"""Everything that training changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from training.optim import Health
+from training.parallel import build_optimizer, load_optimizer_state, optimizer_state
+from training.phema import PowerFunctionEMA
+from training.presets import TrainingConfig
+from training.state import StateError
+from training.tasks import Task
+
+
+class Trained:
+    """Networks, optimizers, averages and counters of a run: all that a resumed one needs."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainingConfig,
+        seed: int,
+        device: torch.device,
+        *,
+        shard: bool = False,  # divide Adam's moments and the averages between the processes
+        ema_device: torch.device | None = None,  # where the averages are kept; None = `device`
+    ) -> None:
+        self.task = task
+        self.seed = seed
+        self.nimg = 0  # images seen
+        self.seconds = 0.0  # of training, up to the last statistics
+        self.health = {p.name: Health() for p in task.phases}
+        self.optimizers = {p.name: build_optimizer(p.net, device, shard=shard) for p in task.phases}
+        self.ema = PowerFunctionEMA(task.result, config.ema_stds, device=ema_device, shard=shard)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the last update of every network had finite gradients."""
+        return not any(health.streak for health in self.health.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data; complete in the main process. Collective.
+
+        The order of the images and all noise are functions of the seed and of the position in the image sequence.
+        """
+        return {
+            "nimg": self.nimg,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "position": self.nimg * len(self.task.phases),
+            "health": {name: dataclasses.asdict(health) for name, health in self.health.items()},
+            "nets": {p.name: p.net.state_dict() for p in self.task.phases},
+            "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()},
+            "ema": self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take in a state of any number of processes. Raises StateError where it does not fit."""
+        try:
+            for p in self.task.phases:
+                p.net.load_state_dict(state["nets"][p.name])
+                load_optimizer_state(self.optimizers[p.name], state["optimizers"][p.name])
+                self.health[p.name] = Health(**state["health"][p.name])
+            self.ema.load_state_dict(state["ema"])
+            self.nimg, self.seconds = state["nimg"], state["seconds"]
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise StateError(f"the training state does not fit this run ({str(error).splitlines()[0]})") from error
