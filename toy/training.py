@@ -131,7 +131,7 @@ def train(
             for parameter in trained[phase.name]:
                 parameter.requires_grad_(True)
             x0 = mixture.sample(settings.batch, noise.randn_like)
-            terms = phase.loss(Batch(x0, None, noise, nimg))
+            terms = phase.loss(Batch(x0, None, noise, nimg), phase.net)
             (terms.total.sum() / settings.batch).backward()
             if count_nonfinite(phase.net.parameters()):
                 raise DivergenceError(
