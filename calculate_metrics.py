@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from metrics.specs import parse_metrics
+from torch_utils.user_errors import user_errors
 
 PUBLISHED_SEED = 123456789  # the first of 50,000
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn errors that the user can mend into one line, and leave the process group at the end."""
-    import torch
-
-    from torch_utils import distributed
-
-    try:
-        yield
-    except distributed.MainProcessError:
-        sys.exit(1)  # one message is enough
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch ({error})") from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        distributed.destroy()
 
 
 def _json_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -43,6 +22,8 @@ def _json_path(ctx: click.Context, param: click.Parameter, value: str | None) ->
         folder = next(parent for parent in Path(value).absolute().parents if parent.exists())  # the rest will be made
         if Path(value).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise click.BadParameter(f"{value} is a folder, or {folder} cannot be written to: name another .json file")
+        if not value.endswith(".json"):
+            raise click.BadParameter(f"{value}: the report is a .json file")
     return value
 
 
@@ -78,9 +59,8 @@ def common_options(command: Callable) -> Callable:
             "--metrics",
             "metric_names",
             metavar="LIST",
-            default="fid",
             help="Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes "
-            "another detector's features.",
+            "another detector's features.  [default: fid; with --detector its distance]",
         ),
     ):
         command = option(command)
@@ -176,16 +156,21 @@ def _prepare_metrics(
     device: Any,
     reference: Any,  # None = nothing to compare with
     *,
-    metric_names: str,
+    metric_names: str | None,
     detector_path: str | None,
     custom: str | None,
     detector_name: str | None,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Metrics, checked against what the reference holds, and their detectors on the device."""
-    from metrics.compute import check_reference
+    from metrics.collect import FeatureCollector
+    from metrics.compute import check_dimensions, check_reference
     from metrics.detectors import load_custom_detector, load_detector
 
+    if detector_name is not None and custom is None:
+        raise ValueError("--detector-name names the file of --detector: give that as well")
     own = load_custom_detector(custom, detector_name, device) if custom is not None else None
+    if metric_names is None:
+        metric_names = "fid" if own is None else own.name
     metrics = parse_metrics(metric_names, () if own is None else (own.name,))
     if own is not None and own.name not in {m.detector for m in metrics}:
         metrics += parse_metrics(own.name, (own.name,))
@@ -198,7 +183,11 @@ def _prepare_metrics(
             f"--detector-path names one detector's weights, and the metrics need {' and '.join(published) or 'none'}: "
             "put the files into a folder named by $NCVSD_DETECTORS"
         )
-    return metrics, {n: own if n not in published else load_detector(n, detector_path, device) for n in names}
+    detectors = {n: own if n not in published else load_detector(n, detector_path, device) for n in names}
+    FeatureCollector(metrics, detectors)  # checks what they can give
+    if reference is not None:
+        check_dimensions(metrics, detectors, reference)
+    return metrics, detectors
 
 
 def _prepare_gen(
@@ -272,11 +261,12 @@ def _run_gen(request: dict[str, Any]) -> list[dict[str, Any]]:
     from metrics.archive import ImageArchive
     from metrics.compute import compute_metrics
     from metrics.evaluate import evaluate_network
-    from metrics.report import describe
+    from metrics.report import PIXEL_ROUNDING, describe
     from sampling.images import count_evaluations
     from torch_utils import distributed
 
     loaded, gnet, seeds, reference = (request[k] for k in ("loaded", "gnet", "seeds", "reference"))
+    hashes = [file_sha256(n.path) if n is not None and distributed.is_main() else None for n in (loaded, gnet)]
     records = []
     total = len(seeds) * len(request["settings"])
     with ExitStack() as stack:
@@ -303,8 +293,8 @@ def _run_gen(request: dict[str, Any]) -> list[dict[str, Any]]:
             records.append(
                 {
                     "net": loaded.config["source"],
-                    "net_sha256": file_sha256(loaded.path),
-                    "gnet_sha256": None if gnet is None else file_sha256(gnet.path),
+                    "net_sha256": hashes[0],
+                    "gnet_sha256": hashes[1],
                     "sampler": "few-step" if few_step else "heun",
                     "ts": None if sampling["ts"] is None else list(sampling["ts"]),
                     "zeta": sampling["zeta"] if few_step else None,
@@ -315,6 +305,7 @@ def _run_gen(request: dict[str, Any]) -> list[dict[str, Any]]:
                     ),
                     "compute_dtype": str(loaded.net.compute_dtype).removeprefix("torch."),
                     "seeds": [seeds[0], seeds[-1]],
+                    "pixel_rounding": PIXEL_ROUNDING[loaded.encoder.name],
                     "sampling_ms_per_image": 1000 * result.seconds_per_image,
                     "processes": distributed.world_size(),
                     **describe(result.num_images, reference, values, warnings),
@@ -341,20 +332,28 @@ def _prepare_calc(
         raise ValueError(f"{images_path} holds {len(dataset)} images: --num {num} cannot be drawn")
     reference = load_reference(ref_path, quiet=quiet)
     metrics, detectors = _prepare_metrics(device, reference, **metric_options)
-    return dataset, metrics, detectors, reference, dict(batch=batch, device=device, quiet=quiet, seed=seed, num=num)
+    options = dict(batch=batch, device=device, quiet=quiet)
+    return dataset, metrics, detectors, reference, None if num is None else seed, options
 
 
 def _run_calc(
-    dataset: Any, metrics: list[Any], detectors: dict[str, Any], reference: Any, options: dict[str, Any]
+    dataset: Any,
+    metrics: list[Any],
+    detectors: dict[str, Any],
+    reference: Any,
+    subset_seed: int | None,  # None = all images
+    options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     from metrics.compute import compute_metrics
     from metrics.report import describe
+    from torch_utils import distributed
 
     collected = _collect(dataset, metrics, detectors, options)
+    if not distributed.is_main():
+        return []
     values, warnings = compute_metrics(metrics, collected, reference)
-    subset = None if options["num"] is None else options["seed"]
-    source = {"images": dataset.path, "subset_seed": subset}
-    return [{**source, **describe(len(dataset), reference, values, warnings)}]
+    facts = {"images": dataset.path, "subset_seed": subset_seed, "pixel_rounding": None}  # as they are stored
+    return [{**facts, **describe(len(dataset), reference, values, warnings)}]
 
 
 def _prepare_ref(
@@ -362,6 +361,7 @@ def _prepare_ref(
 ) -> tuple[Any, ...]:
     from pathlib import Path
 
+    from metrics.references import MAX_FEATURES
     from training.dataset import ImageDataset
 
     if not dest.endswith(".npz"):
@@ -369,7 +369,8 @@ def _prepare_ref(
     if not Path(dest).parent.is_dir() or Path(dest).is_dir():
         raise ValueError(f"--dest {dest}: no such folder, or a folder itself")
     dataset = ImageDataset(data_path, use_labels=False)
-    return dataset, *_prepare_metrics(device, None, **metric_options), dict(batch=batch, device=device, quiet=quiet)
+    options = dict(batch=batch, device=device, max_features=MAX_FEATURES, quiet=quiet)
+    return dataset, *_prepare_metrics(device, None, **metric_options), options
 
 
 def _collect(dataset: Any, metrics: list[Any], detectors: dict[str, Any], options: dict[str, Any]) -> dict:
@@ -378,25 +379,20 @@ def _collect(dataset: Any, metrics: list[Any], detectors: dict[str, Any], option
     from metrics.evaluate import evaluate_dataset
     from torch_utils import distributed
 
-    hidden = options["quiet"] or not distributed.is_main()
+    hidden = options.pop("quiet") or not distributed.is_main()
     with tqdm(total=len(dataset), unit="img", desc="features", leave=False, disable=hidden) as bar:
-        return evaluate_dataset(
-            dataset, metrics, detectors, batch=options["batch"], device=options["device"], progress=bar.update
-        )
+        return evaluate_dataset(dataset, metrics, detectors, progress=bar.update, **options)
 
 
 def _report(records: list[dict[str, Any]], out: str | None) -> None:
     """Print the table, and the warnings once; write the JSON file."""
-    from dnnlib.util import atomic_write
-    from metrics.report import format_table
+    from metrics.report import format_table, write_report
 
     for warning in dict.fromkeys(w for record in records for w in record["warnings"]):
         click.echo(f"warning: {warning}", err=True)
     click.echo(format_table(records))
     if out is not None:
-        with atomic_write(out, "w", encoding="utf-8") as file:
-            json.dump({"results": records}, file, indent=2)
-            file.write("\n")
+        write_report(out, records)
 
 
 if __name__ == "__main__":

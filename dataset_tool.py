@@ -1,11 +1,12 @@
 """Make data sets for training: convert images, encode them to autoencoder latents, decode those again."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
+
+from torch_utils.user_errors import user_errors
 
 
 def parse_resolution(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -16,22 +17,6 @@ def parse_resolution(_: click.Context, __: click.Parameter, text: str | None) ->
     if not match or int(match[1]) < 1 or int(match[2] or match[1]) < 1:
         raise click.BadParameter(f"{text!r} is not a size such as 64 or 512x384 (width x height)")
     return int(match[1]), int(match[2] or match[1])
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what the library says about bad input into one line and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError):
-            import torch
-
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
-        raise click.ClickException("out of memory: try a smaller --batch, or another --device") from None
 
 
 def progress(unit: str) -> Callable[[Iterable[Any]], Iterable[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from sampling.images import DEFAULT_STEPS, count_evaluations, generate_images, image_path
+from torch_utils.user_errors import user_errors
 
 __all__ = ["generate_images", "main"]
 
@@ -87,23 +88,13 @@ def main(net_path: str, gnet_path: str | None, device: str, **options: Any) -> N
     torchrun --standalone --nproc-per-node 8 generate.py --net student.safetensors --ts 10,22,39 --seeds 0-49999 \\
         --subdirs --outdir out/fid
     """
-    import torch
-
     from torch_utils import distributed
 
-    try:
+    with user_errors():
         resolved = distributed.init(device)
         # The main process downloads first, and what is wrong with the request is wrong in all processes alike.
         net, batches = distributed.main_first(lambda: _prepare(net_path, gnet_path, resolved, **options))
         _generate(net, batches, **options)
-    except distributed.MainProcessError:
-        sys.exit(1)  # one message is enough
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch ({error})") from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        distributed.destroy()
 
 
 def _prepare(

@@ -144,6 +144,12 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(cache_dir or os.environ.get("NCVSD_CACHE") or Path.home() / ".cache" / "ncvsd").expanduser()
 
 
+def cache_path(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where `open_url` keeps what it downloads from `url`."""
+    base = re.sub(r"[^\w.-]+", "_", url.split("?")[0].split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
+    return cache_folder(cache_dir) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
+
+
 def open_url(
     url_or_path: str | os.PathLike[str],
     cache_dir: str | os.PathLike[str] | None = None,
@@ -178,8 +184,7 @@ def open_url(
     if not re.fullmatch(r"[!-~]+", text):
         raise DownloadError(f"{_printable(text)}: a URL is printable ASCII; write other characters as %XX")
 
-    base = re.sub(r"[^\w.-]+", "_", text.split("?")[0].split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
-    target = cache_folder(cache_dir) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{base}"
+    target = cache_path(text, cache_dir)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(target.name + ".lock")):

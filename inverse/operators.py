@@ -28,6 +28,7 @@ class Operator(ABC):
 
     is_linear = False
     has_exact_step = False  # `sample_conditional` exists
+    measures_images = True  # measurements are pictures in about [-1, 1]
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -36,6 +37,11 @@ class Operator(ABC):
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of A(x) for x of shape [N,C,H,W]: here the same. Raises ValueError as `forward` does."""
         return check_image_shape(shape)
+
+    def measure(self, x: Tensor, noise_std: float, randn_like: RandnLike = torch.randn_like) -> Tensor:
+        """Return a simulated measurement A(x) + noise_std·n. Raises ValueError as `forward` does."""
+        clean = self.forward(x)
+        return clean + noise_std * randn_like(clean)
 
     def misfit_gradient(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the gradient [N,C,H,W] of |A(x) - y|² with respect to x."""
@@ -140,6 +146,15 @@ class Inpainting(LinearOperator):
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         return self._mask_for(y) * y
+
+    def measure(self, x, noise_std, randn_like=torch.randn_like):
+        return self._mask_for(x) * super().measure(x, noise_std, randn_like)
+
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the root-mean-square error [N] of the measured pixels."""
+        self.check_pair(x, y)
+        mask = self._mask_for(x)
+        return (mask * (x - y)).flatten(1).square().sum(1).div(mask.sum() * x.shape[1]).sqrt()
 
     def sample_conditional(self, x, y, likelihood_std, rho, randn_like=torch.randn_like):
         self.check_pair(x, y)
@@ -250,6 +265,8 @@ class PhaseRetrieval(Operator):
     Each side is padded with zeros by oversample/8 of the image's height and width, so that oversample 4 doubles the
     size. Setting of DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521).
     """
+
+    measures_images = False
 
     def __init__(self, *, oversample: float = 4.0) -> None:
         if not (np.isfinite(oversample) and oversample >= 0):

@@ -12,18 +12,9 @@ from torch import Tensor
 
 from inverse.likelihood import langevin_step, likelihood_std
 from inverse.operators import Operator
+from inverse.tasks import LIKELIHOODS, LangevinSettings
 
 RandnLike = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class LangevinSettings:
-    """Settings of `inverse.likelihood.langevin_step`; the defaults are the published ones."""
-
-    steps: int = 100
-    c1: float = 0.1
-    c2: float = 0.1
-    max_retries: int = 4
 
 
 @dataclass(frozen=True)
@@ -40,8 +31,8 @@ def resolve_likelihood(operator: Operator, likelihood: str) -> str:
 
     Raises ValueError for another word, and for "exact" where there is no exact step.
     """
-    if likelihood not in ("auto", "exact", "langevin"):
-        raise ValueError(f"likelihood must be auto, exact or langevin, not {likelihood!r}")
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}")
     if likelihood == "exact" and not operator.has_exact_step:
         raise ValueError("this operator has no exact likelihood step: use likelihood langevin or auto")
     if likelihood == "auto":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from metrics.collect import Collected
+from metrics.detectors import LoadedDetector
 from metrics.frechet import frechet_distance
-from metrics.references import Reference, ReferenceFileError
+from metrics.references import Reference, ReferenceFileError, Statistics
 from metrics.sample_metrics import inception_score, kernel_distance, precision_recall
 from metrics.specs import Metric
 
@@ -49,6 +50,22 @@ def check_reference(metrics: Iterable[Metric], reference: Reference) -> None:
             )
 
 
+def check_dimensions(metrics: Iterable[Metric], detectors: Mapping[str, LoadedDetector], reference: Reference) -> None:
+    """Raise ReferenceFileError where a detector gives features of another size than the reference has, as far as
+    detectors know theirs before the first image.
+    """
+    for metric in metrics:
+        if metric.kind != "is" and detectors[metric.detector].feature_dim:
+            _check_dimension(metric, reference.statistics[metric.detector], detectors[metric.detector].feature_dim)
+
+
+def _check_dimension(metric: Metric, statistics: Statistics, dim: int) -> None:
+    if dim != len(statistics.mu):
+        raise ReferenceFileError(
+            f"{metric.name}: the reference has {len(statistics.mu)} feature dimensions and the detector {dim}"
+        )
+
+
 def compute_metrics(
     metrics: Iterable[Metric], collected: dict[str, Collected], reference: Reference | None
 ) -> tuple[list[MetricValue], list[str]]:
@@ -70,20 +87,18 @@ def compute_metrics(
     return values, list(warnings)
 
 
-def _value(metric: Metric, part: Collected, statistics: Any) -> tuple[float, dict[str, Any]]:
+def _value(metric: Metric, part: Collected, statistics: Statistics | None) -> tuple[float, dict[str, Any]]:
     if metric.kind == "is":
-        score = inception_score(part.logits)
+        # In blocks of random images: data sets are often sorted by class, and a block of one class scores 1.
+        order = torch.randperm(len(part.logits), generator=torch.Generator().manual_seed(0))
+        score = inception_score(part.logits[order])
         return score.mean, {"std": score.std, "splits": 10}
     if statistics is None:
         raise ReferenceFileError(f"{metric.name} needs reference statistics: give --ref")
+    _check_dimension(metric, statistics, len(part.moments.mean()))
     if metric.kind == "fd":
         mu, sigma = torch.from_numpy(statistics.mu), torch.from_numpy(statistics.sigma)
-        mean = part.moments.mean()
-        if len(mean) != len(mu):
-            raise ReferenceFileError(
-                f"{metric.name}: the reference has {len(mu)} feature dimensions and the detector {len(mean)}"
-            )
-        return frechet_distance(mean, part.moments.cov(), mu, sigma), {}
+        return frechet_distance(part.moments.mean(), part.moments.cov(), mu, sigma), {}
     real = torch.from_numpy(statistics.features)
     if metric.kind == "kid":
         distance = kernel_distance(part.features, real)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnnlib.util import file_sha256
+from metrics.specs import KINDS
 from metrics.weights import DetectorError, find_weights
 
 DEMO_CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "demo" / "classifier.safetensors"
@@ -134,14 +136,18 @@ def load_custom_detector(
     if not file.is_file():
         raise DetectorError(f"no detector file {path}")
     name = name or re.sub(r"\W+", "_", file.stem)
-    if not re.fullmatch(r"\w+", name) or name in (*STANDARD_DETECTORS, "dinov2", "demo"):
+    if not re.fullmatch(r"\w+", name):
         raise DetectorError(f"a detector of your own cannot be called {name!r}: use letters, digits and _")
+    if name in (*STANDARD_DETECTORS, "dinov2", "demo", *KINDS):
+        raise DetectorError(f"a detector of your own cannot be called {name!r}, which means something else here")
     if file.suffix == ".safetensors":
         module: nn.Module = load_demo_classifier(file)
         module.name = name
     elif zipfile.is_zipfile(file):
         try:
-            module = ScriptedDetector(torch.jit.load(str(file), map_location="cpu"), name)
+            with warnings.catch_warnings():  # PyTorch's plans for TorchScript are no concern of the user's
+                warnings.filterwarnings("ignore", r".*torch\.jit\.load", DeprecationWarning)
+                module = ScriptedDetector(torch.jit.load(str(file), map_location="cpu"), name)
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DetectorError(f"{file} is not a TorchScript module: {reason}") from None

@@ -36,6 +36,7 @@ def evaluate_dataset(
     indices: Sequence[int] | None = None,  # None = all images
     batch: int = 64,
     device: torch.device | str = "cpu",
+    max_features: int | None = None,  # single features are kept of so many images, drawn at random; None = of all
     progress: Callable[[int], Any] | None = None,  # called with the number of images of all processes' batches
 ) -> dict[str, Collected]:
     """Collect features of a data set, each process taking its share. Collective.
@@ -45,7 +46,10 @@ def evaluate_dataset(
     indices = range(len(dataset)) if indices is None else indices
     if len(indices) < 2:
         raise ValueError(f"at least 2 images are needed, got {len(indices)}")
-    collector = FeatureCollector(metrics, detectors)
+    keep = None
+    if max_features is not None and max_features < len(indices):
+        keep = set(np.random.default_rng(0).choice(len(indices), max_features, replace=False).tolist())
+    collector = FeatureCollector(metrics, detectors, keep)
     rank, world = distributed.rank(), distributed.world_size()
     for first in range(0, len(indices), batch * world):
         part = range(first, min(first + batch * world, len(indices)))
@@ -80,7 +84,7 @@ def evaluate_network(
         raise ValueError(f"at least 2 images are needed, got {len(seeds)}")
     collector = FeatureCollector(metrics, detectors)
     position = {seed: i for i, seed in enumerate(seeds)}
-    count, seconds, started = 0, 0.0, time.perf_counter()
+    count, reported, seconds, started = 0, 0, 0.0, time.perf_counter()
     for result in generate_images(net, encoder, seeds=seeds, batch=batch, **sampling):
         if result.images.is_cuda:
             torch.cuda.synchronize(result.images.device)
@@ -90,6 +94,8 @@ def evaluate_network(
         if on_batch is not None:
             on_batch(result)
         if progress is not None:
-            progress(len(result.images) * distributed.world_size())
+            drawn = len(result.images) * distributed.world_size()
+            progress(min(drawn, len(seeds) - reported))
+            reported += min(drawn, len(seeds) - reported)
         started = time.perf_counter()
     return GeneratedFeatures(collector.gather(), len(seeds), seconds, seconds / max(count, 1))

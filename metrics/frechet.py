@@ -7,6 +7,8 @@ from torch import Tensor
 
 from torch_utils import distributed
 
+ROUNDING = 1e-6  # of tr(C1 + C2): how far below 0 a distance may come out
+
 
 class FeatureMoments:
     """Mean and covariance of features that arrive in batches, accumulated in float64; memory is O(D²).
@@ -43,14 +45,14 @@ class FeatureMoments:
         """Make every process's moments those of all processes' features. Collective; does nothing for one process."""
         if distributed.world_size() == 1:
             return
-        backend = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
-        counts = torch.zeros(distributed.world_size(), dtype=torch.float64, device=backend)
+        device = distributed.collective_device()
+        counts = torch.zeros(distributed.world_size(), dtype=torch.float64, device=device)
         counts[distributed.rank()] = self.count
         torch.distributed.all_reduce(counts)
         if not counts.any():
             return
         shift = self._sum.new_zeros(len(self._sum)) if self._shift is None else self._shift
-        common = shift.to(backend, copy=True)
+        common = shift.to(device, copy=True)
         torch.distributed.broadcast(common, src=int(counts.nonzero()[0]))
         common = common.to(self.device)
         change = shift - common  # sums about the own shift become sums about the common one
@@ -58,7 +60,7 @@ class FeatureMoments:
         self._outer += cross + cross.T + self.count * torch.outer(change, change)
         self._sum += self.count * change
         for total in (self._sum, self._outer):
-            message = total.to(backend, copy=True)
+            message = total.to(device, copy=True)
             torch.distributed.all_reduce(message)
             total.copy_(message)
         self._shift, self.count = common, int(counts.sum())
@@ -80,8 +82,10 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
     """|mu1 - mu2|² + tr(C1 + C2 - 2·(C1·C2)^½) for means [D] and covariances [D,D], in float64.
 
     The trace of the root is the sum of square roots of the eigenvalues of Rᵀ·C2·R with R·Rᵀ = C1 (see below), which
-    is symmetric, so that nothing turns complex for singular covariances. Tensors or arrays; computed where `mu1` is
-    (on the CPU for devices without float64). Raises ValueError where shapes differ or values are not finite.
+    is symmetric, so that nothing turns complex for singular covariances. The roots of rounding errors then amount to
+    about 1e-8 of tr(C1 + C2): a result below 0 by at most 1e-6 of that sum is rounding and returned as 0; one further
+    below, which no two covariances have, is returned as it is. Tensors or arrays; computed where `mu1` is (on the CPU
+    for devices without float64). Raises ValueError where shapes differ or values are not finite.
     """
     device = mu1.device if isinstance(mu1, Tensor) and mu1.device.type != "mps" else torch.device("cpu")
     arrays = [torch.as_tensor(a).detach().to(device).to(torch.float64) for a in (mu1, cov1, mu2, cov2)]
@@ -91,8 +95,9 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
     if not all(torch.isfinite(a).all() for a in arrays):
         raise ValueError("statistics are not finite")
     eigenvalues = torch.linalg.eigvalsh(_symmetric_product(cov1, cov2))
-    trace = cov1.trace() + cov2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
-    return float((mu1 - mu2).square().sum() + trace)
+    variances = float(cov1.trace() + cov2.trace())
+    distance = float((mu1 - mu2).square().sum()) + variances - 2 * float(eigenvalues.clamp(min=0).sqrt().sum())
+    return 0.0 if -ROUNDING * abs(variances) <= distance < 0 else distance
 
 
 def _symmetric_product(cov1: Tensor, cov2: Tensor, block: int = 256) -> Tensor:

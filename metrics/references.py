@@ -1,12 +1,14 @@
 """Statistics of a data set that generated images are compared with: own files, and those of EDM2 and EDM.
 
 Own files are `.npz` archives of plain arrays: `num_images`, and for each detector `DETECTOR/mu` [D], `DETECTOR/sigma`
-[D,D], optionally `DETECTOR/features` [N,D] (for kid, precision and recall) and `DETECTOR/sha256` (of its weights).
+[D,D], optionally `DETECTOR/features` [M,D] (for kid, precision and recall; of all images, or of MAX_FEATURES of them)
+and `DETECTOR/sha256` (of its weights).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from metrics.collect import Collected
 from torch_utils import safe_pickle
 
 MAX_BYTES = 8 << 30  # of the arrays of a file
+MAX_FEATURES = 50_000  # images whose single features go into a file, as many as published values draw
 _TOLERANCE = 1e-6  # of symmetry and of negative eigenvalues, relative to the largest entry
 
 
@@ -33,7 +36,7 @@ class Statistics:
 
     mu: np.ndarray  # float64 [D]
     sigma: np.ndarray  # float64 [D,D]
-    features: np.ndarray | None = None  # float32 [N,D]
+    features: np.ndarray | None = None  # float32 [M,D]
     sha256: str | None = None  # of the detector's weights
 
 
@@ -77,6 +80,8 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
     if not statistics:
         raise ReferenceFileError(f"{path}: no reference statistics in it (arrays mu and sigma)")
     for name, value in statistics.items():
+        if not re.fullmatch(r"\w+", name):
+            raise ReferenceFileError(f"{path}: no usable reference statistics: {name!r} is not a detector's name")
         _check(path, name, value)
     if count is not None and count < 2:
         raise ReferenceFileError(f"{path}: num_images is {count}; a covariance needs at least 2")
@@ -122,7 +127,7 @@ def _floats(value: Any) -> np.ndarray:
 
 def _check(path: Path, name: str, value: Statistics) -> None:
     """Refuse what cannot be a mean and a covariance, before it becomes a plausible number."""
-    mu, sigma, features = value.mu, value.sigma, value.features
+    mu, sigma, features, sha256 = value.mu, value.sigma, value.features, value.sha256
 
     def fail(reason: str) -> None:
         raise ReferenceFileError(f"{path}: the statistics for {name} cannot be used: {reason}")
@@ -138,3 +143,5 @@ def _check(path: Path, name: str, value: Statistics) -> None:
         fail("sigma has negative eigenvalues, which no covariance has")
     if features is not None and (features.ndim != 2 or features.shape[1] != len(mu) or not np.isfinite(features).all()):
         fail(f"features have shape {list(features.shape)} or are not finite; [N,{len(mu)}] is needed")
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        fail("sha256 is no SHA-256")

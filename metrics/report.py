@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
+from dnnlib.util import atomic_write
 from metrics.compute import MetricValue
 from metrics.references import Reference
 
-PIXEL_ROUNDING = "uint8(clip(127.5*x + 128, 0, 255)), truncated"
+PIXEL_ROUNDING = {  # by the name of the encoder that turns a network's output x into uint8
+    "rgb": "clip(127.5*x + 128, 0, 255), truncated",
+    "sd-vae": "255*clip(x, 0, 1), truncated, of the autoencoder's output x",
+}
 
 
 def describe(num_images: int, reference: Reference, values: list[MetricValue], warnings: list[str]) -> dict[str, Any]:
     """The part of a record that all reports share, as JSON data."""
     return {
         "num_images": num_images,
-        "pixel_rounding": PIXEL_ROUNDING,
         "reference": {
             "source": reference.source,
             "sha256": reference.sha256,
@@ -23,6 +28,13 @@ def describe(num_images: int, reference: Reference, values: list[MetricValue], w
         "metrics": [value.to_dict() for value in values],
         "warnings": warnings,
     }
+
+
+def write_report(path: str | os.PathLike[str], records: list[dict[str, Any]]) -> None:
+    """Write the records as JSON, whole or not at all."""
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        json.dump({"results": records}, file, indent=2)
+        file.write("\n")
 
 
 def format_table(records: list[dict[str, Any]]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from torch_utils.user_errors import user_errors
+
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data", metavar="DIR|ZIP", default="assets/fashion16.zip", help="Labelled images.")
@@ -23,13 +25,11 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
     from metrics.detectors import DemoClassifier, save_demo_classifier
     from training.dataset import ImageDataset
 
-    try:
+    with user_errors():
         dataset = ImageDataset(data, cache=True)
         if not dataset.has_onehot_labels or held_out + batch > len(dataset) or dataset.num_channels != 1:
             raise ValueError(f"{data} needs grey images with class labels, at least {held_out + batch} of them")
         pairs = [dataset[i] for i in range(len(dataset))]
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     images = torch.from_numpy(np.stack([image for image, _ in pairs]))
     classes = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
     split = len(images) - held_out

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dnnlib.util import DownloadError, file_sha256, open_url
+from dnnlib.util import DownloadError, cache_path, file_sha256, open_url
 
 FOLDER_VARIABLE = "NCVSD_DETECTORS"
 
@@ -23,9 +23,16 @@ class WeightFile:
     url: str
     size: str  # for people
     sha256_prefix: str  # leading hexadecimal digits of the file's SHA-256, as many as are published
+    option: str = "--detector-path"  # of the scripts that use it
 
 
-def find_weights(weights: WeightFile, path: str | os.PathLike[str] | None = None, *, quiet: bool = False) -> Path:
+def find_weights(
+    weights: WeightFile,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    quiet: bool = False,
+    download: bool = True,  # False = what the cache holds already, and nothing from the network
+) -> Path:
     """Return the local file, its hash checked: `path` (the file, or a folder that holds it), else the folder
     $NCVSD_DETECTORS, else a download into the cache.
 
@@ -40,6 +47,8 @@ def find_weights(weights: WeightFile, path: str | os.PathLike[str] | None = None
             return _checked(candidate, weights)
         if given is path:
             raise DetectorError(f"no {weights.name} at {given}: {_advice(weights)}")
+    if not download and not cache_path(weights.url).is_file():
+        raise DetectorError(f"{weights.name} is missing: {_advice(weights)}")
     try:
         downloaded = open_url(weights.url, quiet=quiet)
     except DownloadError as error:
@@ -63,6 +72,6 @@ def _checked(path: Path, weights: WeightFile) -> Path:
 
 def _advice(weights: WeightFile) -> str:
     return (
-        f"get it ({weights.size}) from {weights.url} and name it with --detector-path, or put it in a folder named by "
+        f"get it ({weights.size}) from {weights.url} and name it with {weights.option}, or put it in a folder named by "
         f"the environment variable {FOLDER_VARIABLE}"
     )

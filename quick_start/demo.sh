@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Distil the embedded teacher on this machine's CPU, draw images with it before and after, measure, write a page.
+# Distil the embedded teacher on this machine's CPU, draw images with it before and after, measure, solve two inverse
+# problems with it, write a page.
 # About ten minutes on two cores, plus the installation where no suitable environment is active.
 #   bash quick_start/demo.sh                     results in out/demo
 #   OUT=out/short DURATION=6400 NUM=500 bash quick_start/demo.sh    a shorter run
@@ -46,7 +47,12 @@ measure gen --net "$BEFORE" --ts 12,39 --ts 10,22,39 --ts 0,10,20,30,39 --out "$
 measure gen --net "$AFTER" --ts 12,39 --ts 10,22,39 --ts 0,10,20,30,39 --out "$OUT/after.json"
 measure gen --net "$TEACHER" --out "$OUT/teacher.json"
 
+for task in super_resolution box_inpainting; do
+    run "$PYTHON" posterior_sample.py --net "$AFTER" --task "demo/$task" --data assets/fashion16-test.zip --class data --num 12 \
+        --batch 96 --dtype "$DTYPE" --lpips off --device cpu --outdir "$OUT/$task"
+done
+
 run "$PYTHON" quick_start/demo_report.py --before "$OUT/before.json" --after "$OUT/after.json" \
-    --teacher "$OUT/teacher.json" --real "$OUT/data.json" --data "$DATA" --outdir "$OUT"
+    --teacher "$OUT/teacher.json" --real "$OUT/data.json" --data "$DATA" --solved "$OUT/super_resolution" --solved "$OUT/box_inpainting" --outdir "$OUT"
 echo
 echo "Done in $((SECONDS - start)) s. Pictures, table and a page that shows them: $OUT/index.html"

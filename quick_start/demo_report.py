@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,11 @@ REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--teacher", type=REPORT, required=True, help="Report on the teacher.")
 @click.option("--real", type=REPORT, required=True, help="Report on images of the data set itself.")
 @click.option("--data", metavar="DIR|ZIP", required=True, help="The data set, for a sheet of real images.")
+@click.option("--solved", type=click.Path(path_type=Path), multiple=True, help="Output folders of posterior_sample.py.")
 @click.option("--outdir", type=click.Path(path_type=Path), required=True, help="For results.json and index.html.")
-def main(before: Path | None, after: Path, teacher: Path, real: Path, data: str, outdir: Path) -> None:
+def main(
+    before: Path | None, after: Path, teacher: Path, real: Path, data: str, solved: tuple[Path, ...], outdir: Path
+) -> None:
     """Put the demo's reports into one table and one page, with the pictures that stand in OUTDIR."""
     try:
         reports = {"before": before, "after": after, "teacher": teacher, "data": real}
@@ -46,6 +50,7 @@ def main(before: Path | None, after: Path, teacher: Path, real: Path, data: str,
         rows = [make_row(key, record, outdir) for key, part in records.items() for record in part]
         facts = describe(records)
         write_sheet_of_data(data, outdir)
+        problems = [write_strip(folder, outdir) for folder in solved]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise click.ClickException(f"these reports cannot be used: {error}") from error
     table = format_table(rows)
@@ -54,7 +59,10 @@ def main(before: Path | None, after: Path, teacher: Path, real: Path, data: str,
     print(f"classifier of the same data, {facts['images_per_row']} images per row. It is no FID and compares within")
     print("this table only.")
     results = {**facts, "rows": [{k: v for k, v in vars(row).items() if k != "picture"} for row in rows]}
-    for name, text in (("results.json", json.dumps(results, indent=2) + "\n"), ("index.html", page(rows, facts))):
+    for name, text in (
+        ("results.json", json.dumps(results, indent=2) + "\n"),
+        ("index.html", page(rows, facts, problems)),
+    ):
         with atomic_write(outdir / name, "w", encoding="utf-8") as file:
             file.write(text)
 
@@ -100,6 +108,32 @@ def write_sheet_of_data(data: str, outdir: Path) -> None:
     save_grid(outdir / "data.png", np.stack([dataset[i][0] for i in range(len(dataset))]), columns=8)
 
 
+def write_strip(folder: Path, outdir: Path) -> dict[str, Any]:
+    """TASK-strip.png: rows of truths, measurements, first samples and posterior means; returns what to say about it."""
+    import numpy as np
+    from PIL import Image
+
+    from sampling.grid import read_image, save_grid
+
+    report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    names = [image["name"] for image in report["images"]][:12]
+    rows = []
+    for part in ("truth", "measurements", "samples/run_0", "mean"):
+        for name in names:
+            pixels = read_image(folder / part / f"{name}.png")
+            size = read_image(folder / "truth" / f"{name}.png").shape[:0:-1]
+            rows.append(np.asarray(Image.fromarray(pixels[0]).resize(size, Image.Resampling.NEAREST))[None])
+    save_grid(outdir / f"{report['task']}-strip.png", np.stack(rows), columns=len(names))
+    psnr = {pick: values["psnr"]["mean"] for pick, values in report["summary"].items()}
+    return {
+        "picture": f"{report['task']}-strip.png",
+        "page": Path(os.path.relpath(folder / "report.html", outdir)).as_posix(),
+        "text": f"{options['task']['description']}. PSNR of a sample {psnr['sample']:.2f} dB, of the mean of "
+        f"{report['runs']} samples {psnr['posterior_mean']:.2f} dB",
+    }
+
+
 def format_table(rows: list[Row]) -> str:
     """The table as text."""
     width = max(len(row.title) for row in rows)
@@ -111,8 +145,8 @@ def format_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def page(rows: list[Row], facts: dict[str, Any]) -> str:
-    """index.html: the table, then a sheet of images for each row."""
+def page(rows: list[Row], facts: dict[str, Any], problems: list[dict[str, Any]]) -> str:
+    """index.html: the table, a sheet of images for each row, then the inverse problems."""
     body = "".join(
         f"<tr><td>{html.escape(row.title)}</td><td>{row.distance:.3f}</td><td>{row.evaluations or '–'}</td>"
         f"<td>{'–' if row.milliseconds is None else f'{row.milliseconds:.2f}'}</td></tr>"
@@ -124,6 +158,16 @@ def page(rows: list[Row], facts: dict[str, Any]) -> str:
         for row in rows
         if row.picture
     )
+    solved = "".join(
+        f"<figure><img src='{html.escape(p['picture'])}' alt='truth, measurement, sample and mean of each image'>"
+        f"<figcaption>{html.escape(p['text'])}<a href='{html.escape(p['page'])}'>report</a></figcaption></figure>"
+        for p in problems
+    )
+    if solved:
+        solved = f"""<h2>Inverse problems</h2>
+<p>The student, distilled above, finds images it has never seen from noisy measurements. From top to bottom: truth,
+measurement, one sample of the posterior, mean of the samples. The class of each image is given.</p>
+<section>{solved}</section>"""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>NCVSD on one CPU</title>
@@ -135,7 +179,8 @@ th:first-child, td:first-child {{ text-align: left }}
 main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.5rem }}
 figure {{ margin: 0 }}
 img {{ width: 100%; image-rendering: pixelated; border: 1px solid #ddd }}
-figcaption {{ display: flex; justify-content: space-between; color: #444 }}
+figcaption {{ display: flex; justify-content: space-between; gap: 1rem; color: #444 }}
+section figure {{ margin: 1rem 0 }}
 </style></head><body>
 <h1>NCVSD on one CPU</h1>
 <p>A diffusion model (the teacher) was distilled into a generative denoiser (the student) on this machine. All sheets
@@ -144,7 +189,7 @@ of generated images show the same 64 seeds.</p>
 <p><b>fd_demo</b> is the Fréchet distance to {facts["reference_images"]} images of the data in the features of a small
 classifier trained on the same data, with {facts["images_per_row"]} images per row. It is no FID and compares within
 this table only. NFE is the number of network evaluations per image.</p>
-<main>{figures}</main></body></html>
+<main>{figures}</main>{solved}</body></html>
 """
 
 

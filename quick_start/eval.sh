@@ -5,11 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 REFS=https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs # EDM2's published statistics
 
-refuse() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 is_remote() {
     [[ "$1" =~ ^(https?|hf):// ]]
 }
@@ -72,6 +67,7 @@ evaluate() {
     is_count "$seed" || refuse "SEED is '$seed': give the first seed, a whole number"
     is_count "$batch" && [ "$batch" -ge 1 ] || refuse "BATCH is '$batch': give the number of images per process and batch"
     [ ! -d "$out" ] || refuse "OUT=$out is a folder: name a .json file"
+    [[ "$out" == *.json ]] || refuse "OUT=$out: the report is a .json file"
     if [ -z "$net" ]; then
         newest_snapshot "$ROOT/training-runs" "$preset"
         [ -n "$SNAPSHOT" ] || refuse "no snapshot under $ROOT/training-runs: name the network as the third argument or in NET"

@@ -93,10 +93,7 @@ def generate_images(
     few_step = isinstance(net, GenerativeDenoiser)
     if not few_step and not isinstance(net, Precond):
         raise ValueError(f"cannot sample from a {type(net).__name__}: give a teacher (Precond) or a GenerativeDenoiser")
-    if few_step:
-        _check_generator_options(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
-    else:
-        _check_teacher_options(net, gnet, ts, zeta, guidance, gnet_labels, num_steps, Precond)
+    _check_options(net, few_step, gnet, ts, zeta, guidance, gnet_labels, num_steps)
     if class_idx is not None and not 0 <= class_idx < net.label_dim:
         known = f"has classes 0 to {net.label_dim - 1}" if net.label_dim else "has no classes"
         raise ValueError(f"class {class_idx} is not available: the network {known}")
@@ -152,8 +149,9 @@ def generate_images(
     return iterate()
 
 
-def _check_generator_options(
+def _check_options(
     net: Any,
+    few_step: bool,  # net is a generative denoiser, else a teacher
     gnet: Any,
     ts: Sequence[int] | None,
     zeta: float,
@@ -161,37 +159,29 @@ def _check_generator_options(
     gnet_labels: bool,
     num_steps: int | None,
 ) -> None:
+    """Raise ValueError for options of `generate_images` that do not fit the network or one another."""
+    from networks import Precond
     from sampling.few_step import few_step_sigmas
 
-    if gnet is not None or guidance != 1 or not gnet_labels:
-        raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
-    if num_steps is not None:
-        raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
-    if not 0 <= zeta <= 1:
-        raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
-    if zeta != 1 and ts is None:
-        raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
-    if ts is not None:
-        few_step_sigmas(ts, sigma_max=net.init_sigma)
-
-
-def _check_teacher_options(
-    net: Any,
-    gnet: Any,
-    ts: Sequence[int] | None,
-    zeta: float,
-    guidance: float,
-    gnet_labels: bool,
-    num_steps: int | None,
-    teacher_type: type,
-) -> None:
+    if few_step:
+        if gnet is not None or guidance != 1 or not gnet_labels:
+            raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
+        if num_steps is not None:
+            raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
+        if not 0 <= zeta <= 1:
+            raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
+        if zeta != 1 and ts is None:
+            raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
+        if ts is not None:
+            few_step_sigmas(ts, sigma_max=net.init_sigma)
+        return
     if ts is not None or zeta != 1:
         raise ValueError("ts and zeta apply to generative denoisers only, and this network is a teacher: use steps")
     if num_steps is not None and num_steps < 2:
         raise ValueError(f"the teacher needs at least 2 steps, not {num_steps}")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, not {guidance}")
-    if gnet is not None and not isinstance(gnet, teacher_type):
+    if gnet is not None and not isinstance(gnet, Precond):
         raise ValueError(f"the guiding network must be a teacher (Precond), not a {type(gnet).__name__}")
     if gnet is not None and (gnet.img_resolution, gnet.img_channels) != (net.img_resolution, net.img_channels):
         raise ValueError(

@@ -59,7 +59,7 @@ def test_the_data_set_against_itself_is_at_distance_zero(reference, tmp_path):
     values = {m["name"]: m["value"] for m in record["metrics"]}
     assert abs(values["fd_demo"]) < 1e-3 and abs(values["kid:fd_demo"]) < 1e-3 and values["pr:fd_demo"] == 1
     assert 5 < values["is:fd_demo"] < 10 and record["num_images"] == 20000 and not record["warnings"]
-    assert record["metrics"][2]["details"]["recall"] == 1
+    assert record["metrics"][2]["details"]["recall"] == 1 and record["pixel_rounding"] is None  # as stored
 
 
 def test_a_report_says_what_was_measured(reference, tmp_path):
@@ -119,21 +119,10 @@ def test_a_detector_of_ones_own_is_reported_under_its_name(tmp_path):
             return images.float().mean(dim=(1, 3))[:, :4]
 
     torch.jit.script(Means()).save(str(tmp_path / "rows.pt"))
-    own = ["--detector", tmp_path / "rows.pt", "--metrics", "rows"]
+    own = ["--detector", tmp_path / "rows.pt"]  # in place of the default metric
     call("ref", "--data", DATA, "--dest", tmp_path / "ref.npz", *own, *QUIET)
-    call(
-        "calc",
-        "--images",
-        DATA,
-        "--ref",
-        tmp_path / "ref.npz",
-        "--num",
-        2000,
-        *own,
-        "--out",
-        tmp_path / "o.json",
-        *QUIET,
-    )
+    call("calc", "--images", DATA, "--ref", tmp_path / "ref.npz", "--num", 2000, *own, "--out", tmp_path / "o.json",
+         *QUIET)  # fmt: skip
     (metric,) = records(tmp_path / "o.json")[0]["metrics"]
     assert metric["name"] == "fd_rows" and 0 < metric["value"] < 50
 
@@ -151,6 +140,7 @@ def test_a_detector_of_ones_own_is_reported_under_its_name(tmp_path):
         (["--ref", "missing.npz"], "missing.npz"),
         (["--detector-path", "nowhere", "--metrics", "fd_demo"], "nowhere"),
         (["--zeta", 0.5], "zeta applies to few-step"),
+        (["--detector-name", "mine"], "give that as well"),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(reference, tmp_path, arguments, message):
@@ -179,3 +169,12 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(reference, t
     assert "is a folder" in gen(reference, tmp_path, fails=True)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in gen(reference, tmp_path / "file" / "o.json", fails=True)
+    before = reference.read_bytes()
+    assert "the report is a .json file" in gen(reference, reference, fails=True) and reference.read_bytes() == before
+
+
+def test_a_reference_of_another_size_is_refused_before_any_work(tmp_path, monkeypatch):
+    statistics = {"fd_demo/mu": np.zeros(64), "fd_demo/sigma": np.eye(64), "num_images": np.array(100)}
+    np.savez(tmp_path / "ref.npz", **statistics)
+    monkeypatch.setattr("metrics.evaluate.evaluate_network", None)  # would fail
+    assert "64 feature dimensions and the detector 128" in gen(tmp_path / "ref.npz", tmp_path / "o.json", fails=True)

@@ -179,6 +179,7 @@ def test_launcher_takes_the_newest_snapshot(empty_root, fake_python, tmp_path):
         ([1, "12,39", STUDENT], {"SEED": "-3"}, "SEED is '-3'"),
         ([1, "12,39", STUDENT], {"BATCH": "0"}, "BATCH is '0'"),
         ([1, "12,39", STUDENT], {"OUT": "/"}, "OUT=/ is a folder"),
+        ([1, "12,39", STUDENT], {"OUT": "net.safetensors"}, "the report is a .json file"),
     ],
 )
 def test_mistakes_are_explained_in_one_line_before_any_process_starts(arguments, variables, words, empty_root):

@@ -13,6 +13,7 @@ from generate import main
 from networks import GenerativeDenoiser, Precond, PrecondCondition, save
 from networks.encoders import RGBEncoder
 from sampling.grid import read_image
+from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +24,8 @@ STUDENT_PICKLE = ROOT / "tests/data/ncvsd-tiny-0000000-0.050.pkl"
 def nets(tmp_path_factory):
     """Paths of a one-channel conditional teacher and a generative denoiser, both small and random."""
     folder = tmp_path_factory.mktemp("nets")
-    config = dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1)
-    config |= dict(attn_resolutions=[4], channels_per_head=8)
-    teacher = fill_by_name(Precond(**config), 1).eval()
-    student = GenerativeDenoiser(fill_by_name(PrecondCondition(**config), 2)).eval()
+    teacher = fill_by_name(Precond(**TINY_NET), 1).eval()
+    student = GenerativeDenoiser(fill_by_name(PrecondCondition(**TINY_NET), 2)).eval()
     save(folder / "teacher.safetensors", teacher, RGBEncoder())
     save(folder / "student.safetensors", student, RGBEncoder())
     return {"teacher": str(folder / "teacher.safetensors"), "student": str(folder / "student.safetensors")}

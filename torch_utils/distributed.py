@@ -13,11 +13,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from torch_utils.user_errors import MainProcessError
+
 T = TypeVar("T")
-
-
-class MainProcessError(ValueError):
-    """The main process failed, and has said or will say why; raised in the others, so that they end too."""
 
 
 def launched_by_torchrun() -> bool:
@@ -39,8 +37,10 @@ def device_for(name: str | torch.device = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = device.index
@@ -93,13 +93,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def collective_device() -> torch.device:
+    """Return where the tensors of a collective must be: this process's GPU with NCCL, the CPU otherwise."""
+    if _in_group() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def barrier() -> None:
     """Wait for every process of the group."""
     if _in_group():
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[torch.cuda.current_device()])
-        else:
-            dist.barrier()
+        device = collective_device()
+        dist.barrier(device_ids=None if device.index is None else [device.index])
 
 
 def main_first(function: Callable[[], T]) -> T:

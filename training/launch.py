@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from dnnlib.util import parse_duration
+from torch_utils.user_errors import user_errors
 from training.presets import TrainingConfig, load_config, preset_names
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
@@ -81,16 +82,8 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 
     Every mistake of the user's ends in one line and a non-zero exit.
     """
-    from torch_utils import distributed
-
-    try:
+    with user_errors("--batch-gpu"):
         _launch(kind, options, build)
-    except distributed.MainProcessError:
-        sys.exit(1)  # one message is enough
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        distributed.destroy()
 
 
 def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
@@ -136,8 +129,11 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         if not distributed.is_main():  # all processes saw it: one message is enough
             raise distributed.MainProcessError(str(error)) from error
         raise click.ClickException(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(f"the GPU ran out of memory: try a smaller --batch-gpu ({error})") from error
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise click.ClickException(f"{reason}; train without --deterministic") from error
 
 
 def _run(

@@ -271,7 +271,7 @@ def test_repeated_langevin_chains_are_reported():
         ({"sigmas": [torch.inf, torch.nan]}, "positive and decreasing"),
         ({"beta": 0.0}, "beta must be a positive number"),
         ({"ema_decay": 1.0}, r"ema_decay .* must lie in \[0, 1\)"),
-        ({"likelihood": "exakt"}, "auto, exact or langevin, not 'exakt'"),
+        ({"likelihood": "exakt"}, "must be one of auto, exact, langevin, not 'exakt'"),
         ({"likelihood": "exact"}, "no exact likelihood step: use likelihood langevin or auto"),
         ({"y": torch.zeros(1, 1, 4, 4)}, r"measurements \[1, 1, 4, 4\] do not fit: images \[1, 1, 8, 8\]"),
     ],

@@ -9,21 +9,14 @@ import pytest
 import torch
 
 from metrics.collect import Collected, FeatureCollector
-from metrics.compute import check_reference, compute_metrics
-from metrics.detectors import (
-    DEMO_CLASSIFIER,
-    DetectorError,
-    LoadedDetector,
-    load_custom_detector,
-    load_detector,
-)
+from metrics.compute import check_dimensions, check_reference, compute_metrics
+from metrics.detectors import DetectorError, LoadedDetector, load_detector
 from metrics.evaluate import evaluate_dataset
 from metrics.frechet import FeatureMoments
-from metrics.inception import WEIGHTS as INCEPTION
-from metrics.references import ReferenceFileError, load_reference, save_reference
+from metrics.references import ReferenceFileError
 from metrics.sample_metrics import inception_score, kernel_distance, precision_recall
 from metrics.specs import Metric, parse_metrics
-from metrics.weights import FOLDER_VARIABLE, WeightFile, find_weights
+from tests.metrics.feature_utils import Linear, linear_detector, pixels, reference_of
 from training.dataset import ImageDataset
 
 ROOT = Path(__file__).parents[2]
@@ -67,33 +60,6 @@ with open(f"{folder}/{distributed.world_size()}-{distributed.rank()}.json", "w")
     json.dump(results, file)
 distributed.destroy()
 """
-
-
-class Linear(torch.nn.Module):
-    """Features that move with the pixels."""
-
-    def __init__(self, pixels, dim):
-        super().__init__()
-        weights = torch.randn(pixels, dim, generator=torch.Generator().manual_seed(0)) / pixels
-        self.register_buffer("weights", weights)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1).float() @ self.weights
-
-
-def linear_detector(dim=4):
-    return {"lin": LoadedDetector(Linear(64, dim).eval(), "lin", dim, "ab" * 32)}
-
-
-def pixels(n, seed=0):
-    """A data set of grey 8x8 images that leave room for a shift."""
-    rng = np.random.default_rng(seed)
-    return [(image, None) for image in rng.integers(0, 200, (n, 1, 8, 8), dtype=np.uint8)]
-
-
-def reference_of(path, data, metrics, detectors):
-    save_reference(path, evaluate_dataset(data, metrics, detectors))
-    return load_reference(path)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +133,18 @@ def test_single_features_are_kept_only_where_a_metric_needs_them():
     assert collected["lin"].features is None and collected["other"].features.shape == (20, 2)
     assert collected["lin"].logits is None and collected["other"].logits is None
     assert collected["lin"].moments.count == collected["other"].moments.count == 20
+
+
+def test_single_features_of_a_random_part_and_moments_of_all():
+    metrics, data = [Metric("kid:lin", "kid", "lin")], pixels(50)
+    whole = evaluate_dataset(data, metrics, linear_detector())["lin"]
+    part, again = (evaluate_dataset(data, metrics, linear_detector(), batch=n, max_features=20)["lin"] for n in (7, 50))
+    assert part.features.shape == (20, 4) and part.moments.count == 50
+    torch.testing.assert_close(part.moments.mean(), whole.moments.mean())
+    torch.testing.assert_close(part.features, again.features)
+    rows = [int((whole.features - row).abs().sum(dim=1).argmin()) for row in part.features]
+    torch.testing.assert_close(part.features, whole.features[rows])
+    assert rows == sorted(set(rows)) and rows != list(range(20))
 
 
 def test_features_return_to_the_order_of_their_images():
@@ -265,7 +243,8 @@ def test_all_kinds_of_metrics_equal_their_definitions(tmp_path, fashion, demo):
     assert (pr.value, pr.details["recall"]) == tuple(vars(precision_recall(*features)).values())
     assert pr.details["reference_features"] == 160
     logits = demo["fd_demo"].module.logits(features[1])
-    assert (score.value, score.details["std"]) == pytest.approx(inception_score(logits), rel=1e-4)
+    shuffled = logits[torch.randperm(80, generator=torch.Generator().manual_seed(0))]
+    assert (score.value, score.details["std"]) == pytest.approx(tuple(inception_score(shuffled)), rel=1e-4)
     assert 1 < score.value < 10 and fd.value > 0
     json.dumps([value.to_dict() for value in (kid, pr, score, fd)])
 
@@ -279,6 +258,13 @@ def test_inception_score_needs_no_reference(fashion, demo):
         compute_metrics(parse_metrics("fd_demo"), collected, None)
     with pytest.raises(ValueError, match="10 splits"):
         compute_metrics(metrics, evaluate_dataset(fashion, metrics, demo, indices=range(9)), None)
+
+
+def test_inception_score_does_not_depend_on_the_order_of_classes(demo):
+    sorted_logits = 50 * torch.eye(4).repeat_interleave(250, dim=0)
+    collected = {"fd_demo": Collected(demo["fd_demo"], FeatureMoments(2), None, sorted_logits)}
+    (score,), _ = compute_metrics(parse_metrics("is:fd_demo"), collected, None)
+    assert inception_score(sorted_logits).mean < 2 and score.value == pytest.approx(4, rel=0.05)
 
 
 def test_numbers_that_mean_less_than_they_seem_come_with_a_warning(tmp_path):
@@ -304,6 +290,9 @@ def test_references_without_what_a_metric_needs_are_refused_before_any_image(tmp
         check_reference(parse_metrics("fid"), reference)
     with pytest.raises(ReferenceFileError, match="no single features of lin, which kid:lin needs.* --metrics kid:lin"):
         check_reference([Metric("kid:lin", "kid", "lin")], reference)
+    check_dimensions(metrics, detectors, reference)
+    with pytest.raises(ReferenceFileError, match="the reference has 4 feature dimensions and the detector 3"):
+        check_dimensions(metrics, linear_detector(dim=3), reference)
     smaller = evaluate_dataset(pixels(20), metrics, linear_detector(dim=3))
     with pytest.raises(ReferenceFileError, match="the reference has 4 feature dimensions and the detector 3"):
         compute_metrics(metrics, smaller, reference)
@@ -316,129 +305,3 @@ def test_one_image_is_an_error(tmp_path):
     moments.add(torch.ones(1, 4))
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         compute_metrics(metrics, {"lin": Collected(detectors["lin"], moments, None, None)}, reference)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Detectors and their weights
-
-
-def one_line(error, *words):
-    assert "\n" not in str(error.value)
-    assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_missing_weights_are_explained(tmp_path, monkeypatch):
-    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    for place in (tmp_path, tmp_path / "missing.pth"):
-        with pytest.raises(DetectorError) as error:
-            load_detector("fid", place)
-        one_line(error, INCEPTION.name, "96 MB", INCEPTION.url, "--detector-path", FOLDER_VARIABLE, str(place))
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    weights = WeightFile("net.pth", "ftp://example.org/net.pth", "about 3 MB", "0123abcd")
-    with pytest.raises(DetectorError) as error:
-        find_weights(weights)
-    one_line(error, "net.pth is missing", "about 3 MB", weights.url, "--detector-path", FOLDER_VARIABLE)
-
-
-def test_wrong_weights_are_refused_wherever_they_lie(tmp_path, monkeypatch):
-    (tmp_path / INCEPTION.name).write_bytes(b"other weights")
-    for path, folder in ((tmp_path, None), (tmp_path / INCEPTION.name, None), (None, tmp_path)):
-        monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-        if folder is not None:
-            monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-        with pytest.raises(DetectorError) as error:
-            load_detector("fid", path)
-        one_line(error, "is not pt_inception-2015-12-05-6726825d.pth", "6726825d", INCEPTION.url)
-    assert (tmp_path / INCEPTION.name).read_bytes() == b"other weights"
-
-
-def test_wrong_downloads_do_not_stay(tmp_path, monkeypatch):
-    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    cached = tmp_path / "cached"
-    monkeypatch.setattr("metrics.weights.open_url", lambda url, quiet: cached)
-    weights = WeightFile("net.pth", "https://example.org/net.pth", "3 MB", "b94d27b9934d3e08")
-    cached.write_bytes(b"hello")
-    with pytest.raises(DetectorError, match="is not net.pth"):
-        find_weights(weights)
-    assert not cached.exists()
-    cached.write_bytes(b"hello world")  # SHA-256 b94d27b9934d3e08…
-    assert find_weights(weights) == cached
-
-
-def test_weights_come_from_the_path_before_the_folder(tmp_path, monkeypatch):
-    weights = WeightFile("net.pth", "ftp://example.org/net.pth", "3 MB", "b94d27b9934d3e08")
-    places = [tmp_path / "given" / "renamed.pth", tmp_path / "folder" / "net.pth"]
-    for place in places:
-        place.parent.mkdir()
-        place.write_bytes(b"hello world")
-    monkeypatch.setenv(FOLDER_VARIABLE, str(places[1].parent))
-    assert find_weights(weights, places[0]) == places[0]
-    assert find_weights(weights, places[1].parent) == find_weights(weights) == places[1]
-
-
-def test_unknown_detectors_are_named():
-    with pytest.raises(DetectorError, match="no detector is called 'vgg': use fid, fd_dinov2, fd_demo, or give a file"):
-        load_detector("vgg")
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_a_script_of_ones_own_equals_its_module_and_has_a_name_of_its_own(tmp_path):
-    path = tmp_path / "my-net.pt"
-    module = Linear(64, 4)
-    torch.jit.script(module).save(str(path))
-    detector = load_custom_detector(path)
-    images = torch.from_numpy(np.stack([image for image, _ in pixels(5)]))
-    torch.testing.assert_close(detector.module(images), module(images))
-    assert detector.name == "my_net" and len(detector.sha256) == 64
-    (metric,) = parse_metrics(detector.name, (detector.name,))
-    assert metric.name == "fd_my_net"
-    reference = reference_of(tmp_path / "ref.npz", pixels(50), [metric], {"my_net": detector})
-    shifted = [(image + np.uint8(20), None) for image, _ in pixels(50)]
-    collected = evaluate_dataset(shifted, [metric], {"my_net": detector})
-    (value,), _ = compute_metrics([metric], collected, reference)
-    assert value.value == pytest.approx(float((20 * module.weights.sum(dim=0)).square().sum()), rel=1e-4)
-    with pytest.raises(ValueError, match=r"detector my_net fails on uint8 images \[5, 1, 4, 4\]") as error:
-        detector.module(images[:, :, :4, :4])
-    one_line(error)
-
-
-def test_a_demo_classifier_of_ones_own(tmp_path):
-    path = tmp_path / "mine.safetensors"
-    path.write_bytes(DEMO_CLASSIFIER.read_bytes())
-    detector = load_custom_detector(path)
-    images = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
-    torch.testing.assert_close(detector.module(images), load_detector("fd_demo").module(images))
-    assert detector.name == "mine" and load_custom_detector(path, "better").name == "better"
-
-
-class Maps(torch.nn.Module):
-    """Gives maps, and not features [N,D]."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float()
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_files_that_are_no_detectors_are_refused(tmp_path):
-    files = {
-        "plain.pt": b"no archive",
-        "weights.pt": None,
-        "empty.safetensors": b"",
-        "net.safetensors": (ROOT / "assets" / "demo" / "student.safetensors").read_bytes(),
-    }
-    torch.save({"a": torch.ones(2)}, tmp_path / "weights.pt")
-    for name, content in files.items():
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(DetectorError) as error:
-            load_custom_detector(tmp_path / name)
-        one_line(error, str(tmp_path / name))
-    with pytest.raises(DetectorError, match="no detector file"):
-        load_custom_detector(tmp_path / "missing.pt")
-    torch.jit.script(Maps()).save(str(tmp_path / "maps.pt"))
-    for name in ("fid", "fd_demo", "dinov2", "a b", "a:b"):
-        with pytest.raises(DetectorError, match="cannot be called"):
-            load_custom_detector(tmp_path / "maps.pt", name)
-    detector = load_custom_detector(tmp_path / "maps.pt")
-    with pytest.raises(ValueError, match=r"gives \[3, 1, 8, 8\] for 3 images; features \[N,D\] are needed"):
-        evaluate_dataset(pixels(3), [Metric("fd_maps", "fd", "maps")], {"maps": detector})

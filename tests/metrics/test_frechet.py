@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
+import metrics
 from metrics.frechet import FeatureMoments, frechet_distance
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,20 @@ def test_equal_features_of_all_images_have_no_covariance():
     for first, second in ((flat, spread), (spread, flat)):
         distance = frechet_distance(first.mean(), first.cov(), second.mean(), second.cov())
         assert distance == pytest.approx(expected, rel=1e-6)
+
+
+def test_rounding_below_zero_is_zero_and_more_is_not_hidden():
+    for seed in range(8):
+        features = torch.randn(20, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        mean, cov = features.mean(dim=0), torch.cov(features.T)
+        assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-5
+    mean, indefinite = torch.zeros(2), torch.diag(torch.tensor([1.0, -0.01]))
+    assert frechet_distance(mean, indefinite, mean, torch.eye(2)) == pytest.approx(0.99 + 2 - 2)
+    assert frechet_distance(mean, indefinite, mean, torch.diag(torch.tensor([1.0, 0.0]))) == pytest.approx(-0.01)
+
+
+def test_distance_is_offered_by_the_package():
+    assert metrics.frechet_distance is frechet_distance
 
 
 def test_two_processes_merge_into_one(tmp_path):

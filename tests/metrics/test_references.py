@@ -187,6 +187,8 @@ def test_pickled_programs_are_refused_and_do_not_run(tmp_path):
         ({"fid__mu": np.zeros(3, [("x", "f8")])}, "arrays of numbers"),
         ({"fid__sigma": None}, "fid/sigma"),
         ({"fid__mu": None}, "no reference statistics"),
+        ({"fid__sha256": np.array(["ab" * 32, "cd" * 32])}, "no SHA-256"),
+        ({"fid__mu": None, "a\n\x1b[31m__mu": MU, "a\n\x1b[31m__sigma": SIGMA}, "is not a detector's name"),
         ({"num_images": np.array(1)}, "num_images is 1"),
         ({"num_images": np.array(-5)}, "num_images is -5"),
         ({"num_images": np.array([5, 6])}, "no usable reference statistics"),

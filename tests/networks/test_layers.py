@@ -9,18 +9,10 @@ import torch.nn.functional as F
 from networks import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize, resample
 from networks.unet import UNetConfig
+from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name
 
-TINY = dict(
-    img_resolution=8,
-    img_channels=3,
-    label_dim=4,
-    model_channels=16,
-    channel_mult=[1, 2],
-    num_blocks=1,
-    attn_resolutions=[4],
-    channels_per_head=16,
-)
+TINY = TINY_NET | {"img_channels": 3, "label_dim": 4}
 
 
 def rms(x):

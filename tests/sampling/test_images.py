@@ -9,27 +9,20 @@ from sampling.grid import read_image
 from sampling.images import count_evaluations, generate_images, image_path, split_seeds
 from sampling.ode import heun_sampler
 from sampling.seeds import SeededNoise
+from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name, golden_arrays, golden_config, golden_json
 
-TINY = dict(
-    img_resolution=8,
-    img_channels=3,
-    model_channels=16,
-    channel_mult=[1, 2],
-    num_blocks=1,
-    attn_resolutions=[4],
-    channels_per_head=8,
-)
+TINY = TINY_NET | {"img_channels": 3}
 SEEDS = list(range(100, 108))
 
 
 def tiny_generator(label_dim=4):
-    model = fill_by_name(PrecondCondition(label_dim=label_dim, **TINY), 5)
+    model = fill_by_name(PrecondCondition(**TINY | {"label_dim": label_dim}), 5)
     return GenerativeDenoiser(model).eval()
 
 
 def tiny_teacher(label_dim=4, seed=6):
-    return fill_by_name(Precond(label_dim=label_dim, **TINY), seed).eval()
+    return fill_by_name(Precond(**TINY | {"label_dim": label_dim}), seed).eval()
 
 
 def collect(net, seeds, **options):
@@ -232,9 +225,9 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_drawn(kind, opti
         "generator": tiny_generator,
         "teacher": tiny_teacher,
         "unconditional": lambda: tiny_teacher(label_dim=0),
-        "discriminator": lambda: Discriminator(label_dim=0, **TINY),
+        "discriminator": lambda: Discriminator(**TINY | {"label_dim": 0}),
         "other classes": lambda: tiny_teacher(label_dim=7),
-        "other size": lambda: Precond(label_dim=4, **{**TINY, "img_channels": 1}),
+        "other size": lambda: Precond(**TINY | {"label_dim": 4, "img_channels": 1}),
     }
     options = {"seeds": [0], **options}
     if "gnet" in options:

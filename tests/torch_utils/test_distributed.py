@@ -43,6 +43,7 @@ def test_a_single_process_needs_no_group(no_torchrun, capsys):
     assert not torch.distributed.is_initialized()
     assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
     distributed.barrier()
+    assert distributed.collective_device() == torch.device("cpu")
     distributed.print0("once")
     distributed.destroy()
     assert distributed.is_main() and capsys.readouterr().out == "once\n"
@@ -54,7 +55,7 @@ def test_device_names(no_torchrun):
     assert distributed.device_for("auto").type == wanted
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "meta", ""])
 def test_unknown_devices_are_refused(no_torchrun, name):
     with pytest.raises(ValueError, match="is not known|does not exist"):
         distributed.device_for(name)

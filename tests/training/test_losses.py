@@ -6,19 +6,10 @@ from torch import nn
 
 from networks import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from sampling.seeds import SeededNoise
+from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name
 from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
 
-TINY = dict(
-    img_resolution=8,
-    img_channels=1,
-    label_dim=3,
-    model_channels=16,
-    channel_mult=[1, 2],
-    num_blocks=1,
-    attn_resolutions=[4],
-    channels_per_head=16,
-)
 N = 4
 SIGMA = torch.tensor([0.3, 1.0, 5.0, 40.0])
 T = torch.tensor([2.0, 0.1, 5.0, 0.7])
@@ -69,10 +60,10 @@ def images():
 @pytest.fixture
 def nets():
     """teacher, generator, score net and discriminator with different random weights, in eval mode."""
-    teacher = fill_by_name(Precond(**TINY), 1).eval()
-    generator = GenerativeDenoiser(fill_by_name(PrecondCondition(**TINY), 2)).eval()
-    score_net = fill_by_name(PrecondCondition(**TINY), 3).eval()
-    return teacher, generator, score_net, fill_by_name(Discriminator(**TINY), 4).eval()
+    teacher = fill_by_name(Precond(**TINY_NET), 1).eval()
+    generator = GenerativeDenoiser(fill_by_name(PrecondCondition(**TINY_NET), 2)).eval()
+    score_net = fill_by_name(PrecondCondition(**TINY_NET), 3).eval()
+    return teacher, generator, score_net, fill_by_name(Discriminator(**TINY_NET), 4).eval()
 
 
 def test_score_identity_on_gaussian_data(images):

@@ -1,0 +1,180 @@
+"""The output folder of a posterior sampling run: what is written for each image, and what a restart finds.
+
+options.json               resolved options and task
+truth/NAME.png             the image that was measured (not with real measurements)
+measurements/NAME.png|npz  a picture of y, and y itself (array y)
+samples/run_J/NAME.png     posterior samples
+mean/NAME.png std/NAME.png over the runs, where there are several; std is scaled to its largest value
+records/NAME.json          residuals and coverage; written last, so that an image with a record is finished
+kernel.png, mask.png       of the operator, where it has one
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnnlib.util import atomic_write
+from inverse.operators import Operator
+from inverse.solve import Solution
+from networks.encoders import RGBEncoder
+from sampling.grid import save_image
+
+LEVEL = 0.9  # of the samples' central interval, for the calibration
+_RESUMABLE = ("batch", "device", "num", "net", "processes")  # options that a restart may change
+
+
+class ResultsError(ValueError):
+    """An output folder cannot be used; the message is one line that says why."""
+
+
+class ResultsFolder:
+    """Writes one image's results at a time, each file whole or not at all."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def begin(self, options: dict[str, Any], operator: Operator, size: tuple[int, int]) -> None:
+        """Create the folder, or check that it holds results of the same options.
+
+        Raises ResultsError, naming what differs, where it does not.
+        """
+        found = self.path / "options.json"
+        options = json.loads(json.dumps(options))
+        if self.path.exists() and not self.path.is_dir():
+            raise ResultsError(f"{self.path} is a file: give a folder")
+        if found.exists():
+            before = _read_json(found)
+            fixed = (set(options) | set(before)) - set(_RESUMABLE)
+            differing = sorted(_differences({k: before.get(k) for k in fixed}, {k: options.get(k) for k in fixed}))
+            if differing:
+                raise ResultsError(f"{self.path} holds results of other options ({'; '.join(differing)}): use another")
+        elif any((self.path / name).exists() for name in ("samples", "records", "metrics.json")):
+            raise ResultsError(f"{self.path} holds results without options.json: use another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(found, options)
+        self._write_operator(operator, size)
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Return what was recorded of a finished image, or None. Raises ResultsError for a damaged record."""
+        path = self.path / "records" / f"{name}.json"
+        return _read_json(path) if path.exists() else None
+
+    def write(self, solution: Solution, operator: Operator) -> dict[str, Any]:
+        """Write the files of one image and return its record."""
+        problem, samples = solution.problem, solution.samples.float()
+        runs = len(samples)
+        y = problem.y.cpu()[None]
+        self._image("measurements", problem.name, _measurement_picture(y[0], operator.measures_images))
+        with atomic_write(self._file("measurements", f"{problem.name}.npz")) as file:
+            np.savez(file, y=y[0].numpy())
+        pixels = _to_pixels(samples)
+        for run, sample in enumerate(pixels):
+            self._image(f"samples/run_{run}", problem.name, sample)
+        clipped = samples.clamp(-1, 1)
+        residuals = operator.residual(clipped, y.expand(runs, *y.shape[1:])).tolist()
+        record: dict[str, Any] = {
+            "name": problem.name,
+            "runs": [{"residual": value} for value in residuals],
+            "retries": solution.retries,
+        }
+        if runs > 1:
+            mean, std = clipped.mean(dim=0), clipped.std(dim=0)
+            self._image("mean", problem.name, _to_pixels(mean[None])[0])
+            self._image("std", problem.name, (255 * std / std.max().clamp_min(1e-12)).to(torch.uint8))
+            record["std_max"] = std.max().item()
+            record["mean_residual"] = operator.residual(mean[None], y).item()
+        if problem.truth is not None:
+            truth = _to_pixels(problem.truth.cpu()[None])[0]
+            self._image("truth", problem.name, truth)
+            record.update(coverage(pixels, truth) if runs > 1 else {})
+        write_json(self._file("records", f"{problem.name}.json"), record)
+        return record
+
+    def _write_operator(self, operator: Operator, size: tuple[int, int]) -> None:
+        kernel, mask = getattr(operator, "kernel", None), getattr(operator, "mask", None)
+        if kernel is not None:
+            save_image(self.path / "kernel.png", (255 * kernel / kernel.max()).clamp(0, 255).to(torch.uint8)[None])
+        if mask is not None:
+            save_image(self.path / "mask.png", (255 * mask(*size)).to(torch.uint8)[None])
+
+    def _image(self, folder: str, name: str, pixels: Tensor) -> None:
+        save_image(self._file(folder, f"{name}.png"), pixels)
+
+    def _file(self, folder: str, name: str) -> Path:
+        path = self.path / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def coverage(
+    samples: Tensor,  # uint8 [R,C,H,W]
+    truth: Tensor,  # uint8 [C,H,W]
+) -> dict[str, float]:
+    """Return the shares of true pixels within the samples' central interval, its ends included.
+
+    Between the k-th smallest and the k-th largest of R samples, a further draw of the same distribution lies with
+    probability 1 - 2k/(R+1) (ties aside): `interval`, as near to 0.9 as R allows. `coverage` is over all pixels,
+    `coverage_inside` over those that are neither black nor white (None if there are none), where ends of the range of
+    values cannot help. Equal to `interval` if the samples are calibrated, smaller if they are overconfident.
+    """
+    runs = len(samples)
+    k = max(1, int((1 - LEVEL) / 2 * (runs + 1) + 1e-9))
+    ordered = samples.sort(dim=0).values
+    hit = (ordered[k - 1] <= truth) & (truth <= ordered[runs - k])
+    inside = (truth > 0) & (truth < 255)
+    return {
+        "interval": 1 - 2 * k / (runs + 1),
+        "coverage": hit.double().mean().item(),
+        "coverage_inside": hit[inside].double().mean().item() if inside.any() else None,
+    }
+
+
+def _to_pixels(images: Tensor) -> Tensor:
+    return RGBEncoder().decode(images)
+
+
+def _measurement_picture(y: Tensor, is_image: bool) -> Tensor:
+    if is_image:
+        return _to_pixels(y[None])[0]
+    shown = y.clamp_min(0).log1p()
+    return (255 * shown / shown.max().clamp_min(1e-12)).to(torch.uint8)
+
+
+def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(set(before) | set(now))
+        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{where}.{k}" if where else k)]
+    return [] if before == now else [f"{where}: {json.dumps(before)} there, {json.dumps(now)} now"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultsError(f"{path}: damaged ({str(error)[:100]}); remove it to start again") from None
+    if not isinstance(content, dict):
+        raise ResultsError(f"{path}: damaged; remove it to start again")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON data, infinities as null; the file appears whole or not."""
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        json.dump(_finite(content), file, indent=1)
+        file.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,127 @@
+"""Solves the same inverse problem for many images, several posterior samples each, in batches of both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inverse.operators import Operator
+from inverse.pnp import pnp_sample
+from inverse.tasks import Task
+from sampling.schedules import karras_sigmas
+from sampling.seeds import SeededNoise
+
+
+@dataclass
+class Problem:
+    """One image to be found from its measurement."""
+
+    name: str
+    y: Tensor  # [C,h,w]
+    truth: Tensor | None = None  # [C,H,W] in [-1, 1], where it is known
+    class_idx: int | None = None
+
+
+@dataclass
+class Solution:
+    """Posterior samples of one problem, on the CPU."""
+
+    problem: Problem
+    samples: Tensor  # [R,C,H,W] in [-1, 1] up to the network's overshoot
+    retries: int  # Langevin steps repeated with a smaller step size, over all runs
+
+
+@dataclass
+class _Open:
+    problem: Problem
+    samples: list[Tensor] = field(default_factory=list)
+    retries: int = 0
+
+
+def stream(seed: int, name: str, run: int | None = None) -> int:
+    """Return the number that seeds one image's noise: of its measurement, or of one of its runs.
+
+    It depends on nothing else, neither on the other images nor on the batch.
+    """
+    text = f"{seed}/{'measurement' if run is None else run}/{name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def simulate(operator: Operator, truth: Tensor, noise: float, *, seed: int, name: str) -> Tensor:
+    """Return the measurement [C,h,w] of an image [C,H,W], with Gaussian noise of the image's own stream."""
+    source = SeededNoise([stream(seed, name)], truth.device)
+    return operator.measure(truth[None], noise, source.randn_like)[0]
+
+
+@torch.no_grad()
+def solve(
+    net: Any,  # generative denoiser
+    operator: Operator,
+    task: Task,
+    problems: Iterable[Problem],
+    *,
+    seed: int = 0,
+    batch: int = 16,  # samples at once, of whatever images
+    device: torch.device | str = "cpu",
+    progress: Callable[[float], Any] | None = None,  # told how many samples' worth of work was done
+) -> Iterator[Solution]:
+    """Yield the `task.runs` posterior samples of each problem, in order, as soon as its last sample is drawn.
+
+    A sample depends on `seed`, the problem's name and the run alone, up to rounding. Raises ValueError as
+    `inverse.pnp_sample` does.
+    """
+    levels = karras_sigmas(task.steps, task.sigma_min, task.sigma_max, task.rho, dtype=torch.float64).tolist()
+    started: list[_Open] = []
+    for units in _batches(problems, task.runs, batch):
+        started += [_Open(problem) for problem, run in units if run == 0]
+        result = pnp_sample(
+            net,
+            operator,
+            torch.stack([problem.y for problem, _ in units]).to(device, torch.float32),
+            levels,
+            beta=task.beta,
+            ema_decay=task.ema_decay,
+            ema_sigma=task.ema_sigma,
+            likelihood=task.likelihood,
+            langevin=task.langevin,
+            labels=_one_hot([problem.class_idx for problem, _ in units], net.label_dim, device),
+            ts=task.ts,
+            zeta=task.zeta,
+            shape=(len(units), net.img_channels, net.img_resolution, net.img_resolution),
+            randn_like=SeededNoise([stream(seed, problem.name, run) for problem, run in units], device).randn_like,
+            progress=None if progress is None else _share_of(len(units), progress),
+        )
+        open_by_name = {entry.problem.name: entry for entry in started}
+        for (problem, _), image, retries in zip(units, result.images.cpu(), result.retries.tolist(), strict=True):
+            open_by_name[problem.name].samples.append(image)
+            open_by_name[problem.name].retries += retries
+        while started and len(started[0].samples) == task.runs:
+            done = started.pop(0)
+            yield Solution(done.problem, torch.stack(done.samples), done.retries)
+
+
+def _share_of(samples: int, progress: Callable[[float], Any]) -> Callable[[int, int], Any]:
+    return lambda done, levels: progress(samples / levels)
+
+
+def _batches(problems: Iterable[Problem], runs: int, batch: int) -> Iterator[list[tuple[Problem, int]]]:
+    units: list[tuple[Problem, int]] = []
+    for problem in problems:
+        for run in range(runs):
+            units.append((problem, run))
+            if len(units) == batch:
+                yield units
+                units = []
+    if units:
+        yield units
+
+
+def _one_hot(classes: list[int | None], label_dim: int, device: torch.device | str) -> Tensor | None:
+    if not label_dim:
+        return None
+    return torch.nn.functional.one_hot(torch.tensor(classes), label_dim).to(device, torch.float32)

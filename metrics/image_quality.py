@@ -1,0 +1,248 @@
+"""Image quality against a reference: PSNR, SSIM and LPIPS of images in [-1, 1], one value per image.
+
+All three see images as a PNG would hold them, rounding aside: values outside [-1, 1] are clipped, and PSNR and SSIM are
+taken on [0, 1], (x + 1)/2. An image with values that are not finite gets NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metrics.inception import full_precision_convolutions
+from metrics.weights import DetectorError, WeightFile, find_weights
+
+BACKBONE = WeightFile(
+    name="vgg16-397923af.pth",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    size="about 528 MB",
+    sha256_prefix="397923af",  # the file's name says it
+    option="--lpips-path",
+)
+HEADS = Path(__file__).resolve().parent.parent / "assets" / "lpips" / "vgg-v0.1.safetensors"
+VARIANTS = {"max": F.max_pool2d, "average": F.avg_pool2d}
+
+SSIM_WINDOW, SSIM_STD, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, RGB
+_BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions, numbered as in the published file
+_WIDTHS = (64, 128, 256, 512, 512)  # channels of each block
+_MIN_SIZE = 2 ** (len(_BLOCKS) - 1)  # pixels: each block but the first halves the image
+_PIXELS_AT_ONCE = 8 * 256 * 256  # bounds the memory of LPIPS to about 1 GB, whatever the batch
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, float64 [N], of images [N,C,H,W] in [-1,1]: -10·log10 of the mean squared error
+    on [0,1] over channels and pixels.
+
+    Identical images have +inf, which JSON cannot hold: write null there. Raises ValueError for images of other shapes
+    or types.
+    """
+    x, y = _unit_range(x, y)
+    return -10 * (x - y).square().mean(dim=(1, 2, 3)).log10()
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity, float64 [N], of images [N,C,H,W] in [-1,1] of at least 11x11 pixels (Wang et al., "Image
+    Quality Assessment: From Error Visibility to Structural Similarity", 2004).
+
+    Gaussian window of 11x11 pixels and standard deviation 1.5, K1 = 0.01, K2 = 0.03, at full resolution on [0,1];
+    averaged over the positions where the window lies inside the image, then over channels. Raises ValueError for
+    smaller images, and for other shapes or types.
+    """
+    x, y = _unit_range(x, y)
+    if min(x.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, got {_size(x)}")
+    offsets = [i - SSIM_WINDOW // 2 for i in range(SSIM_WINDOW)]
+    window = [math.exp(-(offset**2) / (2 * SSIM_STD**2)) for offset in offsets]
+    window = [weight / sum(window) for weight in window]
+
+    def local_mean(values: Tensor) -> Tensor:
+        for dim in (2, 3):
+            count = values.shape[dim] - SSIM_WINDOW + 1
+            mean = values.narrow(dim, 0, count) * window[0]
+            for i, weight in enumerate(window[1:], 1):
+                mean.add_(values.narrow(dim, i, count), alpha=weight)
+            values = mean
+        return values
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    var_x = local_mean(x * x) - mean_x**2
+    var_y = local_mean(y * y) - mean_y**2
+    covariance = local_mean(x * y) - mean_x * mean_y
+    c1, c2 = SSIM_K1**2, SSIM_K2**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return (luminance * (2 * covariance + c2) / (var_x + var_y + c2)).mean(dim=(1, 2, 3))
+
+
+class VGG16(nn.Module):
+    """The thirteen convolutions of VGG16 (Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
+    Recognition", 2015), under the names that `vgg16-397923af.pth` gives them. Weights are left uninitialised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.ModuleDict()
+        channels = 3
+        for block, width in zip(_BLOCKS, _WIDTHS, strict=True):
+            for index in block:
+                self.features[str(index)] = nn.utils.skip_init(nn.Conv2d, channels, width, 3, padding=1)
+                channels = width
+        self.requires_grad_(False)
+
+    def forward_block(self, block: int, x: Tensor) -> Tensor:
+        """Convolutions and ReLUs of block 0 to 4. The pooling between two blocks is the caller's."""
+        for index in _BLOCKS[block]:
+            x = F.relu(self.features[str(index)](x), inplace=True)
+        return x
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual image patch similarity, version 0.1, in the features of VGG16 (Zhang et al., "The Unreasonable
+    Effectiveness of Deep Features as a Perceptual Metric", 2018). Smaller is more alike.
+
+    `variant` says how VGG16 pools: "max" as it was trained and as the metric was published; "average" as in piq's
+    `LPIPS(replace_pooling=True)`, which the published tables of inverse problems use. Their values are not comparable,
+    so state `name` with every figure. Several instances may share a backbone. Raises ValueError for other variants.
+    """
+
+    def __init__(self, backbone: VGG16, variant: str = "max") -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"no LPIPS variant is called {variant!r}: use {' or '.join(VARIANTS)}")
+        self.variant, self.name = variant, f"LPIPS-VGG v0.1, {variant} pooling"
+        self.backbone = backbone
+        device = next(backbone.parameters()).device
+        for i, head in enumerate(_read_heads()):
+            self.register_buffer(f"lin{i}", head.view(1, -1, 1, 1).to(device))
+        for name, values in (("mean", _MEAN), ("std", _STD)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(1, 3, 1, 1))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distances float64 [N] of images [N,3,H,W] in [-1,1], or [N,1,H,W], whose grey fills all channels; H and W are
+        at least 16. No gradients. The network runs in float32 on its own device.
+
+        Raises ValueError for smaller images, and for other shapes or types.
+        """
+        _check_images(x, y)
+        if x.shape[1] not in (1, 3) or min(x.shape[2:]) < _MIN_SIZE:
+            needs = f"1 or 3 channels and at least {_MIN_SIZE}x{_MIN_SIZE} pixels"
+            raise ValueError(f"LPIPS needs images of {needs}, got {x.shape[1]} channels and {_size(x)}")
+        count = max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3]))
+        with full_precision_convolutions(), torch.autocast(self.mean.device.type, enabled=False):
+            parts = [self._distances(a, b) for a, b in zip(x.split(count), y.split(count), strict=True)]
+        return torch.cat(parts)
+
+    def _distances(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = self._network_input(x), self._network_input(y)
+        pool = VARIANTS[self.variant]
+        total = None
+        for block in range(len(_BLOCKS)):
+            if block:
+                x, y = pool(x, 2), pool(y, 2)
+            x, y = self.backbone.forward_block(block, x), self.backbone.forward_block(block, y)
+            gap = _unit_length(x).sub_(_unit_length(y)).square_()
+            local = (gap * self.get_buffer(f"lin{block}")).sum(dim=1)
+            distance = _to_float64(local).mean(dim=(1, 2))
+            total = distance if total is None else total + distance
+        return total
+
+    def _network_input(self, images: Tensor) -> Tensor:
+        x = _clip((images.to(self.mean.device, torch.float32) + 1) / 2)
+        return (x.expand(-1, 3, -1, -1) - self.mean) / self.std
+
+
+def load_lpips(
+    path: str | os.PathLike[str] | None = None,
+    variant: str = "max",
+    device: torch.device | str = "cpu",
+    *,
+    quiet: bool = False,
+    download: bool = True,
+) -> LPIPS:
+    """Return LPIPS with the published backbone: `path` (the file `vgg16-397923af.pth`, or a folder that holds it), else
+    the folder $NCVSD_DETECTORS, else a download into the cache, which `quiet` keeps from showing its progress;
+    without `download`, what the cache holds already.
+
+    For both variants, load one and give its `backbone` to a second `LPIPS`. Raises DetectorError (a ValueError) where
+    the backbone is missing or not the right one, in one line that says where to get it; ValueError for a variant that
+    does not exist.
+    """
+    if variant not in VARIANTS:  # before a download of half a gigabyte
+        raise ValueError(f"no LPIPS variant is called {variant!r}: use {' or '.join(VARIANTS)}")
+    backbone = _read_backbone(find_weights(BACKBONE, path, quiet=quiet, download=download))
+    return LPIPS(backbone.to(device), variant).eval()
+
+
+def _read_backbone(path: Path) -> VGG16:
+    """The convolutions in a state dict of VGG16; tensors only, nothing in the file is run. Raises DetectorError."""
+    damaged = f"{path} is damaged or not the VGG16 weights {BACKBONE.name}; fetch it again from {BACKBONE.url}"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise DetectorError(f"{path} is a TorchScript program, not the VGG16 weights {BACKBONE.name}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DetectorError(f"cannot read the VGG16 weights {path}: {error.strerror or error}") from None
+    except Exception:  # a damaged or foreign pickle may raise nearly anything
+        raise DetectorError(damaged) from None
+    net = VGG16()
+    for key, parameter in net.named_parameters():
+        tensor = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
+            raise DetectorError(damaged)
+        parameter.copy_(tensor)
+    return net
+
+
+def _read_heads() -> list[Tensor]:
+    """The weights float32 [C] of each block's channels. Raises DetectorError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(HEADS), framework="pt") as file:
+            heads = [file.get_tensor(f"lin{i}") for i in range(len(_BLOCKS))]
+    except (OSError, SafetensorError) as error:
+        raise DetectorError(f"cannot read the LPIPS heads {HEADS}: {error}") from None
+    if [tuple(head.shape) for head in heads] != [(width,) for width in _WIDTHS]:
+        raise DetectorError(f"{HEADS} does not hold the LPIPS heads of VGG16")
+    return heads
+
+
+def _unit_range(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    _check_images(x, y)
+    x, y = _to_float64(x.detach()), _to_float64(y.detach())
+    return _clip((x + 1) / 2), _clip((y.to(x.device) + 1) / 2)
+
+
+def _check_images(x: Tensor, y: Tensor) -> None:
+    fits = x.ndim == 4 and x.shape == y.shape and x.numel() > 0
+    if not fits or not (x.is_floating_point() and y.is_floating_point()):
+        found = f"{x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}"
+        raise ValueError(f"image quality takes two float tensors of one shape [N,C,H,W] in [-1,1], got {found}")
+
+
+def _to_float64(values: Tensor) -> Tensor:
+    """In float64, on the CPU if the device (MPS) has none."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
+def _clip(values: Tensor) -> Tensor:
+    """Clip to [0,1]; infinities become NaN instead of a valid colour."""
+    return torch.where(values.isfinite(), values.clamp(0, 1), torch.nan)
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    """Features [N,C,H,W], each pixel's vector divided by its length."""
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+
+
+def _size(x: Tensor) -> str:
+    return f"{x.shape[3]}x{x.shape[2]}"

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+
+from inverse.operators import get_operator
+from inverse.results import ResultsError, ResultsFolder, coverage
+from inverse.solve import Problem, Solution, simulate, stream
+
+
+def uint8(x):
+    return x.clamp(1, 254).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("runs", "interval"), [(2, 1 / 3), (8, 7 / 9), (19, 0.9), (39, 0.9), (59, 0.9)])
+def test_coverage_of_calibrated_over_and_underconfident_samples(runs, interval):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count, std):
+        return uint8(127 + std * torch.randn([count, 1, 120, 120], generator=generator))
+
+    truth = draw(1, 30)[0]
+    found = coverage(draw(runs, 30), truth)
+    assert found["interval"] == pytest.approx(interval)
+    assert found["coverage"] == found["coverage_inside"] == pytest.approx(interval, abs=0.035)  # ties raise it a little
+    assert coverage(draw(runs, 15), truth)["coverage"] < interval - 0.05
+    assert coverage(draw(runs, 60), truth)["coverage"] > interval + 0.04
+
+
+def test_coverage_tells_black_and_white_pixels_apart():
+    truth = torch.tensor([[[0, 100, 255, 200]]], dtype=torch.uint8)
+    samples = torch.tensor([[[[0, 90, 255, 10]]], [[[0, 110, 255, 20]]]], dtype=torch.uint8)
+    found = coverage(samples, truth)
+    assert found["coverage"] == 0.75 and found["coverage_inside"] == 0.5
+    assert coverage(samples[..., :1], truth[..., :1])["coverage_inside"] is None
+
+
+def test_streams_differ_by_seed_name_run_and_purpose():
+    found = {stream(*key) for key in [(0, "a"), (0, "a", 0), (0, "a", 1), (1, "a", 0), (0, "b", 0), (0, "1/a", 0)]}
+    assert len(found) == 6
+
+
+def test_simulated_measurements_have_the_stated_noise():
+    truth = torch.zeros(1, 64, 64)
+    y = simulate(get_operator("gaussian_blur_circ"), truth, 0.05, seed=3, name="a")
+    assert y.std().item() == pytest.approx(0.05, rel=0.05)
+    assert torch.equal(y, simulate(get_operator("gaussian_blur_circ"), truth, 0.05, seed=3, name="a"))
+    assert not torch.equal(y, simulate(get_operator("gaussian_blur_circ"), truth, 0.05, seed=3, name="b"))
+
+
+def test_inpainting_measures_nothing_where_pixels_are_removed():
+    operator = get_operator("inpainting", box=[0, 0, 8, 4])
+    x = torch.ones(1, 1, 8, 8)
+    y = operator.measure(x, 0.1)
+    assert (y[..., :4] == 0).all() and (y[..., 4:] != 0).all()
+    x_other = torch.where(torch.arange(8) < 4, 5.0, 1.5).expand(1, 1, 8, 8)
+    assert operator.residual(x_other, torch.where(torch.arange(8) < 4, 0.0, 1.0).expand(1, 1, 8, 8)).item() == 0.5
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    operator = get_operator("super_resolution", factor=2)
+    (tmp_path / "samples").mkdir()
+    with pytest.raises(ResultsError, match="results without options.json"):
+        ResultsFolder(tmp_path).begin({"seed": 1}, operator, (8, 8))
+    (tmp_path / "options.json").write_text("{broken")
+    with pytest.raises(ResultsError, match="damaged"):
+        ResultsFolder(tmp_path).begin({"seed": 1}, operator, (8, 8))
+    assert (tmp_path / "options.json").read_text() == "{broken"
+
+
+def test_maps_of_several_runs(tmp_path):
+    from sampling.grid import read_image
+
+    samples = torch.zeros(2, 1, 4, 4)
+    samples[0, 0, 0, 0], samples[1, 0, 0, 0] = 0.5, -0.5
+    samples[:, 0, 1, 1] = 3.0  # an overshoot counts as white
+    operator = get_operator("inpainting", fraction=0.0)
+    solution = Solution(Problem("a", torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)), samples, retries=2)
+    record = ResultsFolder(tmp_path).write(solution, operator)
+    assert record["std_max"] == pytest.approx(0.5**0.5) and record["retries"] == 2
+    assert record["runs"][0]["residual"] == pytest.approx(((0.25 + 1) / 16) ** 0.5)
+    std = read_image(tmp_path / "std" / "a.png")[0]
+    assert std[0, 0] == 255 and (np.delete(std.ravel(), 0) == 0).all()
+    assert read_image(tmp_path / "mean" / "a.png")[0, 1, 1] == 255
+    assert ResultsFolder(tmp_path).record("a") == record and ResultsFolder(tmp_path).record("b") is None

@@ -1,0 +1,76 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import torch
+
+from torch_utils import distributed
+from torch_utils.user_errors import user_errors
+
+ROOT = Path(__file__).parents[2]
+
+
+def allocate():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def fail(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (fail(ValueError("no such network")), "no such network"),
+        (fail(FileNotFoundError(2, "No such file", "a.png")), "a.png"),
+        (fail(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")), "smaller --batch-gpu (CUDA out of"),
+        (fail(MemoryError()), "smaller --batch-gpu (MemoryError)"),
+        (allocate, "out of memory: try a smaller --batch-gpu ("),
+    ],
+)
+def test_what_users_can_mend_is_told_in_one_line(action, message):
+    with pytest.raises(click.ClickException) as error, user_errors("--batch-gpu"):
+        action()
+    assert message in error.value.message and "\n" not in error.value.message
+
+
+def test_defects_and_messages_of_click_pass():
+    for error in (RuntimeError("shapes differ"), KeyError("x"), click.BadParameter("--ts")):
+        with pytest.raises(type(error)) as found, user_errors():
+            fail(error)()
+        assert found.value is error
+
+
+def test_processes_that_follow_the_main_one_say_nothing(capsys):
+    with pytest.raises(SystemExit) as error, user_errors():
+        raise distributed.MainProcessError("said already")
+    assert error.value.code == 1 and capsys.readouterr() == ("", "")
+
+
+def test_the_process_group_is_left_at_the_end(monkeypatch):
+    calls = []
+    monkeypatch.setattr(distributed, "destroy", lambda: calls.append(1))
+    with user_errors():
+        pass
+    with pytest.raises(click.ClickException), user_errors():
+        raise ValueError
+    assert len(calls) == 2
+
+
+def test_errors_without_torch_do_not_import_it():
+    code = """
+import sys
+import click
+from torch_utils.user_errors import user_errors
+try:
+    with user_errors():
+        raise ValueError("x")
+except click.ClickException:
+    sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
