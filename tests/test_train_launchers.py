@@ -200,8 +200,8 @@ def test_what_is_missing_is_said_in_one_line(arguments, variables, message, prep
 
 def test_sigterm_to_the_launcher_saves_and_ends_with_code_0(prepared, tmp_path):
     out = tmp_path / "run"
-    options = ["--batch=8", "--batch-gpu=8", "--duration=8000", "--status=8", "--checkpoint=8000", "--quiet"]
-    command = ["bash", str(ROOT / "quick_start/train-img64-s.sh"), "1", *options]
+    options = ["--batch=8", "--batch-gpu=4", "--duration=8000", "--status=8", "--checkpoint=8000", "--quiet"]
+    command = ["bash", str(ROOT / "quick_start/train-img64-s.sh"), "2", *options]
     variables = environment(OUT=out, DEVICE="cpu", **prepared)
     with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -210,7 +210,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_code_0(prepared, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=100) == 0
     assert 0 < load_newest_state(out)["nimg"] < 8000
-    assert "stopped (SIGUSR1)" in (out / "log.txt").read_text()
+    assert re.search(r"stopped \((SIGUSR1|another process was told to)\)", (out / "log.txt").read_text())
 
 
 # ----------------------------------------------------------------------------
