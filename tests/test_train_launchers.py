@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -178,6 +179,29 @@ def test_several_nodes_get_torchruns_options(prepared, fake_python, tmp_path):
         *("--data", str(prepared["DATA_DIR"] / "img512-sd.zip"), "--outdir", str(tmp_path / "run")),
         *("--device", "cuda", "--batch-gpu", "16"),
     ]
+
+
+def test_two_nodes_train_together(prepared, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out, script = tmp_path / "run", str(ROOT / "quick_start/train-ffhq256-xs.sh")
+    options = ["--batch=8", "--batch-gpu=4", "--duration=16", "--status=8", "--quiet"]
+    nodes = [
+        subprocess.Popen(
+            ["bash", script, "1", *options],
+            env=environment(
+                OUT=out, DEVICE="cpu", NNODES=2, NODE_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **prepared
+            ),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=250)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert "2 process(es)" in outputs[0] and "finished" not in outputs[1]  # one process prints and writes
+    assert load_newest_state(out)["nimg"] == 16
 
 
 @pytest.mark.parametrize(
