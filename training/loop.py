@@ -127,7 +127,8 @@ class Trainer:
         self.writer.wait()
         if self.writer.failures:
             raise self.writer.error()
-        outcome = f"stopped ({reason}): the same command goes on" if reason else "finished"
+        ended = self.trained.nimg >= self.config.duration
+        outcome = "finished" if ended else f"stopped ({reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
 
     def iteration(self) -> None:
