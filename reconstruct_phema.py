@@ -5,6 +5,7 @@ import sys
 import click
 
 from dnnlib.util import parse_si
+from torch_utils.user_errors import user_errors
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -28,11 +29,9 @@ def main(snapshots: tuple[str, ...], stds: str, outdir: str, nimg: str | None, d
         raise click.BadParameter(f"{stds!r}: write numbers with commas between them, as in 0.05,0.1") from None
     if len({f"{std:.3f}" for std in widths}) < len(widths):
         raise click.BadParameter(f"{stds!r}: widths must differ in their first three decimals")
-    try:
+    with user_errors():
         end = None if nimg is None else parse_si(nimg)
         _reconstruct(snapshots, widths, end, outdir, dtype, quiet)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _reconstruct(paths, widths, end, outdir, dtype, quiet):

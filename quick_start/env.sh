@@ -12,6 +12,12 @@ fail() {
     exit 1
 }
 
+# refuse MESSAGE: for mistakes in how a script was called
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
 # python_is_recent PYTHON: whether it runs and is Python 3.10 or newer
 python_is_recent() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1

@@ -5,11 +5,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 REFS=https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs # EDM2's published statistics
 
-refuse() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 is_remote() {
     [[ "$1" =~ ^(https?|hf):// ]]
 }

@@ -10,11 +10,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-refuse() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 TASKS="$(cd "$ROOT/presets/task" && printf '%s ' *.yaml | sed 's/\.yaml//g')"
 [ $# -ge 1 ] || refuse "usage: bash quick_start/posterior-sample.sh TASK_NAME [OPTION ...], with TASK_NAME one of $TASKS"
 task="$1"

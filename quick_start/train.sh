@@ -3,11 +3,6 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-refuse() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 # require_count NAME VALUE LEAST
 require_count() {
     [[ "$2" =~ ^[0-9]{1,5}$ ]] && [ "$((10#$2))" -ge "$3" ] || refuse "$1 is '$2': give a whole number, at least $3"

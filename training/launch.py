@@ -129,6 +129,11 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         if not distributed.is_main():  # all processes saw it: one message is enough
             raise distributed.MainProcessError(str(error)) from error
         raise click.ClickException(str(error)) from error
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise click.ClickException(f"{reason}; train without --deterministic") from error
 
 
 def _run(

@@ -62,8 +62,12 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     try:
         with stopping.StopRequest(run.deadline) as stop:
             trainer.train(stop)
-    except DivergenceError as error:
+    except KeyboardInterrupt:
+        raise  # at once, whatever is being written
+    except Exception as error:
         trainer.writer.wait()
+        if not isinstance(error, DivergenceError):
+            raise
         good = trainer.writer.last_good
         named = f"the last good state is {good}" if good else "no state was written before"
         raise DivergenceError(f"{error}; {named}") from None
@@ -123,7 +127,8 @@ class Trainer:
         self.writer.wait()
         if self.writer.failures:
             raise self.writer.error()
-        outcome = f"stopped ({reason}): the same command goes on" if reason else "finished"
+        ended = self.trained.nimg >= self.config.duration
+        outcome = "finished" if ended else f"stopped ({reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
 
     def iteration(self) -> None:

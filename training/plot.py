@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from torch_utils.user_errors import user_errors
+
 if TYPE_CHECKING:
     from PIL import ImageDraw
 
@@ -141,7 +143,7 @@ def main(run_dirs: tuple[str, ...], out: str | None, keys: str) -> None:
 
     from dnnlib.util import atomic_write
 
-    try:
+    with user_errors():
         runs = {run_dir: read_curves(run_dir) for run_dir in run_dirs}
         picture = draw(runs, keys.split(","))
         data = io.BytesIO()
@@ -149,9 +151,7 @@ def main(run_dirs: tuple[str, ...], out: str | None, keys: str) -> None:
         path = Path(out) if out else Path(run_dirs[0]) / "curves.png"
         with atomic_write(path) as file:
             file.write(data.getvalue())
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(str(path))
+        click.echo(str(path))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tests.training.tiny_runs import (
     stats,
     weights,
 )
-from training import loop, state
+from training import loop, state, writer
 from training.dataset import ImageDataset
 from training.optim import DivergenceError
 from training.state import StateError, list_states, load_newest_state, load_state
@@ -169,7 +169,7 @@ def test_sigterm_to_all_processes_of_a_job_ends_it_with_code_0(tmp_path, tiny_da
 
 def test_training_saves_and_stops_before_its_time_is_over(tmp_path, dataset, tiny_teacher):
     config = dataclasses.replace(NCVSD, duration=8000)
-    deadline = time.monotonic() + 6
+    deadline = time.monotonic() + 10
     run_training(make_task(config, tiny_teacher), dataset, config, tmp_path, deadline=deadline)
     assert time.monotonic() < deadline
     assert 0 < load_newest_state(tmp_path)["nimg"] < 8000
@@ -231,6 +231,19 @@ def test_a_last_state_that_cannot_be_written_is_an_error(tmp_path, dataset, tiny
         run_training(task, dataset, NCVSD, tmp_path)
 
 
+def test_an_error_waits_for_the_state_that_is_being_written(tmp_path, dataset, tiny_teacher, monkeypatch):
+    config = dataclasses.replace(NCVSD, duration=80, checkpoint=16)
+    real = writer.save_state
+    monkeypatch.setattr(writer, "save_state", lambda *a, **k: (time.sleep(1), real(*a, **k))[1])
+
+    def fail():
+        raise ValueError("a corrupt image")
+
+    with pytest.raises(ValueError, match="a corrupt image"):
+        run_training(during(make_task(config, tiny_teacher), {16: fail}), dataset, config, tmp_path)
+    assert load_newest_state(tmp_path)["nimg"] == 16
+
+
 # ----------------------------------------------------------------------------
 # resuming what should not be resumed
 
@@ -245,6 +258,7 @@ def test_every_difference_is_listed_and_can_be_overridden(tmp_path, dataset, tin
         assert part in str(error.value)
     run_training(make_task(other, tiny_teacher), data, other, tmp_path / "run", force_resume=True)
     assert load_newest_state(tmp_path / "run")["nimg"] == 16
+    assert "resuming with other settings" in (tmp_path / "run/log.txt").read_text()
     run_training(make_task(other, tiny_teacher), data, other, tmp_path / "run")  # they are now the run's settings
 
 

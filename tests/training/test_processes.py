@@ -78,6 +78,11 @@ def test_divided_optimizers_and_averages_change_nothing(runs):
     assert len(stats(runs / "divided")) == 3  # one process writes
 
 
+def test_divided_optimizers_and_averages_resume_exactly(runs):
+    assert "resuming at 16 images" in (runs / "resumed/log.txt").read_text()
+    compare_states(runs / "whole", runs / "resumed")
+
+
 def test_another_number_of_processes_goes_on(runs, one_process):
     longer = dataclasses.replace(STEPS, duration=32)
     one_process(longer, runs / "divided")

@@ -25,6 +25,9 @@ def main(out: Path, data: str, teacher: str) -> None:
     run_training(make_task(GRADIENTS, teacher), dataset, GRADIENTS, out / "gradients")
     run_training(make_task(STEPS, teacher), dataset, STEPS, out / "whole")
     run_training(make_task(STEPS, teacher), dataset, STEPS, out / "divided", shard=True)
+    for duration in (16, 24):
+        config = dataclasses.replace(STEPS, duration=duration)
+        run_training(make_task(config, teacher), dataset, config, out / "resumed", shard=True)
 
     config = dataclasses.replace(STEPS, duration=800)
     task = make_task(config, teacher)
