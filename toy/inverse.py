@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inverse.likelihood import gaussian_conditional
-from inverse.operators import LinearOperator, check_image_shape
+from inverse.operator_base import LinearOperator, check_image_shape
 from inverse.pnp import pnp_sample
 from networks.posterior import karras_sigmas
 from toy.measures import energy_distance, spread
