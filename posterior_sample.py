@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -162,7 +163,7 @@ def _prepare(
 
     import networks
     from dnnlib.util import file_sha256
-    from inverse.inputs import ImageFolder, MeasurementFolder, read_mask
+    from inverse.inputs import ImageFolder, InputError, MeasurementFolder, read_mask
     from inverse.operators import get_operator
     from inverse.pnp import resolve_likelihood
     from inverse.results import ResultsFolder
@@ -172,6 +173,8 @@ def _prepare(
 
     if (data_path is None) == (measurements is None):
         raise click.UsageError("give either --data, images to measure, or --measurements, real ones")
+    if not outdir.strip():
+        raise click.UsageError("--outdir is empty: name a folder")
     parameters = {name: value for name, value in task.operator.items() if name != "name"}
     if mask_path is not None:
         if task.operator["name"] != "inpainting":
@@ -179,8 +182,6 @@ def _prepare(
         parameters = {"mask": read_mask(mask_path)}
     operator = get_operator(task.operator["name"], **parameters)
     resolve_likelihood(operator, task.likelihood)
-    scorer, note = _load_lpips(lpips, lpips_path, lpips_pooling, device) if data_path is not None else (None, None)
-
     loaded = networks.load(net_path, device=device)
     net = loaded.net
     if not isinstance(net, networks.GenerativeDenoiser):
@@ -196,6 +197,9 @@ def _prepare(
     if device.type == "cpu":
         net.to(memory_format=torch.channels_last)
 
+    scorer, note = None, None
+    if data_path is not None:
+        scorer, note = _load_lpips(lpips, lpips_path, lpips_pooling, net.img_resolution, device)
     shape = (1, net.img_channels, net.img_resolution, net.img_resolution)
     y_shape = operator.measurement_shape(shape)[1:]
     operator.forward(torch.zeros(shape))  # a mask or box that does not fit is told before anything is written
@@ -205,13 +209,17 @@ def _prepare(
         )
     else:
         source = MeasurementFolder(measurements, shape=y_shape, pictures=operator.measures_images, num=num)
+    inputs = Path(data_path or measurements).resolve()
+    if inputs.is_dir() and Path(outdir).resolve().is_relative_to(inputs):
+        raise InputError(f"{outdir} lies in {inputs}, and results would be taken for input: use another --outdir")
+    classes = _classes(net, net_path, source, class_idx, data_path is not None)
     run = _Run(
         net=net,
         operator=operator,
         task=task,
         source=source,
         simulated=data_path is not None,
-        classes=_classes(net, net_path, source, class_idx, data_path is not None),
+        classes=classes,
         folder=ResultsFolder(outdir),
         seed=seed,
         device=device,
@@ -219,6 +227,7 @@ def _prepare(
         lpips_note=note,
     )
     if distributed.is_main():
+        source.check()
         options = {
             "task": task.to_dict(),
             "net": net_path,
@@ -258,13 +267,15 @@ def _classes(
     return classes
 
 
-def _load_lpips(mode: str, path: str | None, pooling: str, device: Any) -> tuple[Any, str | None]:
+def _load_lpips(mode: str, path: str | None, pooling: str, resolution: int, device: Any) -> tuple[Any, str | None]:
     """LPIPS, or None and the reason."""
-    from metrics.image_quality import load_lpips
+    from metrics.image_quality import LPIPS_MIN_SIZE, load_lpips
     from metrics.weights import DetectorError
 
     if mode == "off":
         return None, "switched off"
+    if resolution < LPIPS_MIN_SIZE:
+        return None, f"it needs images of at least {LPIPS_MIN_SIZE}x{LPIPS_MIN_SIZE} pixels"
     try:
         return load_lpips(path, variant=pooling, device=device, download=mode == "download"), None
     except DetectorError as error:
@@ -275,8 +286,11 @@ def _load_lpips(mode: str, path: str | None, pooling: str, device: Any) -> tuple
 
 def _sample(run: _Run, batch: int, quiet: bool) -> None:
     """Draw and write what this process's share of the images lacks."""
+    import warnings
+
     from tqdm import tqdm
 
+    from inverse.pnp import LangevinWarning
     from inverse.solve import Problem, simulate, solve
     from torch_utils import distributed
 
@@ -301,8 +315,12 @@ def _sample(run: _Run, batch: int, quiet: bool) -> None:
 
     total = len(mine) * run.task.runs
     layout = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-    disable = quiet or not distributed.is_main()
-    with tqdm(total=total, unit="sample", bar_format=layout, disable=disable) as progress:
+    disable = quiet or not total or not distributed.is_main()
+    with (
+        warnings.catch_warnings(),
+        tqdm(total=total, unit="sample", bar_format=layout, disable=disable) as progress,
+    ):
+        warnings.simplefilter("ignore", LangevinWarning)  # recorded with each image, and told at the end
         for solution in solve(
             run.net,
             run.operator,

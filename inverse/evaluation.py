@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from dnnlib.util import atomic_write
 from inverse.inputs import pixels_to_image
-from inverse.results import ResultsFolder, write_json
+from inverse.json_files import write_json
+from inverse.results import ResultsFolder
 from metrics.image_quality import SSIM_WINDOW, psnr, ssim
 from sampling.grid import read_image
 
@@ -39,6 +41,7 @@ def evaluate(
     square of A(x) - y. With several runs also the posterior mean; the run of the smallest residual, which a user can
     choose without the truth; and the oracle, the best run by PSNR against the truth, which a user cannot.
     `summary` averages over the images: "sample" first over the runs of each; std is that over the images.
+    `langevin_retries` counts the Langevin steps that diverged and were repeated with a smaller step size.
     """
     outdir = Path(outdir)
     folder = ResultsFolder(outdir)
@@ -50,6 +53,7 @@ def evaluate(
         "runs": runs,
         "has_truth": "psnr" in images[0]["runs"][0],
         "lpips": {"computed": lpips is not None, "name": getattr(lpips, "name", None), "note": lpips_note},
+        "langevin_retries": sum(image["retries"] for image in images),
         "summary": _summarise(images, runs),
     }
     covered = [image for image in images if "coverage" in image]
@@ -69,10 +73,13 @@ def evaluate(
 
 def _evaluate_image(outdir: Path, record: dict[str, Any], lpips: Any) -> dict[str, Any]:
     name, count = record["name"], len(record["runs"])
-    image = {**record, "runs": [dict(run) for run in record["runs"]]}
+    # null stands for a residual beyond float32
+    runs = [{"residual": math.inf if run["residual"] is None else run["residual"]} for run in record["runs"]]
+    image = {**record, "runs": runs}
     truth_file = outdir / "truth" / f"{name}.png"
     if count > 1:
-        image["posterior_mean"] = {"residual": image.pop("mean_residual")}
+        residual = image.pop("mean_residual")
+        image["posterior_mean"] = {"residual": math.inf if residual is None else residual}
         image["chosen_run"] = min(range(count), key=lambda run: image["runs"][run]["residual"])
     if truth_file.exists():
         files = [outdir / "samples" / f"run_{run}" / f"{name}.png" for run in range(count)]
@@ -154,9 +161,17 @@ def format_summary(report: dict[str, Any]) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     if "calibration" in report:
         found = report["calibration"]
+        inside = found["coverage_inside"]
         lines.append(
             f"calibration: {found['coverage']:.1%} of the true pixels lie in the central {found['interval']:.0%} "
-            f"interval of the samples"
+            "interval of the samples"
+            + (f" ({inside:.1%} of those neither black nor white)" if inside is not None else "")
+        )
+    if report["langevin_retries"]:
+        affected = sum(image["retries"] > 0 for image in report["images"])
+        lines.append(
+            f"Langevin steps diverged and were repeated with a smaller step size {report['langevin_retries']} times, "
+            f"in {affected} of {report['num_images']} images: a smaller c1 avoids this"
         )
     if report["has_truth"] and not report["lpips"]["computed"]:
         lines.append(f"LPIPS not computed: {report['lpips']['note']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +18,17 @@ from training.dataset_files import FileSource, decode_pixels, is_image_name, rea
 
 _ARRAY_EXTENSIONS = (".npz", ".npy")
 _MAX_HEADER_BYTES = 4096
+_MAX_NAME_BYTES = 200  # of an image, so that every file named after it fits a file system
+_ORIENTATION = 274  # EXIF tag: how a camera was held
+_UPRIGHT = {  # its values: first transposed, then flipped along (rows, columns)
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
 
 
 class InputError(ValueError):
@@ -51,7 +63,13 @@ class ImageFolder:
         """Return one image [C,H,W], float32 in [-1, 1]. Raises DatasetError or InputError."""
         file = self._files[name]
         where = self._source.where(file)
-        return pixels_to_image(self.fit(decode_pixels(self._source.read(file), where), where))
+        data = self._source.read(file)
+        return pixels_to_image(self.fit(upright(decode_pixels(data, where), data), where))
+
+    def check(self) -> None:
+        """Read every image once. Raises DatasetError or InputError for the first that cannot be used."""
+        for name in self.names:
+            self.read(name)
 
     def fit(self, pixels: np.ndarray, where: str) -> np.ndarray:
         """Return uint8 pixels [C,H,W] as the network takes them. Raises InputError where they need `resize`."""
@@ -125,16 +143,41 @@ class MeasurementFolder:
             )
         return measurement
 
+    def check(self) -> None:
+        """Read every measurement once. Raises DatasetError or InputError for the first that cannot be used."""
+        for name in self.names:
+            self.read(name)
+
 
 def name_files(files: list[str], where: str) -> dict[str, str]:
-    """Return {name: file}: a/b.png becomes a-b. Raises InputError where two files would share a name."""
+    """Return {name: file}: a/b.png becomes a-b, and so do backslashes, colons and what cannot be printed.
+
+    Raises InputError where two files would share a name, and for names that leave no room for an extension.
+    """
     named: dict[str, str] = {}
     for file in files:
-        name = PurePosixPath(file).with_suffix("").as_posix().replace("/", "-")
+        name = re.sub(r"[/\\:]", "-", PurePosixPath(file).with_suffix("").as_posix())
+        name = "".join(c if c.isprintable() else "-" for c in name)
+        if len(name.encode()) > _MAX_NAME_BYTES:
+            raise InputError(
+                f"{where}: {name[:60]}... is too long a name: at most {_MAX_NAME_BYTES} bytes, with its folders"
+            )
         if name in named:
             raise InputError(f"{where}: {file} and {named[name]} would both be called {name}; rename one")
         named[name] = file
     return named
+
+
+def upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
+    """Return the pixels [C,H,W] of an image file turned as its EXIF tag says, as viewers show them."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:  # Pillow turns TIFF itself
+            orientation = picture.getexif().get(_ORIENTATION)
+    except Exception:  # another format, or a damaged tag
+        orientation = None
+    transposed, *flipped = _UPRIGHT.get(orientation, (False, False, False))
+    pixels = pixels.transpose(0, 2, 1) if transposed else pixels
+    return np.ascontiguousarray(np.flip(pixels, tuple(axis for axis, flip in enumerate(flipped, 1) if flip)))
 
 
 def pixels_to_image(pixels: np.ndarray) -> Tensor:
@@ -170,6 +213,9 @@ def _read_array(data: bytes, where: str, elements: int) -> np.ndarray:
         raise
     except Exception as error:  # damaged archives and headers raise many kinds
         raise InputError(f"{where}: not a readable array ({' '.join(str(error).split())[:100]})") from None
-    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+    kind = array.dtype.kind
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32) if kind in "fiu" else None
+    if values is None or not np.isfinite(values).all():
         raise InputError(f"{where}: a measurement holds finite real numbers, this array of {array.dtype} does not")
-    return array.astype(np.float32)
+    return values

@@ -17,7 +17,7 @@ from torch import Tensor
 from sampling.seeds import SeededNoise
 
 if TYPE_CHECKING:
-    from inverse.operators import Operator
+    from inverse.operator_base import Operator
 
 RandnLike = Callable[[Tensor], Tensor]
 

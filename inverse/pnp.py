@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from inverse.likelihood import langevin_step, likelihood_std
-from inverse.operators import Operator
+from inverse.operator_base import Operator
 from inverse.tasks import LIKELIHOODS, LangevinSettings
 
 RandnLike = Callable[[Tensor], Tensor]
+
+
+class LangevinWarning(UserWarning):
+    """Langevin chains diverged and were run again with a smaller step size."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ def pnp_sample(
     level the network's own and the likelihood step's. With one random stream per image
     (`sampling.seeds.SeededNoise`), an image does not depend on the batch it is in.
 
-    Warns where Langevin chains had to be repeated with a smaller step size. Raises ValueError for settings or shapes
-    that do not fit, LangevinDivergenceError if repeating did not help, and ValueError if the network's output is not
-    finite.
+    Warns (LangevinWarning) where Langevin chains had to be repeated with a smaller step size. Raises ValueError for
+    settings or shapes that do not fit, LangevinDivergenceError if repeating did not help, and ValueError if the
+    network's output is not finite.
     """
     levels = _check_levels(sigmas)
     kind = resolve_likelihood(operator, likelihood)
@@ -104,6 +108,7 @@ def pnp_sample(
         warnings.warn(
             f"Langevin diverged and was repeated with a smaller step size {int(retries.sum())} times, in "
             f"{int((retries > 0).sum())} of {len(y)} images; a smaller c1 avoids this",
+            LangevinWarning,
             stacklevel=3,
         )
     return PnPResult(estimate, kind, retries)

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from dnnlib.util import atomic_write
-from inverse.report_input import LoadedImage, ReportError, check_record, get, load_images, number, read_json, read_png
+from inverse.json_files import JsonFileError, read_json
+from inverse.report_input import LoadedImage, ReportError, check_record, get, load_images, number, read_png
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _METRICS = {  # key: title, direction, format
@@ -73,8 +74,13 @@ def write_report(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ReportError(f"{name} must be a whole number of at least 1, not {value!r}")
     outdir = Path(outdir)
-    options = read_json(outdir / "options.json")
-    metrics = read_json(outdir / "metrics.json")
+    try:
+        options, metrics = (
+            read_json(outdir / name, "write_report needs a folder written by posterior_sample.py")
+            for name in ("options.json", "metrics.json")
+        )
+    except JsonFileError as error:
+        raise ReportError(str(error)) from None
     where = f"{outdir / 'metrics.json'}: "
     records = get(metrics, "images", list, where)
     runs = get(metrics, "runs", int, where)
@@ -85,7 +91,7 @@ def write_report(
         check_record(record, runs, f"{where}images[{i}]")
     task_options = get(options, "task", dict, f"{outdir / 'options.json'}: ")
     operator = get(task_options, "operator", dict, f"{outdir / 'options.json'}: task: ")
-    noise = number(task_options, "noise", f"{outdir / 'options.json'}: task: ")
+    noise = number(task_options, "noise", f"{outdir / 'options.json'}: task: ") if has_truth else None
     loaded = [load_images(outdir, record, runs, has_truth, samples_per_image) for record in records[:max_images]]
     top = _scale_top(loaded)
     title, sentence = describe_task(
@@ -112,6 +118,7 @@ def write_report(
         total=total,
         columns=_columns(metrics, has_truth, where),
         rows=_summary(metrics, runs, has_truth, where),
+        retries=number(metrics, "langevin_retries", where) or 0,
         lpips=_lpips_note(metrics, has_truth, where),
         calibration=_calibration(metrics, where),
         pictures=[figure for name in ("kernel", "mask") if (figure := _picture(outdir / f"{name}.png", name))],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 from sampling.grid import read_image
 
 METRICS = ("psnr", "ssim", "lpips", "residual")
-_MAX_JSON_BYTES = 1 << 28
 
 
 class ReportError(ValueError):
@@ -30,24 +28,6 @@ class LoadedImage:
     mean: np.ndarray | None = None
     std: np.ndarray | None = None
     error: np.ndarray | None = None  # of the mean, or of the only sample
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ReportError(f"{path}: larger than such a file can be")
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ReportError(f"{path}: missing; write_report needs a folder written by posterior_sample.py") from None
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
-    except ReportError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: damaged, not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ReportError(f"{path}: must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def get(record: dict[str, Any], key: str, kind: type, where: str) -> Any:

@@ -12,7 +12,6 @@ kernel.png, mask.png       of the operator, where it has one
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,16 @@ import torch
 from torch import Tensor
 
 from dnnlib.util import atomic_write
-from inverse.operators import Operator
+from inverse.json_files import JsonFileError, read_json, write_json
+from inverse.operator_base import Operator
 from inverse.solve import Solution
 from networks.encoders import RGBEncoder
 from sampling.grid import save_image
 
 LEVEL = 0.9  # of the samples' central interval, for the calibration
-_RESUMABLE = ("batch", "device", "num", "net", "processes")  # options that a restart may change
+_RESUMABLE = ("batch", "device", "num", "net")  # options that a restart may change
+_OF_IMAGES = ("truth", "measurements", "samples", "mean", "std", "records", "metrics.json")
+_OF_OPERATORS = ("kernel.png", "mask.png")
 
 
 class ResultsError(ValueError):
@@ -41,30 +43,52 @@ class ResultsFolder:
         self.path = Path(path)
 
     def begin(self, options: dict[str, Any], operator: Operator, size: tuple[int, int]) -> None:
-        """Create the folder, or check that it holds results of the same options.
+        """Create the folder, or check that it holds results of the same options, or none yet.
 
         Raises ResultsError, naming what differs, where it does not.
         """
-        found = self.path / "options.json"
+        file = self.path / "options.json"
         options = json.loads(json.dumps(options))
         if self.path.exists() and not self.path.is_dir():
             raise ResultsError(f"{self.path} is a file: give a folder")
-        if found.exists():
-            before = _read_json(found)
+        if file.exists():
+            before = self._read(file, "use another folder")
+            if not {"task", "net_sha256"} <= set(before):
+                raise ResultsError(f"{file} is not of posterior_sample.py: use another folder")
             fixed = (set(options) | set(before)) - set(_RESUMABLE)
             differing = sorted(_differences({k: before.get(k) for k in fixed}, {k: options.get(k) for k in fixed}))
-            if differing:
+            if differing and self._has(*_OF_IMAGES):
                 raise ResultsError(f"{self.path} holds results of other options ({'; '.join(differing)}): use another")
-        elif any((self.path / name).exists() for name in ("samples", "records", "metrics.json")):
+        elif self._has(*_OF_IMAGES, *_OF_OPERATORS):
             raise ResultsError(f"{self.path} holds results without options.json: use another folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(found, options)
+        write_json(file, options)
         self._write_operator(operator, size)
+
+    def _has(self, *names: str) -> bool:
+        return any((self.path / name).exists() for name in names)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """Return what was recorded of a finished image, or None. Raises ResultsError for a damaged record."""
         path = self.path / "records" / f"{name}.json"
-        return _read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        advice = "remove it, and the image is drawn again"
+        record = self._read(path, advice)
+        runs = record.get("runs")
+        whole = record.get("name") == name and type(record.get("retries")) is int and isinstance(runs, list) and runs
+        if not whole or not all(isinstance(run, dict) and "residual" in run for run in runs):
+            raise ResultsError(f"{path}: damaged, not the record of {name}; {advice}")
+        if len(runs) > 1 and "mean_residual" not in record:
+            raise ResultsError(f"{path}: damaged, without the posterior mean; {advice}")
+        return record
+
+    @staticmethod
+    def _read(path: Path, advice: str) -> dict[str, Any]:
+        try:
+            return read_json(path, advice)
+        except JsonFileError as error:
+            raise ResultsError(str(error)) from None
 
     def write(self, solution: Solution, operator: Operator) -> dict[str, Any]:
         """Write the files of one image and return its record."""
@@ -99,8 +123,14 @@ class ResultsFolder:
 
     def _write_operator(self, operator: Operator, size: tuple[int, int]) -> None:
         kernel, mask = getattr(operator, "kernel", None), getattr(operator, "mask", None)
+        for name, found in zip(_OF_OPERATORS, (kernel, mask), strict=True):
+            if found is None:  # of a task that was given up before its first image
+                (self.path / name).unlink(missing_ok=True)
         if kernel is not None:
-            save_image(self.path / "kernel.png", (255 * kernel / kernel.max()).clamp(0, 255).to(torch.uint8)[None])
+            save_image(
+                self.path / "kernel.png",
+                (255 * kernel / kernel.max().clamp_min(1e-12)).clamp(0, 255).to(torch.uint8)[None],
+            )
         if mask is not None:
             save_image(self.path / "mask.png", (255 * mask(*size)).to(torch.uint8)[None])
 
@@ -152,29 +182,3 @@ def _differences(before: Any, now: Any, where: str = "") -> list[str]:
         keys = sorted(set(before) | set(now))
         return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{where}.{k}" if where else k)]
     return [] if before == now else [f"{where}: {json.dumps(before)} there, {json.dumps(now)} now"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ResultsError(f"{path}: damaged ({str(error)[:100]}); remove it to start again") from None
-    if not isinstance(content, dict):
-        raise ResultsError(f"{path}: damaged; remove it to start again")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON data, infinities as null; the file appears whole or not."""
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=1)
-        file.write("\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: null instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

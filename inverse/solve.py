@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inverse.operators import Operator
+from inverse.operator_base import Operator
 from inverse.pnp import pnp_sample
 from inverse.tasks import Task
 from sampling.schedules import karras_sigmas

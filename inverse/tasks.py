@@ -89,7 +89,8 @@ def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> T
     """Return the task of a YAML file, or of a bare name from `task_names`, with some settings replaced.
 
     `overrides` are fields of `Task` and, as langevin_steps, langevin_c1 and langevin_c2, of LangevinSettings.
-    Raises TaskError, naming the file, for what cannot be read and for settings that do not exist or make no sense.
+    Raises TaskError for what cannot be read and for settings that do not exist or make no sense, naming the file where
+    they are its own.
     """
     path = _find(str(task))
     try:
@@ -98,13 +99,13 @@ def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> T
         settings = _parse(path.read_text(encoding="utf-8"))
         settings.setdefault("name", path.stem)
         base = _build(settings)
-        return base if not overrides else _override(base, overrides)
     except UnicodeDecodeError:
         raise TaskError(f"{path}: not a text file") from None
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from None
     except TaskError as error:
         raise TaskError(f"{path}: {error}") from None
+    return _override(base, overrides) if overrides else base
 
 
 def _find(task: str) -> Path:

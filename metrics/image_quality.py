@@ -32,7 +32,7 @@ SSIM_WINDOW, SSIM_STD, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, RGB
 _BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions, numbered as in the published file
 _WIDTHS = (64, 128, 256, 512, 512)  # channels of each block
-_MIN_SIZE = 2 ** (len(_BLOCKS) - 1)  # pixels: each block but the first halves the image
+LPIPS_MIN_SIZE = 2 ** (len(_BLOCKS) - 1)  # pixels: each block but the first halves the image
 _PIXELS_AT_ONCE = 8 * 256 * 256  # bounds the memory of LPIPS to about 1 GB, whatever the batch
 
 
@@ -131,8 +131,8 @@ class LPIPS(nn.Module):
         Raises ValueError for smaller images, and for other shapes or types.
         """
         _check_images(x, y)
-        if x.shape[1] not in (1, 3) or min(x.shape[2:]) < _MIN_SIZE:
-            needs = f"1 or 3 channels and at least {_MIN_SIZE}x{_MIN_SIZE} pixels"
+        if x.shape[1] not in (1, 3) or min(x.shape[2:]) < LPIPS_MIN_SIZE:
+            needs = f"1 or 3 channels and at least {LPIPS_MIN_SIZE}x{LPIPS_MIN_SIZE} pixels"
             raise ValueError(f"LPIPS needs images of {needs}, got {x.shape[1]} channels and {_size(x)}")
         count = max(1, _PIXELS_AT_ONCE // (x.shape[2] * x.shape[3]))
         with full_precision_convolutions(), torch.autocast(self.mean.device.type, enabled=False):

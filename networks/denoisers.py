@@ -39,7 +39,14 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> Scalings:
 
 
 class PreconditionedNet(nn.Module):
-    """What teacher, conditional denoiser and discriminator share: architecture, labels, precision, preconditioning."""
+    """What teacher, conditional denoiser and discriminator share: architecture, labels, precision, preconditioning.
+
+    Data other than images set the three classes to networks of the same interface.
+    """
+
+    unet_class: type[nn.Module] = UNet
+    encoder_class: type[nn.Module] = Encoder
+    decoder_class: type[nn.Module] = Decoder
 
     def __init__(
         self,
@@ -126,7 +133,7 @@ class Precond(Denoiser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.unet = UNet(self._unet_config)
+        self.unet = self.unet_class(self._unet_config)
         self._add_logvar()
 
     def forward(self, x: Tensor, sigma: Sigma, labels: Tensor | None = None, *, return_logvar: bool = False):
@@ -145,9 +152,9 @@ class PrecondCondition(Denoiser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ctrl = Encoder(self._unet_config)
-        self.enc = Encoder(self._unet_config)
-        self.dec = Decoder(self._unet_config)
+        self.ctrl = self.encoder_class(self._unet_config)
+        self.enc = self.encoder_class(self._unet_config)
+        self.dec = self.decoder_class(self._unet_config)
         self._add_logvar()
 
     def forward(
@@ -184,8 +191,8 @@ class Discriminator(PreconditionedNet):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ctrl = Encoder(self._unet_config)
-        self.enc = Encoder(self._unet_config)
+        self.ctrl = self.encoder_class(self._unet_config)
+        self.enc = self.encoder_class(self._unet_config)
         self.out_conv = MPConv(2 * self._unet_config.skip_channels[-1], 1)
         for module in self.modules():
             if isinstance(module, MPConv):

@@ -60,11 +60,12 @@ def few_step_sigmas(
 
 
 def expand_sigma(sigma: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return a noise level per sample as float32 [N,1,1,1] on x's device, for x [N,C,H,W].
+    """Return a noise level per sample as [N,1,1,1] on x's device, for x [N,C,H,W]; float64 for such x, else float32.
 
     `sigma` is a number, or a tensor of 1 or N elements shaped [], [N] or [N,1,1,1]; raises ValueError otherwise.
     """
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
     if sigma.numel() not in (1, x.shape[0]) or sigma.shape.numel() != (sigma.shape[0] if sigma.ndim else 1):
         raise ValueError(f"sigma of shape {list(sigma.shape)} does not fit a batch of {x.shape[0]}: give 1 or N values")
     return sigma.reshape(-1, *[1] * (x.ndim - 1)).expand(x.shape[0], *[1] * (x.ndim - 1))

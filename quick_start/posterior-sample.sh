@@ -10,13 +10,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-TASKS="$(cd "$ROOT/presets/task" && printf '%s ' *.yaml | sed 's/\.yaml//g')"
+TASKS="$(cd "$ROOT/presets/task" && printf '%s, ' *.yaml | sed 's/\.yaml//g; s/, $//')"
 [ $# -ge 1 ] || refuse "usage: bash quick_start/posterior-sample.sh TASK_NAME [OPTION ...], with TASK_NAME one of $TASKS"
 task="$1"
 shift
 [[ "$task" =~ ^[A-Za-z0-9_]+$ && -f "$ROOT/presets/task/$task.yaml" ]] || refuse "there is no task '$task': use one of $TASKS"
 gpus="${NUM_GPUS:-0}"
 [[ "$gpus" =~ ^[0-9]{1,5}$ ]] || refuse "NUM_GPUS is '$gpus': give a number, 0 for one process"
+gpus=$((10#$gpus))
 
 if [ "${DEMO:-0}" = 1 ]; then
     net="${NET:-$ROOT/assets/demo/student.safetensors}" data="${DATA:-$ROOT/assets/fashion16-test.zip}"
@@ -33,7 +34,6 @@ else
 fi
 
 use_environment run
-cd "$ROOT"
 launcher=("$PYTHON")
 if [ "$gpus" -gt 0 ]; then
     found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
@@ -42,4 +42,4 @@ if [ "$gpus" -gt 0 ]; then
     launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" --)
     set -- --device cuda "$@"
 fi
-"${launcher[@]}" posterior_sample.py --net "$net" --data "$data" --task "$preset" --outdir "$out" --batch "$batch" --num "$num" "$@"
+"${launcher[@]}" "$ROOT/posterior_sample.py" --net "$net" --data "$data" --task "$preset" --outdir "$out" --batch "$batch" --num "$num" "$@"

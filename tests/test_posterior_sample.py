@@ -211,7 +211,7 @@ def test_images_of_another_size_need_resize(nets, task, tmp_path):
     command = ["--net", nets / "plain", "--task", task, "--data", folder, "--outdir", tmp_path / "out", "--runs", 1]
     message = run(*command, code=1)
     assert "wide.jpg: 48x32 pixels" in message and "--resize" in message
-    shutil.rmtree(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     run(*command, "--resize")
     truth = read_image(tmp_path / "out" / "truth" / "wide.png")[0].astype(int)
     assert (
@@ -239,17 +239,121 @@ def test_images_of_another_size_need_resize(nets, task, tmp_path):
         (["--mask", "{tmp}/mask.png"], "--mask belongs to inpainting"),
         (["--dtype", "fp16"], "float16 needs a CUDA device"),
         (["--sigma-min", "90"], "sigma_min 90.0 must be below sigma_max 80.0"),
-        (["--ema-decay", "1"], "ema_decay is a share"),
+        (["--ema-decay", "1"], "Error: ema_decay is a share"),
+        (["--outdir", ""], "--outdir is empty"),
         (["--zeta", "0.5", "--ts", "39"], "ts"),
         (["--lpips-path", "{tmp}/vgg.pth"], "no vgg16-397923af.pth at"),
         (["--outdir", "{data}"], "is a file: give a folder"),
+        (["--data", "{tmp}", "--outdir", "{tmp}/results"], "results would be taken for input"),
     ],
 )
 def test_bad_requests_get_one_line_and_write_nothing(arguments, message, nets, data, task, tmp_path):
     places = {"nets": nets, "tmp": tmp_path, "data": data}
     command = ["--net", nets / "plain", "--task", task, "--data", data, "--outdir", tmp_path / "out"]
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "grey.png")
     before = sorted(tmp_path.rglob("*"))
-    usage = {"--measurements", "--mask", "--ts"} & set(arguments)
+    usage = {"--measurements", "--mask", "--ts", ""} & set(arguments)
     text = run(*command, *(argument.format(**places) for argument in arguments), code=2 if usage else 1)
     assert message in " ".join(text.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_colour_photos_with_odd_names_and_one_run(tmp_path):
+    options = {**NET16, "img_channels": 3}
+    save(tmp_path / "net", GenerativeDenoiser(fill_by_name(PrecondCondition(**options), 5)).eval(), RGBEncoder())
+    photos = tmp_path / "my photos"
+    (photos / "größe 1").mkdir(parents=True)
+    columns = np.zeros((20, 30, 3), np.uint8)
+    columns[:, :15, 0] = 250
+    names = ["größe 1/a\\b: 日本.png", "line\nbreak.png", "50% <b>.bmp"]
+    for name in names:
+        Image.fromarray(columns).save(photos / name)
+    out = tmp_path / "out"
+    run(
+        "--net",
+        tmp_path / "net",
+        "--task",
+        "random_inpainting",
+        "--data",
+        photos,
+        "--outdir",
+        out,
+        "--steps",
+        3,
+        "--resize",
+    )
+    records = json.loads((out / "metrics.json").read_text())["images"]
+    assert [record["name"] for record in records] == ["50% <b>", "größe 1-a-b- 日本", "line-break"]
+    for record in records:
+        truth = read_image(out / "truth" / f"{record['name']}.png")
+        assert truth.shape == (3, 16, 16) and truth[0, 8, 1] > 240 and truth[0, 8, 14] < 10 and truth[1:].max() < 10
+        assert len(record["runs"]) == 1 and "posterior_mean" not in record
+    assert "größe 1-a-b- 日本" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_bad_image_or_measurement_is_told_before_anything_is_drawn(nets, data, task, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.full((16, 16), 90, np.uint8)).save(folder / f"{name}.png")
+    whole = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(whole[:40])
+    command = ["--net", nets / "plain", "--data", folder, "--outdir", out, "--steps", 3]
+    assert "b.png" in run(*command, "--task", task, code=1) and not out.exists()
+    y = tmp_path / "y"
+    y.mkdir()
+    np.savez(y / "a.npz", y=np.zeros((1, 8, 8)))
+    np.savez(y / "b.npz", y=np.zeros((1, 8, 9)))
+    message = run("--net", nets / "plain", "--task", task, "--measurements", y, "--outdir", out, code=1)
+    assert "b.npz: a measurement of shape [1, 8, 9]" in message and not out.exists()
+
+
+def test_diverged_langevin_is_told_in_one_line_and_recorded(nets, data, task, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "posterior_sample.py", "--net", nets / "plain", "--task", task, "--data", data]
+    command += ["--likelihood", "langevin", "--langevin-c1", 3, "--langevin-steps", 20, "--num", 2, "--outdir", out]
+    done = subprocess.run(
+        [*map(str, command), "--device", "cpu", "--quiet"], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "metrics.json").read_text())
+    count = report["langevin_retries"]
+    assert count > 0 and count == sum(image["retries"] for image in report["images"])
+    assert done.stdout.count(f"repeated with a smaller step size {count} times") == 1
+    assert "Warning" not in done.stderr and "solve.py" not in done.stderr
+    assert f"<b>{count} times</b>" in (out / "report.html").read_text()
+
+
+def test_phase_retrieval_from_measured_magnitudes(nets, data, tmp_path):
+    settings = ["--task", "phase_retrieval", "--steps", 3, "--runs", 2, "--langevin-steps", 5]
+    run("--net", nets / "plain", "--data", data, "--num", 1, "--outdir", tmp_path / "first", *settings)
+    y = tmp_path / "first" / "measurements"
+    run("--net", nets / "plain", "--measurements", y, "--outdir", tmp_path / "second", *settings)
+    for j in range(2):
+        file = f"samples/run_{j}/00000-img00000000.png"
+        first, second = (read_image(tmp_path / folder / file).astype(int) for folder in ("first", "second"))
+        assert np.abs(first - second).max() <= 1
+    text = (tmp_path / "second" / "report.html").read_text()
+    assert "No ground truth" in text and "noise 0.05" not in text and "The noise is" not in text
+
+
+def test_images_too_small_for_ssim_and_lpips(task, tmp_path):
+    options = {**NET16, "img_resolution": 8}
+    save(tmp_path / "net", GenerativeDenoiser(fill_by_name(PrecondCondition(**options), 6)).eval(), RGBEncoder())
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(tmp_path / "images" / "a.png")
+    out = tmp_path / "out"
+    run("--net", tmp_path / "net", "--task", task, "--data", tmp_path / "images", "--outdir", out)
+    report = json.loads((out / "metrics.json").read_text())
+    assert set(report["summary"]["sample"]) == {"psnr", "residual"}
+    assert "at least 16x16 pixels" in report["lpips"]["note"] and (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_residual_beyond_all_numbers_is_null(runs, nets, data, task, tmp_path):
+    out = tmp_path / "out"
+    command = ["--net", nets / "plain", "--task", task, "--data", data, "--num", 1, "--runs", runs, "--outdir", out]
+    run(*command, "--noise", 1e30)
+    (image,) = json.loads((out / "metrics.json").read_text())["images"]
+    assert image["runs"][0]["residual"] is None and image["runs"][0]["psnr"] > 0
+    assert (out / "report.html").exists()

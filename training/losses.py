@@ -47,16 +47,18 @@ def generator_loss(
     labels: Tensor | None = None,  # class weights [N,label_dim]
     *,
     randn_like: RandnLike,
+    combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # (y, sigma, x_t, t) -> teacher's (x, sigma)
 ) -> tuple[Tensor, Tensor | None]:
     """Variational score distillation loss [N,C,H,W] and adversarial loss [N,1,1,1] or None (NCVSD, Section 4).
 
     The target score of p(x_t | y) is the teacher's at the combined observation of y and x_t: the score identity.
+    Another `combine` gives another target, such as the score of p(x_t) from one that returns x_t and t.
     """
     t = expand_sigma(t, y)
     x, logvar = generator(y, sigma, labels, return_logvar=True, randn_like=randn_like)
     x_t = x + t * randn_like(x)
     with torch.no_grad():
-        target = teacher(*combine_observations(y, sigma, x_t, t), labels)
+        target = teacher(*combine(y, sigma, x_t, t), labels)
         estimate = score_net(x_t, t, y, sigma, labels)
         direction = target - estimate
     error = x - (direction + x).detach()

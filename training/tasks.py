@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
+from networks.posterior import combine_observations
 from sampling.images import generate_images
 from sampling.schedules import parse_ts
 from sampling.seeds import SeededNoise
@@ -120,6 +121,25 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
     """The three phases of NCVSD (NCVSD, Algorithm 1): score network, discriminator, generator."""
     teacher.eval().requires_grad_(False)
     generator, score_net, discriminator = build_student(teacher, config)
+    phases = distillation_phases(teacher, generator, score_net, discriminator, config)
+    ts = parse_ts(config.eval_ts).ts
+    schedules = {"1step": {}, "ts" + "_".join(map(str, ts)): {"ts": ts}}
+
+    def views(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
+        return denoised_views(net, score_net, teacher, encoder, seeds, math.exp(config.g_p_mean), batch)
+
+    return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher}, teacher, views)
+
+
+def distillation_phases(
+    teacher: Callable[..., Tensor],  # D(x, sigma, labels): Precond, or any denoiser called like it
+    generator: GenerativeDenoiser,
+    score_net: PrecondCondition,
+    discriminator: Discriminator,
+    config: NCVSDConfig,
+    combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # see `generator_loss`
+) -> list[Phase]:
+    """The phases of an iteration in their order: score network, discriminator, generator."""
     y_sampler = UniformKarrasSigma(config.sigma_steps, sigma_max=config.init_sigma, rho=config.sigma_rho)
     score_levels = LogNormalSigma(config.s_p_mean, config.s_p_std)
     discriminator_levels = LogNormalSigma(config.d_p_mean, config.d_p_std)
@@ -151,22 +171,24 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
         adversarial = batch.nimg >= config.gan_warmup_kimg * 1000
         critic = discriminator if adversarial else None
         vsd, gan = generator_loss(
-            generator, teacher, score_net, critic, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like
+            generator,
+            teacher,
+            score_net,
+            critic,
+            y,
+            sigma,
+            t,
+            batch.labels,
+            randn_like=batch.noise.randn_like,
+            combine=combine,
         )
         if gan is None:
             return LossTerms(vsd, {"vsd": vsd}, t)
         return LossTerms(vsd + config.gan_loss_scaling * gan, {"vsd": vsd, "gan": gan}, t)
 
     generator_start = config.g_delay_kimg * 1000
-    phases = [
+    return [
         Phase("score", score_net, 1.0, score_phase, 0, score_levels.quartiles()),
         Phase("disc", discriminator, config.d_lr_scaling, discriminator_phase, 0, discriminator_levels.quartiles()),
         Phase("gen", generator, config.g_lr_scaling, generator_phase, generator_start, generator_levels.quartiles()),
     ]
-    ts = parse_ts(config.eval_ts).ts
-    schedules = {"1step": {}, "ts" + "_".join(map(str, ts)): {"ts": ts}}
-
-    def views(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
-        return denoised_views(net, score_net, teacher, encoder, seeds, math.exp(config.g_p_mean), batch)
-
-    return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher}, teacher, views)

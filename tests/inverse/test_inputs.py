@@ -4,9 +4,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from inverse.inputs import ImageFolder, InputError, MeasurementFolder, name_files, read_mask
+from inverse.inputs import ImageFolder, InputError, MeasurementFolder, name_files, read_mask, upright
 from training.dataset_files import DatasetError
 
 
@@ -16,6 +16,21 @@ def test_names_are_unique_and_flat():
         name_files(["a.jpg", "a.png"], "x")
     with pytest.raises(InputError, match="both be called a-b"):
         name_files(["a-b.png", "a/b.png"], "x")
+    assert list(name_files(["C:\\a b.png", "é\x00\udcff.png"], "x")) == ["C--a b", "é--"]
+    with pytest.raises(InputError, match="too long a name: at most 200 bytes") as caught:
+        name_files(["日" * 67 + ".png"], "x")
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_stand_upright_as_viewers_show_them(orientation, tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    data = (tmp_path / "photo.png").read_bytes()
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "photo.png")))
+    assert np.array_equal(upright(pixels[None], data), shown[None])
 
 
 def test_pixels_and_colours(tmp_path):
@@ -83,6 +98,7 @@ def test_measurements_in_their_formats(tmp_path):
         (npz(x=np.zeros((1, 4, 4))), "no array y"),
         (npz(y=np.zeros((1, 4, 5))), r"shape \[1, 4, 5\], and the operator gives \[1, 4, 4\]"),
         (npz(y=np.full((1, 4, 4), np.nan)), "finite real numbers"),
+        (npz(y=np.full((1, 4, 4), 1e300)), "finite real numbers"),
         (npz(y=np.zeros((1, 4, 4), complex)), "finite real numbers|larger"),
         (npz(y=np.array([[["a"] * 4] * 4])), "finite real numbers"),
         (npy(np.array([print, None], dtype=object), allow_pickle=True), "not a readable array"),

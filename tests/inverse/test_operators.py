@@ -269,3 +269,9 @@ def test_measurements_that_do_not_fit():
         operator.residual(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match="4x fewer pixels than 20x8"):
         operator.adjoint(torch.zeros(1, 3, 2, 2), (20, 8))
+
+
+@pytest.mark.parametrize("params", [{"mask": np.zeros((4, 4))}, {"box": [0, 0, 4, 4]}, {"fraction": 0.99}])
+def test_inpainting_measures_something(params):
+    with pytest.raises(ValueError, match="removes every pixel of images of 4x4: nothing is measured"):
+        get_operator("inpainting", **params).forward(torch.zeros(1, 1, 4, 4))

@@ -65,6 +65,50 @@ def test_folders_of_others_are_left_alone(tmp_path):
     with pytest.raises(ResultsError, match="damaged"):
         ResultsFolder(tmp_path).begin({"seed": 1}, operator, (8, 8))
     assert (tmp_path / "options.json").read_text() == "{broken"
+    (tmp_path / "options.json").write_text('{"batch": 64}')
+    with pytest.raises(ResultsError, match="not of posterior_sample.py"):
+        ResultsFolder(tmp_path).begin({"seed": 1}, operator, (8, 8))
+    for name in ("truth", "mask.png"):
+        folder = tmp_path / name / "own"
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(ResultsError, match="results without options.json"):
+            ResultsFolder(folder).begin({"seed": 1}, operator, (8, 8))
+
+
+def test_options_may_change_until_the_first_image_is_written(tmp_path):
+    options = {"task": {}, "net_sha256": "0", "seed": 1, "batch": 4}
+    folder = ResultsFolder(tmp_path)
+    folder.begin(options, get_operator("inpainting", fraction=0.5), (8, 8))
+    assert (tmp_path / "mask.png").exists()
+    blur = get_operator("gaussian_blur_circ", kernel_size=3)
+    folder.begin({**options, "seed": 2}, blur, (8, 8))
+    assert (tmp_path / "kernel.png").exists() and not (tmp_path / "mask.png").exists()
+    folder.write(Solution(Problem("a", torch.zeros(1, 8, 8)), torch.zeros(1, 1, 8, 8), retries=0), blur)
+    folder.begin({**options, "seed": 2, "batch": 8}, blur, (8, 8))
+    with pytest.raises(ResultsError, match="seed: 2 there, 1 now"):
+        folder.begin(options, blur, (8, 8))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"name": "a"}',
+        '{"name": "a", "runs": [], "retries": 0}',
+        '{"name": "a", "runs": [{}], "retries": 0}',
+        '{"name": "b", "runs": [{"residual": 1}], "retries": 0}',
+        '{"name": "a", "runs": [{"residual": 1}, {"residual": 2}], "retries": 0}',
+    ],
+)
+def test_a_damaged_record_is_told_and_kept(text, tmp_path):
+    file = tmp_path / "records" / "a.json"
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(ResultsError, match="a.json: damaged.*remove it, and the image is drawn again"):
+        ResultsFolder(tmp_path).record("a")
+    assert file.read_text() == text
 
 
 def test_maps_of_several_runs(tmp_path):

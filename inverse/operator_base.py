@@ -1,0 +1,84 @@
+"""What measurement operators A of y = A(x) + noise have in common, on images [N,C,H,W] in [-1, 1]."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+RandnLike = Callable[[Tensor], Tensor]
+
+
+class Operator(ABC):
+    """A measurement operator; `forward(x)` maps images [N,C,H,W] to measurements [N,C,h,w]."""
+
+    is_linear = False
+    has_exact_step = False  # `sample_conditional` exists
+    measures_images = True  # measurements are pictures in about [-1, 1]
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Return A(x), without noise. Raises ValueError for images that the operator cannot take."""
+
+    def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of A(x) for x of shape [N,C,H,W]: here the same. Raises ValueError as `forward` does."""
+        return check_image_shape(shape)
+
+    def measure(self, x: Tensor, noise_std: float, randn_like: RandnLike = torch.randn_like) -> Tensor:
+        """Return a simulated measurement A(x) + noise_std·n. Raises ValueError as `forward` does."""
+        clean = self.forward(x)
+        return clean + noise_std * randn_like(clean)
+
+    def misfit_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the gradient [N,C,H,W] of |A(x) - y|² with respect to x."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            misfit = (self.forward(x) - y).square().sum()
+            return torch.autograd.grad(misfit, x)[0]
+
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the root-mean-square measurement error [N] of A(x) against y. Raises ValueError as `check_pair`."""
+        self.check_pair(x, y)
+        return (self.forward(x) - y).flatten(1).square().mean(1).sqrt()
+
+    def check_pair(self, x: Tensor, y: Tensor) -> None:
+        """Raise ValueError unless y [N,C,h,w] has the shape of a measurement of x [N,C,H,W]."""
+        wanted = self.measurement_shape(x.shape)
+        if tuple(y.shape) != wanted:
+            raise ValueError(
+                f"measurements {list(y.shape)} do not fit: images {list(x.shape)} give measurements {list(wanted)}"
+            )
+
+
+class LinearOperator(Operator):
+    """A linear operator with an adjoint and an exact draw from the conditional of a Gaussian prior."""
+
+    is_linear = True
+    has_exact_step = True
+
+    @abstractmethod
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return A*y [N,C,H,W]: <A x, y> = <x, A* y>. `size` = (H, W), where y's own size leaves it open."""
+
+    @abstractmethod
+    def sample_conditional(
+        self, x: Tensor, y: Tensor, likelihood_std: float, rho: float, randn_like: RandnLike = torch.randn_like
+    ) -> Tensor:
+        """Draw u [N,C,H,W] exactly from its conditional: prior N(x, rho²), y = A(u) + likelihood_std·n.
+
+        One call of `randn_like` on x. Affine in that noise: zeros give the conditional mean.
+        Raises ValueError where x or y do not fit the operator or a standard deviation is not positive.
+        """
+
+    def misfit_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        return 2 * self.adjoint(self.forward(x) - y, tuple(x.shape[-2:]))
+
+
+def check_image_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return (N, C, H, W); raises ValueError unless the shape is that of a batch of non-empty images."""
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"images must be [N,C,H,W] with no empty dimension, not {list(shape)}")
+    n, c, height, width = shape
+    return n, c, height, width

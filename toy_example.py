@@ -1,0 +1,123 @@
+"""NCVSD where everything is known: a mixture of Gaussians in the plane, its exact denoiser as the teacher."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from toy.settings import ToySettings
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+STUDENT = "assets/toy/student.safetensors"
+
+
+def setting_options(function: Callable) -> Callable:
+    """One option per field of ToySettings; those that switch an ingredient are written --x/--no-x."""
+    for field in reversed(fields(ToySettings)):
+        name = field.name.replace("_", "-")
+        flag = f"--{name}/--no-{name}" if isinstance(field.default, bool) else f"--{name}"
+        kind = None if isinstance(field.default, bool) else type(field.default)
+        option = click.option(flag, field.name, type=kind, default=field.default, help=field.metadata["help"] + ".")
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"show_default": True, "max_content_width": 120})
+def main() -> None:
+    """Distil an exact denoiser of 2-D data, and compare what comes out with the true posterior.
+
+    \b
+    python toy_example.py train --out out/toy/student.safetensors         ten minutes on two cores
+    python toy_example.py check --net out/toy/student.safetensors --out out/toy/check.json
+    python toy_example.py plot --net out/toy/student.safetensors --out out/toy/figure.png
+    """
+
+
+@main.command()
+@click.option("--out", type=FILE, required=True, help="The student, a safetensors file.")
+@click.option("--quiet", is_flag=True, help="No lines on the way.")
+@setting_options
+def train(out: Path, quiet: bool, **settings: Any) -> None:
+    """Distil the exact denoiser into a small network with the losses of image training."""
+
+    def work() -> str:
+        from toy.check import probe
+        from toy.mixture import spiral_arms
+        from toy.training import save_student
+        from toy.training import train as distil
+
+        checked = ToySettings(**settings)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        mixture = spiral_arms()
+        log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+        student = distil(mixture, checked, probe=probe(mixture), log=log)
+        save_student(out, student)
+        return f"{out}: {checked.iterations} iterations, {student.seconds:.0f} s of processor time"
+
+    _run(work)
+
+
+@main.command()
+@click.option("--net", type=FILE, default=STUDENT, help="A student that `train` wrote.")
+@click.option("--points", type=click.IntRange(2), default=64, help="Observations y per noise level.")
+@click.option("--samples", type=click.IntRange(8), default=256, help="Draws per observation.")
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=12345, help="Of observations and draws.")
+@click.option("--out", type=FILE, help="Also write all numbers as JSON.")
+def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> None:
+    """Compare the student's draws with the true posterior at eight noise levels; check the score identity and PnP."""
+
+    def work() -> str:
+        from dnnlib.util import atomic_write
+        from toy.check import report
+        from toy.mixture import spiral_arms
+        from toy.report import tables
+        from toy.training import load_student
+
+        result = report(spiral_arms(), load_student(net), points=points, samples=samples, seed=seed)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(out, "w", encoding="utf-8") as file:
+                file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        return tables(result)
+
+    _run(work)
+
+
+@main.command()
+@click.option("--net", type=FILE, default=STUDENT, help="A student that `train` wrote.")
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=1, help="Of the draws.")
+@click.option("--out", type=FILE, required=True, help="The figure, a PNG.")
+def plot(net: Path, seed: int, out: Path) -> None:
+    """Draw samples beside the true posterior for four observations, and the course of training."""
+
+    def work() -> str:
+        from toy.figure import draw_figure
+        from toy.mixture import spiral_arms
+        from toy.training import load_student
+
+        student = load_student(net)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draw_figure(out, spiral_arms(), student, seed)
+        return str(out)
+
+    _run(work)
+
+
+def _run(work: Callable[[], str]) -> None:
+    """Print what `work` returns; what the user can put right comes as one line."""
+    from training.optim import DivergenceError
+
+    try:
+        click.echo(work())
+    except (ValueError, OSError, DivergenceError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
