@@ -140,6 +140,7 @@ esac
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the detector
 @pytest.mark.parametrize("preset", TEACHERS)
 def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, detector, tmp_path):
     out = tmp_path / "run"
