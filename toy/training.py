@@ -149,10 +149,10 @@ def train(
             entry = {"iteration": i + 1, **{name: sum(values) / len(values) for name, values in sums.items()}}
             sums.clear()
             if probe is not None and (i + 1) % max(settings.iterations // 20, 1) == 0:
-                entry |= probe(ema.averages[0])
+                entry |= probe(ema.network(0))
             curves.append(entry)
             log(json.dumps({k: round(v, 4) for k, v in entry.items()}) + f" {time.process_time() - begun:.0f} s")
-    return Student(ema.averages[0], start, settings, curves, time.process_time() - begun)
+    return Student(ema.network(0), start, settings, curves, time.process_time() - begun)
 
 
 def _parameters(phase: Phase, settings: ToySettings) -> list[torch.nn.Parameter]:

@@ -39,9 +39,9 @@ def test_memory_does_not_grow_over_three_epochs(archive, workers):
         return sum(p.memory_full_info().uss for p in [process, *process.children()])
 
     sizes = []
-    for _ in range(4):  # the first epoch warms up
+    for _ in range(5):  # the first two warm up: forked workers come to own the pages that they touch
         for _ in range(COUNT // BATCH):
             next(loader)
         sizes.append(resident())
     epoch = COUNT * dataset[0][0].nbytes  # what would stay if every image of an epoch were kept
-    assert sizes[-1] - sizes[0] < epoch, [size >> 20 for size in sizes]
+    assert sizes[-1] - sizes[1] < epoch, [size >> 20 for size in sizes]
