@@ -1,7 +1,8 @@
-"""One thread per process, so that tests behave the same on a busy machine, and a tiny data set with its teacher."""
+"""One thread per process, so that tests behave the same on a busy machine, and what several tests start from."""
 
 import io
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -65,3 +66,22 @@ def tiny_teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     networks.save(path, fill_by_name(networks.Precond(**TINY_NET), 11), RGBEncoder())
     return path
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """Folder of a `python` that sees 8 GPUs, and writes down what it should launch instead of doing so."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "python"
+    script.write_text(
+        f"""#!/usr/bin/env bash
+case "$1:$2" in
+    -m:torch.distributed.run | */posterior_sample.py:*) printf '%s\\n' "$@" >"{tmp_path}/launched" ;;
+    -c:*torch*) echo 8 ;;
+    *) exec "{sys.executable}" "$@" ;;
+esac
+"""
+    )
+    script.chmod(0o755)
+    return folder

@@ -43,25 +43,6 @@ def empty_root(tmp_path):
     return tmp_path / "root"
 
 
-@pytest.fixture
-def fake_python(tmp_path):
-    """Folder of a `python` that sees 8 GPUs, and writes down what it should launch instead of doing so."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "python"
-    script.write_text(
-        f"""#!/usr/bin/env bash
-case "$1:$2" in
-    -m:torch.distributed.run) printf '%s\\n' "$@" >"{tmp_path}/launched" ;;
-    -c:*torch*) echo 8 ;;
-    *) exec "{sys.executable}" "$@" ;;
-esac
-"""
-    )
-    script.chmod(0o755)
-    return folder
-
-
 def test_one_process_on_the_cpu_from_network_to_report(reference, tmp_path):
     out = tmp_path / "new" / "report.json"
     result = launch(0, "12,39", STUDENT, "--quiet", REF=reference, METRICS="fd_demo", NUM=64, SEED=5, OUT=out)

@@ -31,25 +31,6 @@ def launch(*arguments, root=ROOT, python=Path(sys.executable).parent, cwd=ROOT, 
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
-@pytest.fixture
-def fake_python(tmp_path):
-    """Folder of a `python` that sees 8 GPUs, and writes down what it should launch instead of doing so."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "python"
-    script.write_text(
-        f"""#!/usr/bin/env bash
-case "$1:$2" in
-    -m:torch.distributed.run | */posterior_sample.py:*) printf '%s\\n' "$@" >"{tmp_path}/launched" ;;
-    -c:*torch*) echo 8 ;;
-    *) exec "{sys.executable}" "$@" ;;
-esac
-"""
-    )
-    script.chmod(0o755)
-    return folder
-
-
 def launched(folder):
     """What went before the script, and the script's options."""
     words = (folder / "launched").read_text().splitlines()

@@ -121,25 +121,6 @@ def detector(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def fake_python(tmp_path):
-    """Folder of a `python` that sees 8 GPUs, and writes down what it should launch instead of doing so."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    script = folder / "python"
-    script.write_text(
-        f"""#!/usr/bin/env bash
-case "$1:$2" in
-    -m:torch.distributed.run) printf '%s\\n' "$@" >"{tmp_path}/launched" ;;
-    -c:*torch*) echo 8 ;;
-    *) exec "{sys.executable}" "$@" ;;
-esac
-"""
-    )
-    script.chmod(0o755)
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the detector
 @pytest.mark.parametrize("preset", TEACHERS)
 def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, detector, tmp_path):
