@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ def evaluate(
             "interval": covered[0]["interval"],
             "expected": covered[0]["interval"],
             "coverage": statistics.fmean(image["coverage"] for image in covered),
-            "coverage_inside": _mean(image["coverage_inside"] for image in covered),
             "runs": runs,
         }
     report["images"] = images
@@ -124,11 +123,6 @@ def _summarise(images: Sequence[dict[str, Any]], runs: int) -> dict[str, Any]:
     return summary
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
 def _write_csv(path: Path, images: Sequence[dict[str, Any]]) -> None:
     columns = [name for name in [*QUALITIES, "residual"] if name in images[0]["runs"][0]]
     text = io.StringIO()
@@ -161,11 +155,9 @@ def format_summary(report: dict[str, Any]) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     if "calibration" in report:
         found = report["calibration"]
-        inside = found["coverage_inside"]
         lines.append(
             f"calibration: {found['coverage']:.1%} of the true pixels lie in the central {found['interval']:.0%} "
             "interval of the samples"
-            + (f" ({inside:.1%} of those neither black nor white)" if inside is not None else "")
         )
     if report["langevin_retries"]:
         affected = sum(image["retries"] > 0 for image in report["images"])

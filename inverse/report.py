@@ -240,22 +240,14 @@ def _calibration(metrics: dict[str, Any], where: str) -> dict[str, Any] | None:
     if metrics.get("calibration") is None:
         return None
     record = get(metrics, "calibration", dict, where)
-    values = {
-        key: number(record, key, f"{where}calibration: ")
-        for key in ("interval", "coverage", "expected", "coverage_inside")
-    }
-    inside = values["coverage_inside"]  # ends of the range of values cannot help there
-    found = values["coverage"] if inside is None else inside
-    if any(
-        value is None or not 0 <= value <= 1
-        for value in (values["interval"], values["coverage"], values["expected"], found)
-    ):
+    values = {key: number(record, key, f"{where}calibration: ") for key in ("interval", "coverage", "expected")}
+    if any(value is None or not 0 <= value <= 1 for value in values.values()):
         raise ReportError(f"{where}calibration: interval, coverage and expected must be numbers in [0, 1]")
-    lack = values["expected"] - found
+    lack = values["expected"] - values["coverage"]
     verdict = "The spread of the samples is about right."
     if abs(lack) > 0.05:
         verdict = f"The samples are {'over-confident: they spread too little' if lack > 0 else 'spread too widely'}."
-    return {**values, "found": found, "runs": record.get("runs"), "verdict": verdict}
+    return {**values, "runs": record.get("runs"), "verdict": verdict}
 
 
 def _flatten(options: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
