@@ -217,7 +217,8 @@ def test_colour_map_is_even_in_lightness():
 def test_missing_lpips_cut_and_partial_results_are_said(tmp_path):
     write_results(tmp_path, runs=4, lpips=False)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"num_images": 10}))
+    calibrated = metrics["calibration"] | {"coverage": 0.88}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"num_images": 10, "calibration": calibrated}))
     page = Page(write_report(tmp_path, max_images=2))
     text = " ".join(page.text.split())
     assert f"LPIPS was not computed: {NOTE}" in text
