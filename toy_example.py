@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -54,6 +55,8 @@ def train(out: Path, quiet: bool, **settings: Any) -> None:
 
         checked = ToySettings(**settings)
         out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise ValueError(f"{out.parent} cannot be written to: choose another --out")
         mixture = spiral_arms()
         log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
         student = distil(mixture, checked, probe=probe(mixture), log=log)

@@ -31,8 +31,8 @@ SIGMAS = (0.1, 0.3, 1.0, 10.0, 80.0)
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--iterations", type=click.IntRange(1), default=800)
-@click.option("--batch", type=click.IntRange(1), default=256)
+@click.option("--iterations", type=click.IntRange(1), default=400)
+@click.option("--batch", type=click.IntRange(1), default=512)
 @click.option("--width", type=click.IntRange(1), default=64)
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="Some of the variants.")

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from toy.check import Bench, identity_errors
+from toy.figure import LINES
 from toy.mixture import spiral_arms
 from toy.training import load_student
 from toy_example import STUDENT, main
@@ -53,7 +55,10 @@ def test_train_check_and_plot(tmp_path):
     result = run("plot", "--net", net, "--out", tmp_path / "figure.png")
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.width > 1000 and len(figure.convert("RGB").getcolors(1 << 20)) > 100
+        colors = torch.tensor([color for _, color in figure.convert("RGB").getcolors(1 << 20)])
+        assert figure.width > 1000 and len(colors) > 100
+    for line in LINES.values():  # the palette keeps the curves apart
+        assert (colors - torch.tensor(line)).abs().amax(1).min() <= 12
 
 
 def test_what_is_wrong_comes_in_one_line(tmp_path):
@@ -69,6 +74,13 @@ def test_what_is_wrong_comes_in_one_line(tmp_path):
         assert result.exit_code == 1 and isinstance(result.exception, SystemExit), arguments
         assert result.output.startswith("Error: ") and result.output.count("\n") == 1, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["note.txt"]
+
+
+def test_a_folder_that_cannot_be_written_stops_a_training_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr("toy_example.os.access", lambda path, mode: False)
+    monkeypatch.setattr("toy.training.train", lambda *_, **__: pytest.fail("trained"))
+    result = run("train", "--out", tmp_path / "a.safetensors", *TINY)
+    assert result.exit_code == 1 and result.output == f"Error: {tmp_path} cannot be written to: choose another --out\n"
 
 
 def test_student_in_the_repository_samples_the_true_posterior():

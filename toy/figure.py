@@ -75,7 +75,7 @@ def draw_figure(path: str | Path, mixture: GaussianMixture, student: Student, se
         log=False,
     )
     data = io.BytesIO()
-    canvas.quantize(128, dither=Image.Dither.NONE).save(data, format="PNG", optimize=True)
+    canvas.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(data, format="PNG", optimize=True)
     with atomic_write(path) as file:
         file.write(data.getvalue())
 

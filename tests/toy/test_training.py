@@ -117,18 +117,18 @@ def test_training_repeats_and_a_file_restores_the_student(tmp_path, short):
 
 def test_switches_take_their_ingredient_away():
     base = dict(iterations=30, pretraining=5, batch=32, width=16, g_delay=0.0, gan_start=0.0)
-    lr = train(spiral_arms(), ToySettings(**base, control=False))
     y, other = points(5), points(5, 1)
-    model = lr.generator.model
+    model = train(spiral_arms(), ToySettings(**base, control=False)).generator.model
     assert torch.equal(model(y, 0.4, y, 0.3), model(y, 0.4, other, 0.3))
     model = train(spiral_arms(), ToySettings(**base)).generator.model
     assert not torch.equal(model(y, 0.4, y, 0.3), model(y, 0.4, other, 0.3))
+    for change in (dict(identity=False), dict(combined_score=False), dict(joint=False), dict(score_updates=2)):
+        changed = train(spiral_arms(), ToySettings(**base, **change)).generator.model
+        assert not torch.equal(model(y, 0.4, y, 0.3), changed(y, 0.4, y, 0.3)), change
     plain = train(spiral_arms(), ToySettings(**base, adversarial=False))
     assert all("gan" not in entry and "disc_real" not in entry for entry in plain.curves)
     deterministic = train(spiral_arms(), ToySettings(**base, gamma=0.0)).generator
     assert torch.equal(deterministic(y, 0.3), deterministic(y, 0.3))
-    twice = train(spiral_arms(), ToySettings(**base, score_updates=2))
-    assert len(twice.curves) == 30 and twice.settings.score_updates == 2
 
 
 def test_report_covers_the_grid_and_prints(short):
