@@ -46,7 +46,10 @@ def main(iterations: int, batch: int, width: int, seed: int, only: tuple[str, ..
     torch.set_num_threads(1)
     base = dict(iterations=iterations, batch=batch, width=width, seed=seed, pretraining=400)
     path = Path(out) if out else None
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path and path.is_file() else {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path and path.is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise click.BadParameter(f"{path} is not a table of this bench: name another file") from error
     for name in only or VARIANTS:
         rows[name] = measure({**base, **VARIANTS[name]})
         print(line(name, rows[name]), flush=True)

@@ -192,6 +192,9 @@ def load_student(path: str | Path) -> Student:
         for name, target in (("generator", generator), ("start", start)):
             prefix = f"{name}."
             target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        return Student(generator, start, settings, facts["curves"], facts["seconds"])
+        curves = facts["curves"]
+        if not all(type(value) in (int, float) for entry in curves for value in entry.values()):
+            raise ValueError("its curves hold something that is not a number")
+        return Student(generator, start, settings, curves, float(facts["seconds"]))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no trained student: {str(error).splitlines()[0]}") from error
