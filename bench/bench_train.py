@@ -1,14 +1,17 @@
 """Half-precision error of teacher and student, and speed and memory of training with a random-weight teacher.
 
-python bench/bench_train.py --preset img64-s --batch-gpu 64 --steps 20            on a GPU
+python bench/bench_train.py --preset img64-s --batch-gpu 64 --steps 20 --state-dir training-runs      on a GPU
 python bench/bench_train.py --preset fashion16 --batch-gpu 64 --steps 5           on a CPU
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+VARIANTS = ("channels_last", "contiguous", "compile")
 TEACHERS = {  # architecture of each preset's teacher
     "img64-s": dict(img_resolution=64, img_channels=3, label_dim=1000, model_channels=192),
     "img512-s": dict(img_resolution=64, img_channels=4, label_dim=1000, model_channels=192),
@@ -38,58 +42,97 @@ TEACHERS = {  # architecture of each preset's teacher
 @click.option("--batch-gpu", type=click.IntRange(1), default=64)
 @click.option("--steps", type=click.IntRange(1), default=20, help="Timed iterations, after two that warm up.")
 @click.option("--device", default="auto")
+@click.option(
+    "--variants",
+    metavar="LIST",
+    help="dtype[+channels_last|+contiguous][+compile], ...: memory format of all networks (else as train_ncvsd.py has "
+    "it, of the teacher alone), torch.compile.  [default: all dtypes; on CUDA each of the rest with fp16]",
+)
+@click.option("--backend", default="inductor", help="Of torch.compile.")
+@click.option(
+    "--state-dir", metavar="DIR", help="Also write a training state there, in the last variant without compile."
+)
 @click.option("--out", metavar="FILE", help="Also write JSON.")
-def main(preset: str, batch_gpu: int, steps: int, device: str, out: str | None) -> None:
-    """Print a table of dtypes: relative error to float32, images per second, peak memory, seconds of each phase."""
+def main(
+    preset: str,
+    batch_gpu: int,
+    steps: int,
+    device: str,
+    variants: str | None,
+    backend: str,
+    state_dir: str | None,
+    out: str | None,
+) -> None:
+    """Print a table of variants: relative error to float32, images per second, peak memory, seconds of each phase.
+
+    A variant that needs more memory than there is gets a line that says so.
+    """
+    import torch
+
     from torch_utils import distributed
+    from training.launch import configure_backends
 
     resolved = distributed.device_for(device)
-    rows = [measure(preset, dtype, batch_gpu, steps, resolved) for dtype in _dtypes(resolved)]
-    base = rows[0]["img_per_s"]
+    configure_backends(deterministic=False)
+    names = variants.split(",") if variants else _variants(resolved)
+    for name in names:
+        _parse(name)
+    with_state = [name for name in names if "compile" not in name][-1:] if state_dir else []
     print(f"{preset}, batch_gpu {batch_gpu}, {steps} iterations, {_device_name(resolved)}, random-weight teacher")
-    print(f"{'dtype':9} {'img/s':>8} {'ratio':>6} {'peak GiB':>9} {'teacher err':>12} {'student err':>12}  phases, s")
-    for row in rows:
-        phases = "  ".join(f"{name} {seconds:.3f}" for name, seconds in row["phase_seconds"].items())
-        print(
-            f"{row['dtype']:9} {row['img_per_s']:8.1f} {row['img_per_s'] / base:6.2f} {row['peak_gib']:9.2f} "
-            f"{row['teacher_error']:12.2e} {row['student_error']:12.2e}  {phases}"
-        )
-    if out:
-        from dnnlib.util import atomic_write
+    print(f"{'variant':20} {'img/s':>8} {'peak GiB':>9} {'teacher err':>12} {'student err':>12}  phases, s")
+    rows = []
+    for name in names:
+        try:
+            folder = state_dir if name in with_state else None
+            row = measure(preset, name, batch_gpu, steps, resolved, backend=backend, state_dir=folder)
+        except torch.OutOfMemoryError:
+            row = {"variant": name, "error": "out of memory"}
+        _release(name, resolved)
+        rows.append(row)
+        print(_line(row), flush=True)
+        if out:
+            _write(
+                Path(out), {"preset": preset, "batch_gpu": batch_gpu, "device": _device_name(resolved), "rows": rows}
+            )
 
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out, "w") as file:
-            json.dump({"preset": preset, "batch_gpu": batch_gpu, "device": _device_name(resolved), "rows": rows}, file)
 
-
-def measure(preset: str, dtype: str, batch_gpu: int, steps: int, device: Any) -> dict[str, Any]:
-    """One row: 2 + `steps` iterations of the three phases in one compute dtype."""
+def measure(
+    preset: str, variant: str, batch_gpu: int, steps: int, device: Any, *, backend: str, state_dir: str | None
+) -> dict[str, Any]:
+    """One row: 2 + `steps` iterations of the three phases, with the averages, as one process trains."""
     import torch
 
     from networks import Precond
     from training.launch import compute_dtype
     from training.noise import training_noise
-    from training.optim import Health, update_network
+    from training.optim import update_network
     from training.presets import NCVSDConfig, load_config
     from training.records import RunningMeans
     from training.tasks import Batch, distillation_task
+    from training.trained import Trained
 
+    dtype, options = _parse(variant)
     torch.manual_seed(0)
     overrides = {"batch": batch_gpu, "batch_gpu": batch_gpu, "gan_warmup_kimg": 0.0}
     config = load_config(NCVSDConfig, preset, overrides)
-    teacher = Precond(**TEACHERS[preset]).to(device, memory_format=torch.channels_last)
+    plain = torch.contiguous_format if "contiguous" in options else torch.channels_last
+    teacher = Precond(**TEACHERS[preset]).to(device, memory_format=plain)
     for name, p in teacher.named_parameters():
         if name.endswith(("emb_gain", "out_gain")):
             torch.nn.init.constant_(p, 0.5)
     teacher.eval()
     shape = [batch_gpu, teacher.img_channels, teacher.img_resolution, teacher.img_resolution]
-    images = (torch.randn(shape, device=device) * 0.5).contiguous(memory_format=torch.channels_last)
+    images = (torch.randn(shape, device=device) * 0.5).contiguous(memory_format=plain)
     labels = None
     if teacher.label_dim:
         classes = torch.randint(teacher.label_dim, [batch_gpu], device=device)
         labels = torch.nn.functional.one_hot(classes, teacher.label_dim).float()
 
     task = distillation_task(teacher, config)
+    for phase in task.phases:
+        if "channels_last" in options:
+            phase.net.to(memory_format=torch.channels_last)
+        phase.net.eval().requires_grad_(False)
     errors = {}
     for name, net, noise in (("teacher", teacher, None), ("student", task.result, torch.randn_like(images))):
         outputs = []
@@ -99,38 +142,136 @@ def measure(preset: str, dtype: str, batch_gpu: int, steps: int, device: Any) ->
             with torch.no_grad():
                 outputs.append(net(images, 1.0, labels, **draw))
         errors[name] = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
-    for phase in task.phases:
-        phase.net.eval().requires_grad_(False)
-        phase.net.compute_dtype = compute_dtype(dtype, device)
-    optimizers = {p.name: torch.optim.Adam(p.net.parameters(), betas=(0.9, 0.99)) for p in task.phases}
-    seconds = {p.name: 0.0 for p in task.phases}
-    for step in range(2 + steps):
-        if step == 2:
-            _synchronize(device, reset_peak=True)
-            seconds = {name: 0.0 for name in seconds}
+    if "compile" in options:
+        import torch._dynamo.config
+
+        torch._dynamo.config.cache_size_limit = 256  # networks and blocks share code: each shape and mode is one entry
+    for net in [teacher, *(phase.net for phase in task.phases)]:
+        net.compute_dtype = compute_dtype(dtype, device)
+        if "compile" in options:
+            getattr(net, "model", net).compile(backend=backend)
+    trained = Trained(task, config, 0, device)
+    means = RunningMeans()
+
+    def iterate(seconds: dict[str, float]) -> None:
+        """One iteration; adds what each phase took."""
         for index, phase in enumerate(task.phases):
             started = time.perf_counter()
             phase.net.train().requires_grad_(True)
-            first = (3 * step + index) * batch_gpu
+            first = trained.nimg * len(task.phases) + index * batch_gpu
             noise = training_noise(0, range(first, first + batch_gpu), device)
-            terms = phase.loss(Batch(images, labels, noise, nimg=step * batch_gpu), phase.net)
-            (terms.total.sum() / batch_gpu).backward()
-            update_network(phase, optimizers[phase.name], 1e-4, Health(), config, RunningMeans())
+            terms = phase.loss(Batch(images, labels, noise, trained.nimg), phase.net)
+            terms.total.sum().mul(config.loss_scaling / batch_gpu).backward()
+            update_network(phase, trained.optimizers[phase.name], 1e-4, trained.health[phase.name], config, means)
             phase.net.eval().requires_grad_(False)
             _synchronize(device)
-            seconds[phase.name] += time.perf_counter() - started
-    return {
-        "dtype": dtype,
+            seconds[phase.name] = seconds.get(phase.name, 0.0) + time.perf_counter() - started
+        started = time.perf_counter()
+        trained.nimg += batch_gpu
+        trained.ema.update(trained.nimg, batch_gpu)
+        _synchronize(device)
+        seconds["ema"] = seconds.get("ema", 0.0) + time.perf_counter() - started
+
+    warm: dict[str, float] = {}
+    for _ in range(2):
+        iterate(warm)
+    _synchronize(device, reset_peak=True)
+    seconds: dict[str, float] = {}
+    for _ in range(steps):
+        iterate(seconds)
+    row = {
+        "variant": variant,
         "img_per_s": steps * batch_gpu / sum(seconds.values()),
         "peak_gib": _peak_bytes(device) / 2**30,
         "teacher_error": errors["teacher"],
         "student_error": errors["student"],
+        "warm_up_seconds": sum(warm.values()),
         "phase_seconds": {name: value / steps for name, value in seconds.items()},
     }
+    if state_dir:
+        row["state"] = write_state(trained, iterate, batch_gpu, Path(state_dir))
+    return row
 
 
-def _dtypes(device: Any) -> list[str]:
-    return ["float32", "bf16"] + ["fp16"] * (device.type == "cuda")
+def write_state(
+    trained: Any, iterate: Callable[[dict[str, float]], None], batch_gpu: int, parent: Path
+) -> dict[str, float]:
+    """How long one training state holds training up, how long it takes to write, and the speed meanwhile."""
+    from training.state import state_bytes, to_host
+    from training.writer import StateWriter
+
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        writer = StateWriter(Path(folder))
+        started = time.perf_counter()
+        copied = to_host(trained.state_dict())
+        stall = time.perf_counter() - started
+        size = state_bytes(copied)
+        writer.start(copied, trained.nimg, spent=stall)
+        iterations, meanwhile = 0, {}
+        while writer.last_good is None and not writer.failures:
+            iterate(meanwhile)
+            iterations += 1
+            writer.poll()
+        if writer.failures:
+            raise click.ClickException(f"the state could not be written to {parent}")
+        return {
+            "gib": size / 2**30,
+            "stall_seconds": stall,
+            "copied_and_written_seconds": writer.seconds,
+            "img_per_s_meanwhile": iterations * batch_gpu / sum(meanwhile.values()),
+        }
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['variant']:20} {row['error']}"
+    phases = "  ".join(f"{name} {seconds:.3f}" for name, seconds in row["phase_seconds"].items())
+    line = (
+        f"{row['variant']:20} {row['img_per_s']:8.1f} {row['peak_gib']:9.2f} {row['teacher_error']:12.2e} "
+        f"{row['student_error']:12.2e}  {phases}  (warm-up {row['warm_up_seconds']:.0f})"
+    )
+    if "state" in row:
+        state = row["state"]
+        line += (
+            f"\n  training state of {state['gib']:.2f} GiB: held up {state['stall_seconds']:.2f} s, written after "
+            f"{state['copied_and_written_seconds']:.2f} s, {state['img_per_s_meanwhile']:.1f} img/s meanwhile"
+        )
+    return line
+
+
+def _release(variant: str, device: Any) -> None:
+    """Give back what a variant held, also one that was cut off."""
+    import torch
+
+    if "compile" in variant:
+        torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _parse(variant: str) -> tuple[str, list[str]]:
+    """The dtype and the options of a variant."""
+    dtype, *options = variant.split("+")
+    unknown = [name for name in options if name not in VARIANTS]
+    if dtype not in ("float32", "bf16", "fp16") or unknown:
+        raise click.BadParameter(f"{variant!r}: a dtype (float32, bf16, fp16), then any of +{', +'.join(VARIANTS)}")
+    return dtype, options
+
+
+def _variants(device: Any) -> list[str]:
+    if device.type != "cuda":
+        return ["float32", "bf16"]
+    return ["fp16", "bf16", "fp16+contiguous", "fp16+channels_last", "fp16+compile", "bf16+compile", "float32"]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    from dnnlib.util import atomic_write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
+        json.dump(content, file, indent=1)
 
 
 def _device_name(device: Any) -> str:

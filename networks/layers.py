@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,15 +62,14 @@ def resample(x: Tensor, mode: str = "keep", filter_taps: Sequence[float] = (1, 1
     """Halve ('down') or double ('up') the resolution of [N,C,H,W] with a separable filter, or 'keep' it."""
     if mode == "keep":
         return x
-    taps = np.asarray(filter_taps, dtype=np.float64)
-    if taps.ndim != 1 or len(taps) % 2 != 0:
+    if len(filter_taps) % 2 != 0:
         raise ValueError(f"resample filter must have an even number of taps, got {list(filter_taps)}")
-    if len(taps) == 2 and taps[0] == taps[1]:  # equal to the convolutions below, and much faster on CPU
+    if len(filter_taps) == 2 and filter_taps[0] == filter_taps[1]:  # equal to what is below, and much faster on CPU
         return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
-    taps = taps / taps.sum()
-    kernel = torch.as_tensor(np.outer(taps, taps), dtype=x.dtype, device=x.device)
+    taps = torch.tensor(filter_taps, dtype=torch.float64) / sum(filter_taps)
+    kernel = torch.outer(taps, taps).to(x.device, x.dtype)
     kernel = kernel[None, None].expand(x.shape[1], -1, -1, -1)
-    pad = (len(taps) - 1) // 2
+    pad = (len(filter_taps) - 1) // 2
     if mode == "down":
         return F.conv2d(x, kernel, stride=2, padding=pad, groups=x.shape[1])
     return F.conv_transpose2d(x, kernel * 4, stride=2, padding=pad, groups=x.shape[1])

@@ -129,6 +129,15 @@ def main_first(function: Callable[[], T]) -> T:
     return result if is_main() else function()
 
 
+def from_main(value: T) -> T:
+    """The main process's value, a small picklable one, in every process. Collective."""
+    if not _in_group():
+        return value
+    message = [value]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]
+
+
 def print0(*args: object, **kwargs: object) -> None:
     """Print from the main process only."""
     if is_main():

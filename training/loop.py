@@ -24,7 +24,7 @@ from training.optim import DivergenceError, check_weights, learning_rate, update
 from training.parallel import accumulate, replicate
 from training.presets import TrainingConfig
 from training.records import Recorder, RunningMeans
-from training.state import find_newest_state, list_states, read_state, remove_unfinished, to_host
+from training.state import StateError, find_newest_state, read_state, remove_unfinished, to_host
 from training.tasks import Batch, Phase, Task, draw
 from training.trained import Trained
 from training.writer import StateWriter
@@ -100,7 +100,7 @@ class Trainer:
             self.recorder.log(warning)
         self.recorder.log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
         phases = [(p.name, p.net) for p in task.phases]
-        expected = memory_plan(phases, [], task.result, len(config.ema_stds)).state
+        expected = memory_plan(phases, [], task.result, len(config.ema_stds)).state if self.main else 0
         log = self.recorder.log
         self.writer = StateWriter(run.run_dir, keep_every=config.keep_every, expected=expected, log=log)
         self.writer.last_good = self.resumed
@@ -110,13 +110,13 @@ class Trainer:
 
     def train(self, stop: stopping.StopRequest) -> None:
         """Train to the end, or until a stop is requested."""
-        if self.resumed is None:
+        if self.resumed is None or self.snapshot_is_missing():
             self.snapshot()
         reason = None
         while self.trained.nimg < self.config.duration and not reason:
             self.iteration()
             self.writer.poll()
-            reason = self.agree(stop.reason(self.writer.seconds))
+            reason = self.agree(stop.reason(self.writer.reserve))
             done = self.trained.nimg >= self.config.duration
             if done or reason or self.crossed(self.config.status):
                 self.statistics()
@@ -196,13 +196,14 @@ class Trainer:
     def checkpoint(self) -> None:
         """Have the state written, in the background. Raises DivergenceError for one not worth keeping. Collective."""
         check_weights(self.task.phases)
-        self.writer.wait()
         started = time.perf_counter()
+        self.writer.wait()
+        waited = time.perf_counter() - started
         state = self.trained.state_dict()
         if self.main:
             copied = to_host(state)
             stall = time.perf_counter() - started
-            self.writer.start(copied, self.trained.nimg, sound=self.trained.sound, spent=stall)
+            self.writer.start(copied, self.trained.nimg, sound=self.trained.sound, spent=stall - waited)
             self.means.add("Checkpoint/stall_seconds", stall)
 
     def snapshot(self) -> None:
@@ -217,7 +218,7 @@ class Trainer:
             average = trained.ema.network(index)
             try:
                 if self.main:
-                    path = run.run_dir / f"network-snapshot-{nimg:09d}-{std:.3f}.safetensors"
+                    path = self.snapshot_path(std)
                     known = dict(dataset=self.dataset.facts(), provenance={**facts, "ema_std": std})
                     networks.save(path, average, self.encoder, dtype=torch.float16, **known)
                     if index == 0:
@@ -228,6 +229,16 @@ class Trainer:
                 metrics = {f"Metrics/{name}": value for name, value in run.evaluate(average, self.encoder).items()}
                 self.recorder.stats(nimg, metrics)
                 self.recorder.log("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def snapshot_path(self, std: float) -> Path:
+        """File of the average of relative width `std` at this moment."""
+        return self.run.run_dir / f"network-snapshot-{self.trained.nimg:09d}-{std:.3f}.safetensors"
+
+    def snapshot_is_missing(self) -> bool:
+        """Whether a run that resumes was cut off between its state and the snapshot at the same image. Collective."""
+        if self.trained.nimg < self.config.duration and not self.crossed(self.config.snapshot):
+            return False
+        return distributed.from_main(not all(self.snapshot_path(std).exists() for std in self.trained.ema.stds))
 
     def sheets(self, average: nn.Module) -> None:
         """Sample sheets of the first average, one for each schedule of the task, and once the teacher's."""
@@ -275,13 +286,22 @@ def _encode(encoder: Any, raw: Tensor, noise: Any) -> Tensor:
 
 
 def _newest_state(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:
-    """Newest valid state. The main process verifies files and sets damaged ones aside; the others read what is left."""
+    """Newest valid state. The main process verifies files and sets damaged ones aside; the others read the same.
+
+    Raises StateError in a process that does not see that file. Collective.
+    """
 
     def find() -> tuple[Path | None, dict[str, Any] | None]:
-        if distributed.is_main():
-            remove_unfinished(run_dir)
-            return find_newest_state(run_dir, warn)
-        states = list_states(run_dir)
-        return (states[0], read_state(states[0])) if states else (None, None)
+        if not distributed.is_main():
+            return None, None
+        remove_unfinished(run_dir)
+        return find_newest_state(run_dir, warn)
 
-    return distributed.main_first(find)
+    path, state = distributed.main_first(find)
+    name = distributed.from_main(path.name if path else None)
+    if path is None and name is not None:
+        path = run_dir / name
+        if not path.is_file():
+            raise StateError(f"process {distributed.rank()} does not see {path}: all machines must share that folder")
+        state = read_state(path)
+    return path, state

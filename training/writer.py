@@ -29,7 +29,7 @@ class StateWriter:
         run_dir: Path,
         *,
         keep_every: int = 0,  # see `training.state.prune`
-        expected: int = 0,  # bytes of a state
+        expected: int = 0,  # bytes of a state; 0 in processes that write none
         log: Callable[[str], None] = print,
     ) -> None:
         self.run_dir = run_dir
@@ -83,6 +83,11 @@ class StateWriter:
             f"a training state could not be written to {self.run_dir} ({reason}), failure {self.failures} of "
             f"{MAX_FAILURES}: the previous one stays ({left}){again}"
         )
+
+    @property
+    def reserve(self) -> float:
+        """Seconds that a state begun now may take, the end of the write that is going on included."""
+        return self.seconds if self._thread is None else 2 * self.seconds
 
     @property
     def exhausted(self) -> bool:

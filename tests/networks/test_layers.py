@@ -120,6 +120,13 @@ def test_resampling_keeps_or_refuses():
         resample(x, "down", (1, 2, 1))
 
 
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_resample_compiles_without_a_break(taps):
+    x = torch.randn(1, 2, 8, 8)
+    compiled = torch.compile(resample, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, "down", taps), resample(x, "down", taps))
+
+
 def test_forced_normalisation_happens_in_training_mode_only():
     layer = MPConv(8, 4, (3, 3))
     with torch.no_grad():

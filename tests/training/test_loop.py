@@ -141,6 +141,25 @@ def test_a_run_that_is_done_stays_as_it_is(tmp_path, dataset, tiny_teacher):
     assert {path.name for path in tmp_path.glob("[!e]*")} == files
 
 
+@pytest.mark.parametrize(("duration", "snapshot"), [(8, 1 << 20), (32, 8)], ids=["the last", "one on the way"])
+def test_a_run_cut_off_between_state_and_snapshot_makes_up_for_it(tmp_path, dataset, tiny_teacher, duration, snapshot):
+    config = dataclasses.replace(NCVSD, snapshot=snapshot)
+    run_training(make_task(config, tiny_teacher), dataset, config, tmp_path)
+    path = tmp_path / "network-snapshot-000000008-0.100.safetensors"
+    first = weights(networks.load(path).net)
+    path.unlink()
+    config = dataclasses.replace(config, duration=duration)
+    run_training(make_task(config, tiny_teacher), dataset, config, tmp_path)
+    assert differing(first, weights(networks.load(path).net)) == []
+
+
+def test_a_process_that_does_not_see_the_main_ones_state_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(loop.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
+    with pytest.raises(StateError, match="does not see .*training-state-000000016.*share that folder"):
+        loop._newest_state(tmp_path, print)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

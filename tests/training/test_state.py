@@ -193,10 +193,12 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
         return run_dir / f"{nimg}"
 
     monkeypatch.setattr(writer_module, "save_state", slow)
-    writer = StateWriter(tmp_path)
+    writer = StateWriter(tmp_path, expected=500 << 20)
+    assert writer.reserve == writer.seconds == 10
     writer.start(state_at(1), 1)
     writer.poll()
     assert written == [] and writer.last_good is None  # it came back while the write goes on
+    assert writer.reserve == 20  # its end, and another one
     may_end.set()
     writer.start(state_at(2), 2, sound=False)  # one after the other
     writer.wait()
