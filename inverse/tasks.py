@@ -75,6 +75,11 @@ class Task:
         if self.likelihood not in LIKELIHOODS:
             raise TaskError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {self.likelihood!r}")
 
+    def sampler_options(self) -> dict[str, Any]:
+        """The arguments of `inverse.pnp_sample` that a task decides."""
+        names = ("beta", "ema_decay", "ema_sigma", "likelihood", "langevin", "ts", "zeta")
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting as JSON data."""
         return {**asdict(self), "operator": dict(self.operator)}

@@ -25,7 +25,7 @@ from tests.training.tiny_runs import (
     stats,
     weights,
 )
-from training import loop, state, writer
+from training import state, writer
 from training.dataset import ImageDataset
 from training.optim import DivergenceError
 from training.state import StateError, list_states, load_newest_state, load_state
@@ -40,16 +40,6 @@ state.HashingFile.write = lambda self, data: (time.sleep(4e-4), write(self, data
 import train_ncvsd
 train_ncvsd.main()
 """
-
-
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(loop, "GRID_SEEDS", range(2))
-
-
-@pytest.fixture
-def dataset(tiny_data):
-    return ImageDataset(tiny_data)
 
 
 def during(task, actions):

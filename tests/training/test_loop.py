@@ -24,17 +24,6 @@ from training.optim import DivergenceError
 from training.state import StateError, list_states, load_newest_state
 from training.tasks import distillation_task
 
-
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(loop, "GRID_SEEDS", range(2))
-
-
-@pytest.fixture
-def dataset(tiny_data):
-    return ImageDataset(tiny_data)
-
-
 # ----------------------------------------------------------------------------
 # one step
 

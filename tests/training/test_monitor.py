@@ -9,17 +9,11 @@ import torch
 
 from sampling.grid import read_image
 from tests.training.tiny_runs import EDM2, NCVSD, ROOT, make_task, run_training, stats
-from training import loop
 from training.dataset import ImageDataset
 from training.evaluation import snapshot_metrics
 from training.monitor import by_level, status_line
 from training.noise import LogNormalSigma, training_noise
 from training.records import RunningMeans
-
-
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(loop, "GRID_SEEDS", range(2))
 
 
 def test_values_are_parted_by_level():
