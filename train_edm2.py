@@ -23,8 +23,6 @@ def main(**options) -> None:
 
 def build(config: EDM2Config, options: dict, dataset, device):
     """Task of pretraining a fresh network on `dataset`, and the encoder that the data asks for."""
-    import torch
-
     from networks import Precond
     from training.encoders import RGBEncoder, StabilityVAEEncoder
     from training.tasks import pretraining_task
@@ -41,7 +39,7 @@ def build(config: EDM2Config, options: dict, dataset, device):
         channels_per_head=config.channels_per_head,
         dropout=config.dropout,
     )
-    return pretraining_task(net.to(device, memory_format=torch.channels_last), config), encoder
+    return pretraining_task(net.to(device), config), encoder
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from training.presets import NCVSDConfig, config_options
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--net", "net", metavar="PATH|URL|hf://…", required=True, help="Teacher: an EDM2 network.")
 @common_options(NCVSDConfig)
-@click.option("--ts", "ts", metavar="LIST", help="Schedule of the sample grids, same as --eval-ts.")
+@click.option("--ts", "ts", metavar="LIST", multiple=True, help="The same as --eval-ts.")
 @config_options(NCVSDConfig)
 def main(**options) -> None:
     """Train a generative denoiser G(y, sigma), a sampler of p(x0 | y), from a teacher.
@@ -34,14 +34,13 @@ def build(config: NCVSDConfig, options: dict, dataset, device):
 
     Raises ValueError where teacher and data do not fit.
     """
-    import torch
-
     import networks
     from networks import Precond
     from sampling.schedules import parse_ts
     from training.tasks import distillation_task
 
-    parse_ts(config.eval_ts)
+    for ts in config.eval_ts:
+        parse_ts(ts)
     loaded = networks.load(options["net"], device=device)
     teacher = loaded.net
     if not isinstance(teacher, Precond):
@@ -59,7 +58,6 @@ def build(config: NCVSDConfig, options: dict, dataset, device):
         raise ValueError(f"{options['data']} has {dataset.label_dim} classes, the teacher has {teacher.label_dim}")
     if teacher.label_dim and not dataset.label_dim:
         raise ValueError(f"the teacher has {teacher.label_dim} classes and {options['data']} has no labels in use")
-    teacher.to(memory_format=torch.channels_last)
     teacher.compute_dtype = compute_dtype(options["dtype"], device)
     return distillation_task(teacher, config), loaded.encoder.to(device)
 

@@ -197,14 +197,14 @@ def write_state(
     trained: Any, iterate: Callable[[dict[str, float]], None], batch_gpu: int, parent: Path
 ) -> dict[str, float]:
     """How long one training state holds training up, how long it takes to write, and the speed meanwhile."""
-    from training.state import state_bytes, to_host
+    from training.state import state_bytes
     from training.writer import StateWriter
 
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         writer = StateWriter(Path(folder))
         started = time.perf_counter()
-        copied = to_host(trained.state_dict())
+        copied = trained.host_state()
         stall = time.perf_counter() - started
         size = state_bytes(copied)
         writer.start(copied, trained.nimg, spent=stall)

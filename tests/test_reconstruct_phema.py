@@ -58,6 +58,11 @@ def test_a_profile_that_was_not_stored_comes_out_as_if_it_had_been_tracked(track
         tmp_path / "phema-000000384-0.050.safetensors"
     ).net  # a stored profile is its own reconstruction
     assert distance(same, stored[0]) < 1e-5
+    for path in tmp_path.glob("phema-*"):  # no snapshots of training, although their names are alike
+        shutil.copy(path, folder)
+    assert not [s for s in find_snapshots([folder]) if s.path.name.startswith("phema")]
+    result = run(*tmp_path.glob("phema-*"), "--std", "0.08", "--outdir", tmp_path)
+    assert result.exit_code == 1 and "was itself reconstructed" in result.output
 
 
 def test_an_earlier_end_uses_what_came_before(tracked, tmp_path):

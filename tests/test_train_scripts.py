@@ -92,16 +92,16 @@ def test_a_dry_run_writes_nothing(tmp_path, distil):
 
 
 def test_a_distillation_leaves_what_it_should(tmp_path, distil, tiny_data, tiny_teacher):
-    result = run(train_ncvsd, *distil, "--duration=24", "--seed=3", "--gan-warmup-kimg=0.008")
+    result = run(train_ncvsd, *distil, "--eval-ts=30,39", "--duration=24", "--seed=3", "--gan-warmup-kimg=0.008")
     assert result.exit_code == 0, result.output
     folder = tmp_path / "run"
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events"))
     states = [name for name in names if name.startswith("training-state")]
     assert [name[:24] for name in states] == ["training-state-000000016", "training-state-000000024"]
     snapshots = [f"network-snapshot-{n:09d}-{std}.safetensors" for n in (0, 8, 16, 24) for std in ("0.050", "0.100")]
-    views = ("1step", "ts20_39", "score_view", "teacher_view")
+    views = ("1step", "ts20_39", "ts30_39", "score_view", "teacher_view")
     grids = ["grid-teacher.png", *(f"grid-{n:09d}-{name}.png" for n in (0, 8, 16, 24) for name in views)]
-    assert names == sorted([*states, *snapshots, *grids, "log.txt", "run.json", "stats.jsonl"])
+    assert names == sorted([*states, *snapshots, *grids, ".lock", "log.txt", "run.json", "stats.jsonl"])
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     assert "finished at 24 images" in (folder / "log.txt").read_text()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ def snapshot_metrics(
     reference: str | None = None,  # statistics to compare with; None = of the training data, kept in `run_dir`
     run_dir: Path,
     batch: int,  # per process
-    sampling: dict[str, Any],  # arguments of generate_images
+    schedules: Mapping[str, dict[str, Any]],  # name -> arguments of generate_images, each measured on its own
 ) -> Callable[[nn.Module, Any], dict[str, float]]:
-    """Function of a network and its encoder that returns metrics by name. Both are collective.
+    """Function of a network and its encoder that returns metrics by name, METRIC_SCHEDULE. Both are collective.
 
     Raises ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
     """
@@ -42,7 +43,8 @@ def snapshot_metrics(
         raise ValueError(f"--eval-num must be at least 2, got {num}")
     detectors = {m.detector: load_detector(m.detector, device=device) for m in metrics}
     if reference is None:
-        path = run_dir / "eval-reference.npz"
+        shown = hashlib.sha256(f"{sorted(m.name for m in metrics)} {dataset.fingerprint()}".encode()).hexdigest()
+        path = run_dir / f"eval-reference-{distributed.from_main(shown)[:8]}.npz"  # of these data, for these metrics
         if not distributed.main_first(path.exists):
             if dataset.num_channels not in (1, 3):
                 raise ValueError("the data are latents: give statistics of the images in --eval-ref")
@@ -59,8 +61,11 @@ def snapshot_metrics(
     seeds = range(FIRST_SEED, FIRST_SEED + num)
 
     def evaluate(net: nn.Module, encoder: Any) -> dict[str, float]:
-        found = evaluate_network(net, encoder, metrics, detectors, seeds, batch=batch, **sampling)
-        values, _ = compute_metrics(metrics, found.collected, known)
-        return {value.name: value.value for value in values}
+        measured = {}
+        for name, sampling in schedules.items():
+            found = evaluate_network(net, encoder, metrics, detectors, seeds, batch=batch, **sampling)
+            values, _ = compute_metrics(metrics, found.collected, known)
+            measured |= {f"{value.name}_{name}": value.value for value in values}
+        return measured
 
     return evaluate

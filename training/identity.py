@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dnnlib.util import atomic_write
 from torch_utils import distributed
@@ -31,6 +35,46 @@ def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | No
     """Settings that shape the result, seed, and fingerprints of data set and teacher, as plain JSON data."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     return json.loads(json.dumps({**fields, "seed": seed, "data": data, "teacher": teacher}))
+
+
+@contextmanager
+def sole_user(run_dir: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, by a lock that ends with the main process at the latest. Collective.
+
+    Raises StateError where another run holds it. File systems without locks are trusted.
+    """
+    held = distributed.main_first(lambda: _lock(run_dir / ".lock") if distributed.is_main() else None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _lock(path: Path) -> IO[str] | None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: loader processes do not inherit it
+    except OSError as error:
+        file.seek(0)
+        holder = file.read(200).strip()
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise StateError(
+                f"{path.parent} is in use by another run ({holder or 'unknown'}): stop it, or use another --outdir"
+            ) from None
+        return None
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError:  # a full disk: the lock holds without a name
+        pass
+    return file
 
 
 def claim_folder(

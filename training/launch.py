@@ -18,6 +18,7 @@ import click
 from dnnlib.util import parse_duration
 from torch_utils.user_errors import user_errors
 from training.presets import TrainingConfig, load_config, preset_names
+from training.stopping import StopRequest
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
 DTYPES = ("auto", "float32", "bf16", "fp16")
@@ -82,15 +83,16 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 
     Every mistake of the user's ends in one line and a non-zero exit.
     """
-    with user_errors("--batch-gpu"):
-        _launch(kind, options, build)
-
-
-def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
     started = time.monotonic()
+    with user_errors("--batch-gpu"):
+        limit = None if options["max_time"] is None else parse_duration(options["max_time"])
+        with StopRequest(None if limit is None else started + limit) as stop:
+            _launch(kind, options, build, stop)
+
+
+def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable, stop: StopRequest) -> None:
     settings = {f.name: options.pop(f.name) for f in dataclasses.fields(kind)}
     config = load_config(kind, options["preset"], settings)
-    limit = None if options["max_time"] is None else parse_duration(options["max_time"])
     run_dir = Path(options["outdir"])
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"--outdir {run_dir} is a file: name a folder")
@@ -112,6 +114,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     torch.manual_seed(options["seed"])
     task, encoder = distributed.main_first(lambda: build(config, options, dataset, device))
     for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
+        net.to(memory_format=torch.channels_last)
         net.compute_dtype = compute_dtype(options["dtype"], device)
         set_recompute(net, options["checkpoint_activations"])
     _describe(config, options, task, dataset, device)
@@ -120,7 +123,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         return
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    run = _run(config, options, task, dataset, device, None if limit is None else started + limit)
+    run = _run(config, options, task, dataset, device, stop)
     try:
         train(task, dataset, encoder, config, run)
     except DatasetError as error:
@@ -137,7 +140,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
 
 
 def _run(
-    config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any, deadline: float | None
+    config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any, stop: StopRequest
 ) -> Any:
     """What the options say about where and how to train. Collective."""
     import torch
@@ -158,7 +161,7 @@ def _run(
             reference=options["eval_ref"],
             run_dir=run_dir,
             batch=split_batch(config, distributed.world_size())[0],
-            sampling=list(task.schedules.values())[-1],
+            schedules=task.schedules,
         )
     return Run(
         run_dir,
@@ -168,7 +171,7 @@ def _run(
         {"command": shlex.join(sys.argv), "git_commit": git_commit()},
         options["quiet"],
         force_resume=options["force_resume"],
-        deadline=deadline,
+        stop=stop,
         shard=options["shard"],
         ema_device=torch.device("cpu") if options["ema_device"] == "cpu" else None,
         evaluate=evaluate,

@@ -15,16 +15,16 @@ import networks
 from sampling.grid import image_grid, save_grid
 from sampling.seeds import stream_seed
 from torch_utils import distributed
-from training import monitor, stopping
+from training import monitor, parallel, stopping
 from training.dataset import ImageDataset, InfiniteSampler
-from training.identity import claim_folder, run_identity
+from training.identity import claim_folder, run_identity, sole_user
 from training.memory import memory_plan
 from training.noise import training_noise
 from training.optim import DivergenceError, check_weights, learning_rate, update_network
 from training.parallel import accumulate, replicate
 from training.presets import TrainingConfig
 from training.records import Recorder, RunningMeans
-from training.state import StateError, find_newest_state, read_state, remove_unfinished, to_host
+from training.state import StateError, find_newest_state, read_state, remove_unfinished
 from training.tasks import Batch, Phase, Task, draw
 from training.trained import Trained
 from training.writer import StateWriter
@@ -43,7 +43,7 @@ class Run:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)  # facts to keep in snapshots
     quiet: bool = False  # no progress bar
     force_resume: bool = False  # resume although settings or data differ
-    deadline: float | None = None  # reading of time.monotonic() by which to have saved and stopped
+    stop: stopping.StopRequest = dataclasses.field(default_factory=stopping.StopRequest)  # what may end it early
     shard: bool = False  # divide Adam's moments and the averages between the processes
     ema_device: torch.device | None = None  # where the averages are kept; None = `device`
     evaluate: Callable[[nn.Module, Any], dict[str, float]] | None = None  # network, encoder -> metrics; collective
@@ -55,24 +55,24 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
     An iteration runs every phase on a fresh batch and counts as `config.batch` images. The noise of an image depends
     on the seed and on its position in the run's image sequence alone. A signal or the deadline ends training after
     the iteration that is going on, with its state written. Raises ValueError where batch sizes do not fit the number of
-    processes or the state belongs to another run, DivergenceError if gradients stay non-finite, OSError if states
-    cannot be written.
+    processes, the state belongs to another run or another run is using the folder, DivergenceError if gradients stay
+    non-finite, OSError if states cannot be written.
     """
-    trainer = Trainer(task, dataset, encoder, config, run)
-    try:
-        with stopping.StopRequest(run.deadline) as stop:
-            trainer.train(stop)
-    except KeyboardInterrupt:
-        raise  # at once, whatever is being written
-    except Exception as error:
-        trainer.writer.wait()
-        if not isinstance(error, DivergenceError):
-            raise
-        good = trainer.writer.last_good
-        named = f"the last good state is {good}" if good else "no state was written before"
-        raise DivergenceError(f"{error}; {named}") from None
-    finally:
-        trainer.recorder.close()
+    with run.stop, sole_user(run.run_dir):
+        trainer = Trainer(task, dataset, encoder, config, run)
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            raise  # at once, whatever is being written
+        except Exception as error:
+            trainer.writer.wait()
+            if not isinstance(error, DivergenceError):
+                raise
+            good = trainer.writer.last_good
+            named = f"the last good state is {good}" if good else "no state was written before"
+            raise DivergenceError(f"{error}; {named}") from None
+        finally:
+            trainer.recorder.close()
     return trainer.trained.ema.network(0)
 
 
@@ -108,15 +108,15 @@ class Trainer:
         self.loader = _batches(dataset, self.batch_gpu, run, start=nimg * len(task.phases))
         self.clock = nimg, time.perf_counter()  # of the last statistics
 
-    def train(self, stop: stopping.StopRequest) -> None:
+    def train(self) -> None:
         """Train to the end, or until a stop is requested."""
-        if self.resumed is None or self.snapshot_is_missing():
+        reason = self.agree()
+        if not reason and (self.resumed is None or self.snapshot_is_missing()):
             self.snapshot()
-        reason = None
         while self.trained.nimg < self.config.duration and not reason:
             self.iteration()
             self.writer.poll()
-            reason = self.agree(stop.reason(self.writer.reserve))
+            reason = self.agree()
             done = self.trained.nimg >= self.config.duration
             if done or reason or self.crossed(self.config.status):
                 self.statistics()
@@ -167,15 +167,16 @@ class Trainer:
                 terms.total.sum().mul(self.config.loss_scaling * self.world / self.config.batch).backward()
             monitor.add_losses(self.means, phase, terms)
 
-    def agree(self, reason: str | None) -> str | None:
-        """The reason to stop now of any process. Raises OSError in the main process, and MainProcessError in the
-        others, where states cannot be written any more. Collective.
+    def agree(self) -> str | None:
+        """A reason to stop now, of any process. Raises OSError in the main process, and MainProcessError in the others,
+        where states cannot be written any more. Collective.
         """
-        own = stopping.FAIL if self.writer.exhausted else stopping.STOP if reason else stopping.GO_ON
-        verdict = stopping.agree(own, self.run.device)
-        if verdict == stopping.FAIL:
+        reason = self.run.stop.reason(self.writer.reserve)
+        own = parallel.FAIL if self.writer.exhausted else parallel.STOP if reason else parallel.GO_ON
+        verdict = parallel.gravest(own, self.run.device)
+        if verdict == parallel.FAIL:
             raise self.writer.error() if self.main else distributed.MainProcessError("states cannot be written")
-        return (reason or "another process was told to") if verdict == stopping.STOP else None
+        return (reason or "another process was told to") if verdict == parallel.STOP else None
 
     def crossed(self, interval: int) -> bool:
         """Whether the last iteration passed a multiple of so many images."""
@@ -199,11 +200,10 @@ class Trainer:
         started = time.perf_counter()
         self.writer.wait()
         waited = time.perf_counter() - started
-        state = self.trained.state_dict()
+        state = self.trained.host_state()
         if self.main:
-            copied = to_host(state)
             stall = time.perf_counter() - started
-            self.writer.start(copied, self.trained.nimg, sound=self.trained.sound, spent=stall - waited)
+            self.writer.start(state, self.trained.nimg, sound=self.trained.sound, spent=stall - waited)
             self.means.add("Checkpoint/stall_seconds", stall)
 
     def snapshot(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_utils import distributed
 
 ADAM_BETAS = (0.9, 0.99)
+GO_ON, STOP, FAIL = 0, 1, 2  # verdicts of a process on how training should proceed
 
 
 class Replica(DistributedDataParallel):
@@ -50,6 +51,15 @@ def accumulate(net: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext() if last or not isinstance(net, Replica) else net.no_sync()
 
 
+def gravest(verdict: int, device: torch.device) -> int:
+    """The gravest verdict (GO_ON, STOP or FAIL) of any process. Collective."""
+    if distributed.world_size() == 1:
+        return verdict
+    shared = torch.tensor(verdict, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return int(shared)
+
+
 # ----------------------------------------------------------------------------
 # optimizers
 
@@ -70,7 +80,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         optimizer.consolidate_state_dict(to=0)
         if not distributed.is_main():
             return {"state": {}}
-    return {"state": optimizer.state_dict()["state"]}
+    state = {"state": optimizer.state_dict()["state"]}
+    if hasattr(optimizer, "_all_state_dicts"):
+        optimizer._all_state_dicts = []  # torch would keep a second copy until the next call
+    return state
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -78,10 +91,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     (group,) = optimizer.param_groups
     settings = {key: value for key, value in group.items() if key != "params"}
     settings["params"] = list(range(len(group["params"])))
-    moments = state["state"]
-    if group["params"][0].device.type == "cpu":  # Adam would work on the very tensors, which are those of the file
-        moments = {i: {key: value.clone() for key, value in entry.items()} for i, entry in moments.items()}
-    optimizer.load_state_dict({"state": dict(moments), "param_groups": [settings]})
+    moments = {
+        i: {key: _like(group["params"][i], value) for key, value in entry.items()}
+        for i, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": [settings]})
+
+
+def _like(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of a tensor of a file; moments in the memory layout of their parameter, as fused Adam presumes."""
+    return torch.empty_like(p, device="cpu").copy_(value) if value.shape == p.shape else value.clone()
 
 
 # ----------------------------------------------------------------------------

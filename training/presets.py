@@ -23,9 +23,11 @@ class PresetError(ValueError):
     """A preset or a setting that does not exist or has no valid value."""
 
 
-def setting(default: Any, text: str, *, si: bool = False, flags: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its help text; `si` fields are image counts such as 64Mi."""
-    return field(default=default, metadata={"help": text, "si": si, "flags": flags})
+def setting(default: Any, text: str, *, si: bool = False, flags: tuple[str, ...] = (), multiple: bool = False) -> Any:
+    """A dataclass field with its help text; `si` fields are image counts such as 64Mi, `multiple` ones are options that
+    may be given more than once.
+    """
+    return field(default=default, metadata={"help": text, "si": si, "flags": flags, "multiple": multiple})
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class NCVSDConfig(TrainingConfig):
     d_p_std: float = setting(1.0, "Discriminator loss: standard deviation of ln t")
     sigma_rho: float = setting(7.0, "Levels of y: uniform over a Karras grid of this rho")
     sigma_steps: int = setting(1000, "Levels of y: points of that grid")
-    eval_ts: tuple[int, ...] = setting((10, 22, 39), "Grid indices of the sample grids' few-step schedule")
+    eval_ts: tuple[tuple[int, ...], ...] = setting(
+        ((10, 22, 39),), "Few-step schedule of sample grids, as grid indices; may be repeated", multiple=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +166,7 @@ def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, A
         if values.pop("kind", None) != _kind_name(kind):
             raise PresetError(f'{path} is no preset for this script: its "kind" is not {_kind_name(kind)!r}')
         values.pop("description", None)
-    values.update({k: v for k, v in (overrides or {}).items() if v is not None})
+    values.update({k: v for k, v in (overrides or {}).items() if v not in (None, ())})
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -176,7 +180,11 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
     try:
         if typing.get_origin(kind) is tuple:
             element = typing.get_args(kind)[0]
-            parts = value.split(",") if isinstance(value, str) else value
+            if typing.get_origin(element) is tuple:
+                single = isinstance(value, str) or not all(isinstance(part, (str, list, tuple)) for part in value)
+                parts = [value] if single else value
+            else:
+                parts = value.split(",") if isinstance(value, str) else value
             return tuple(convert(name, element, False, part) for part in parts)
         if kind is bool:
             if isinstance(value, bool):
@@ -201,7 +209,8 @@ def config_options(kind: type) -> Callable:
             metavar = {bool: "BOOL", float: "FLOAT", int: "INT"}.get(typing.get_type_hints(kind)[f.name], "TEXT")
             metavar = "COUNT" if f.metadata["si"] else metavar
             text = f"{f.metadata['help']}  [default: preset's]"
-            function = click.option(*flags, f.name, metavar=metavar, default=None, help=text)(function)
+            repeated = dict(multiple=True) if f.metadata["multiple"] else dict(default=None)
+            function = click.option(*flags, f.name, metavar=metavar, help=text, **repeated)(function)
         return function
 
     return decorate

@@ -34,12 +34,13 @@ def find_snapshots(paths: Sequence[str | Path]) -> list[Snapshot]:
     """Snapshots among files, or in folders, by name, the earliest first.
 
     Names end in -IMAGES-STD.safetensors for this project's files and in -KIMG-STD.pkl, thousands of images, for
-    EDM2's. Raises ReconstructionError for a file with another name, for none at all, and for two of the same profile.
+    EDM2's. Reconstructions in folders (phema-...) are left out. Raises ReconstructionError for a file with another
+    name, for none at all, and for two of the same profile.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += [file for file in path.iterdir() if _NAME.fullmatch(file.name)]
+            files += [f for f in path.iterdir() if _NAME.fullmatch(f.name) and not f.name.startswith("phema-")]
         elif not path.is_file():
             raise ReconstructionError(f"{path}: no such file or folder")
         else:
@@ -86,6 +87,8 @@ def reconstruct(
     for snapshot, row in zip(used, coefficients, strict=True):
         loaded = None  # the one before must not stay in memory while this one is read
         loaded = networks.load(snapshot.path)
+        if (loaded.config["provenance"] or {}).get("reconstructed_from"):
+            raise ReconstructionError(f"{snapshot.path} was itself reconstructed: give the snapshots of training")
         if architecture not in (None, _architecture(loaded)):
             raise ReconstructionError(f"{snapshot.path} is another kind of network than {used[0].path}")
         architecture = _architecture(loaded)

@@ -74,7 +74,15 @@ def state_bytes(tree: Any) -> int:
     return sum(map(state_bytes, tree))
 
 
-def save_state(run_dir: str | Path, state: dict[str, Any], nimg: int, *, keep: int = 2, keep_every: int = 0) -> Path:
+def save_state(
+    run_dir: str | Path,
+    state: dict[str, Any],
+    nimg: int,
+    *,
+    keep: int = 2,
+    keep_every: int = 0,
+    warn: Callable[[str], None] = print,
+) -> Path:
     """Write tensors and plain data as training-state-NIMG-SHA8.pt; then remove the states that `prune` does.
 
     The file is written under a temporary name, flushed to the disk and renamed, so that a crash at any moment leaves
@@ -94,12 +102,15 @@ def save_state(run_dir: str | Path, state: dict[str, Any], nimg: int, *, keep: i
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(run_dir)
-    prune(run_dir, keep, keep_every)
+    prune(run_dir, keep, keep_every, warn)
     return path
 
 
-def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
-    """Remove all but the newest `keep` states and, with `keep_every` > 0, the first of each `keep_every` images."""
+def prune(run_dir: str | Path, keep: int, keep_every: int = 0, warn: Callable[[str], None] = print) -> None:
+    """Remove all but the newest `keep` states and, with `keep_every` > 0, the first of each `keep_every` images.
+
+    What cannot be removed stays, with a warning.
+    """
     states = list_states(run_dir)
     kept = set(states[:keep])
     if keep_every:
@@ -107,7 +118,10 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
         kept |= {path for multiple, path in first.items() if multiple > 0}
     for path in states:
         if path not in kept:
-            path.unlink()
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                warn(f"{path} could not be removed ({error.strerror or error})")
 
 
 def remove_unfinished(run_dir: str | Path) -> None:

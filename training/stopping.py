@@ -1,4 +1,4 @@
-"""When training should stop early: signals, and a limit on its time."""
+"""When training should stop early: signals, and a limit on its time. Imports no torch, to listen from the start."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
-from torch_utils import distributed
-
-GO_ON, STOP, FAIL = 0, 1, 2
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 
 
 class StopRequest:
     """Notes requests to stop while it is entered: SIGTERM, SIGUSR1, Ctrl-C, or a deadline that comes near.
 
-    The step that is going on is finished, so the request takes effect at the next `reason`. A second Ctrl-C aborts at
-    once (KeyboardInterrupt). Signals are handled in the main thread only, where Python delivers them.
+    What is going on is finished: the request takes effect at the next `reason`. Ctrl-C aborts (KeyboardInterrupt) until
+    `reason` has been asked for the first time, when training begins, and from then on if it is pressed twice. Signals
+    are handled in the main thread only, where Python delivers them. May be entered again while it is entered.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -29,24 +25,24 @@ class StopRequest:
         self.longest = 0.0  # seconds between two calls of `reason`
         self._signal: str | None = None
         self._interrupts = 0
-        self._last = time.monotonic()
-        self._before: dict[int, Any] = {}
+        self._asked: float | None = None  # when `reason` was called last
+        self._before: list[dict[int, Any]] = []  # handlers to put back, one entry for each time it was entered
 
     def __enter__(self) -> StopRequest:
-        self._last = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
+        before = {}
+        if not self._before and threading.current_thread() is threading.main_thread():
             for name in SIGNALS:
                 number = getattr(signal, name, None)
                 if number is not None:
-                    self._before[number] = signal.signal(number, self._note)
+                    before[number] = signal.signal(number, self._note)
+        self._before.append(before)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.pop().items():
             signal.signal(number, handler)
-        self._before = {}
 
     def reason(self, save_seconds: float) -> str | None:
         """Why to stop now, or None. `save_seconds` is what the last state will take to write.
@@ -54,7 +50,9 @@ class StopRequest:
         Kept in reserve before the deadline: that time and the longest step so far, both half as long again.
         """
         now = time.monotonic()
-        self.longest, self._last = max(self.longest, now - self._last), now
+        if self._asked is not None:
+            self.longest = max(self.longest, now - self._asked)
+        self._asked = now
         if self._signal is not None:
             return self._signal
         if self.deadline is not None and now + 1.5 * (self.longest + save_seconds) >= self.deadline:
@@ -64,7 +62,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1
-            if self._interrupts > 1:
+            if self._interrupts > 1 or self._asked is None:
                 raise KeyboardInterrupt
         self._signal = signal.Signals(number).name
 
@@ -75,12 +73,3 @@ def ignore_signals(worker: int) -> None:
         number = getattr(signal, name, None)
         if number is not None:
             signal.signal(number, signal.SIG_IGN)
-
-
-def agree(verdict: int, device: torch.device) -> int:
-    """The gravest verdict (GO_ON, STOP or FAIL) of any process. Collective."""
-    if distributed.world_size() == 1:
-        return verdict
-    shared = torch.tensor(verdict, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return int(shared)

@@ -122,8 +122,9 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
     teacher.eval().requires_grad_(False)
     generator, score_net, discriminator = build_student(teacher, config)
     phases = distillation_phases(teacher, generator, score_net, discriminator, config)
-    ts = parse_ts(config.eval_ts).ts
-    schedules = {"1step": {}, "ts" + "_".join(map(str, ts)): {"ts": ts}}
+    schedules: dict[str, dict[str, Any]] = {"1step": {}}
+    for ts in (parse_ts(given).ts for given in config.eval_ts):
+        schedules["ts" + "_".join(map(str, ts))] = {"ts": ts}
 
     def views(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
         return denoised_views(net, score_net, teacher, encoder, seeds, math.exp(config.g_p_mean), batch)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from torch_utils import distributed
 from training.optim import Health
 from training.parallel import build_optimizer, load_optimizer_state, optimizer_state
 from training.phema import PowerFunctionEMA
 from training.presets import TrainingConfig
-from training.state import StateError
+from training.state import StateError, to_host
 from training.tasks import Task
 
 
@@ -41,20 +42,21 @@ class Trained:
         """Whether the last update of every network had finite gradients."""
         return not any(health.streak for health in self.health.values())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain data; complete in the main process. Collective.
+    def host_state(self) -> dict[str, Any]:
+        """Plain data and copies of all tensors in the main process's host memory; none elsewhere. Collective.
 
         The order of the images and all noise are functions of the seed and of the position in the image sequence.
         """
+        copied = to_host if distributed.is_main() else (lambda tree: None)
         return {
             "nimg": self.nimg,
             "seconds": self.seconds,
             "seed": self.seed,
             "position": self.nimg * len(self.task.phases),
             "health": {name: dataclasses.asdict(health) for name, health in self.health.items()},
-            "nets": {p.name: p.net.state_dict() for p in self.task.phases},
-            "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()},
-            "ema": self.ema.state_dict(),
+            "nets": {p.name: copied(p.net.state_dict()) for p in self.task.phases},
+            "optimizers": {name: copied(optimizer_state(optimizer)) for name, optimizer in self.optimizers.items()},
+            "ema": copied(self.ema.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class StateWriter:
         self._outcome: tuple[Path | None, BaseException | None] = (None, None)
         self._sound = True
         self._measured = False
+        self._warnings: list[str] = []  # of the write that is going on
 
     def start(self, state: dict[str, Any], nimg: int, *, sound: bool = True, spent: float = 0.0) -> None:
         """Begin to write a state that nobody changes any more, after the write before it, if that is still going on.
@@ -67,6 +68,8 @@ class StateWriter:
             return
         self._thread.join()
         self._thread = None
+        while self._warnings:
+            self.log(self._warnings.pop(0))
         path, error = self._outcome
         if error is None:
             self.failures = 0
@@ -105,7 +108,8 @@ class StateWriter:
     def _write(self, state: dict[str, Any], nimg: int, spent: float) -> None:
         started = time.perf_counter()
         try:
-            self._outcome = save_state(self.run_dir, state, nimg, keep_every=self.keep_every), None
+            path = save_state(self.run_dir, state, nimg, keep_every=self.keep_every, warn=self._warnings.append)
+            self._outcome = path, None
             seconds = spent + time.perf_counter() - started
             self.seconds = max(self.seconds, seconds) if self._measured else seconds
             self._measured = True

@@ -29,6 +29,7 @@ from training import state, writer
 from training.dataset import ImageDataset
 from training.optim import DivergenceError
 from training.state import StateError, list_states, load_newest_state, load_state
+from training.stopping import StopRequest
 
 KILLS = int(os.environ.get("NCVSD_KILLS", "4"))  # 20 for a thorough test
 # train_ncvsd.py with states that take a good part of a second to write, so that many kills hit a write
@@ -113,6 +114,23 @@ def test_a_truncated_newest_state_costs_one_interval(tmp_path, dataset, tiny_tea
     assert differing(weights(whole), weights(resumed)) == []
 
 
+def test_a_folder_in_use_is_refused_until_its_run_has_ended(tmp_path, tiny_data, tiny_teacher):
+    folder = tmp_path / "run"
+    options = dict(duration=80000, checkpoint=8, workers=1)
+    arguments = [sys.executable, *command(folder, tiny_data, tiny_teacher, **options)]
+    with subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 120
+        while not list_states(folder) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        assert first.poll() is None, "the second run ended the first"
+        first.kill()  # its loader process lives on for a while
+    assert second.returncode == 1 and f"{folder} is in use by another run (process {first.pid} on " in second.stderr
+    options["duration"] = load_state(list_states(folder)[0])["nimg"] + 8
+    execute([sys.executable, *command(folder, tiny_data, tiny_teacher, **options)])
+    assert "finished" in (folder / "log.txt").read_text()
+
+
 # ----------------------------------------------------------------------------
 # requests to stop
 
@@ -128,6 +146,29 @@ def test_a_signal_lets_the_step_finish_and_saves(tmp_path, dataset, tiny_teacher
     resumed = run_training(make_task(config, tiny_teacher), dataset, config, tmp_path / "run")
     whole = run_training(make_task(config, tiny_teacher), dataset, config, tmp_path / "whole")
     assert differing(weights(whole), weights(resumed)) == []
+
+
+def test_a_signal_before_the_first_step_ends_the_run_with_code_0(tmp_path, tiny_data, tiny_teacher):
+    early = """
+import os, signal
+from training import launch
+real = launch._launch
+launch._launch = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a))[1]  # before torch is imported
+import train_ncvsd
+train_ncvsd.main()
+"""
+    arguments = command(tmp_path / "run", tiny_data, tiny_teacher, duration=80)[1:]
+    execute([sys.executable, "-c", early, *arguments])
+    assert "stopped (SIGTERM): the same command goes on at 0 images" in (tmp_path / "run/log.txt").read_text()
+    assert not list(tmp_path.glob("run/network-*")) and not list_states(tmp_path / "run")
+    execute([sys.executable, "train_ncvsd.py", *arguments])
+    assert load_newest_state(tmp_path / "run")["nimg"] == 80
+
+
+def test_ctrl_c_before_the_first_step_aborts():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
 
 
 def test_a_second_ctrl_c_aborts(tmp_path, dataset, tiny_teacher):
@@ -160,7 +201,7 @@ def test_sigterm_to_all_processes_of_a_job_ends_it_with_code_0(tmp_path, tiny_da
 def test_training_saves_and_stops_before_its_time_is_over(tmp_path, dataset, tiny_teacher):
     config = dataclasses.replace(NCVSD, duration=8000)
     deadline = time.monotonic() + 10
-    run_training(make_task(config, tiny_teacher), dataset, config, tmp_path, deadline=deadline)
+    run_training(make_task(config, tiny_teacher), dataset, config, tmp_path, stop=StopRequest(deadline))
     assert time.monotonic() < deadline
     assert 0 < load_newest_state(tmp_path)["nimg"] < 8000
     assert "stopped (--max-time is nearly over)" in (tmp_path / "log.txt").read_text()

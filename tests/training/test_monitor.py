@@ -73,12 +73,21 @@ def test_snapshots_are_measured(tmp_path):
     task = make_task(config, ROOT / "assets/demo/teacher.safetensors")  # 16x16, as the detector wants
     dataset = ImageDataset(ROOT / "assets/fashion16.zip", max_size=64)
     device = torch.device("cpu")
-    options = dict(run_dir=tmp_path, batch=8, sampling={"ts": (20, 39)})
+    options = dict(run_dir=tmp_path, batch=8, schedules=task.schedules)
     evaluate = snapshot_metrics("fd_demo", 12, dataset, device, **options)
-    assert (tmp_path / "eval-reference.npz").is_file()
+    (reference,) = tmp_path.glob("eval-reference-*.npz")
     run_training(task, dataset, config, tmp_path, evaluate=evaluate)
-    found = [(line["nimg"], line["Metrics/fd_demo"]) for line in stats(tmp_path) if "Metrics/fd_demo" in line]
-    assert [nimg for nimg, _ in found] == [0, 8] and all(value > 0 for _, value in found)
+    for name in ("1step", "ts20_39"):
+        key = f"Metrics/fd_demo_{name}"
+        found = [(line["nimg"], line[key]) for line in stats(tmp_path) if key in line]
+        assert [nimg for nimg, _ in found] == [0, 8] and all(value > 0 for _, value in found)
+    written = reference.stat().st_mtime_ns
+    snapshot_metrics("fd_demo", 12, dataset, device, **options)
+    assert reference.stat().st_mtime_ns == written  # used again
+    for metrics, data in (("kid:fd_demo", dataset), ("fd_demo", ImageDataset(ROOT / "assets/fashion16.zip", max_size=32))):
+        before = set(tmp_path.glob("eval-reference-*.npz"))
+        snapshot_metrics(metrics, 12, data, device, **options)
+        assert len(set(tmp_path.glob("eval-reference-*.npz")) - before) == 1  # of its own
     with pytest.raises(ValueError, match="no metric 'fd_other'"):
         snapshot_metrics("fd_other", 12, dataset, device, **options)
 

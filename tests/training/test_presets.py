@@ -54,7 +54,7 @@ def test_published_presets(name):
         duration=4 * MI if ffhq else 64 * MI,
         checkpoint=256 * KI if ffhq else 4 * MI,
         snapshot=64 * KI if ffhq else MI,
-        eval_ts=(0, 14, 39) if ffhq else (10, 22, 39),
+        eval_ts=((0, 14, 39),) if ffhq else ((10, 22, 39),),
         **{f"{sampler}_p_mean": p_mean for sampler in "gsd"},
         **{f"{sampler}_p_std": p_std for sampler in "gsd"},
     )
@@ -79,8 +79,17 @@ def test_overrides_as_given_on_a_command_line():
     given = dict(duration="2Mi", batch="4Ki", batch_gpu="32", ref_lr="1e-3", cond="no", eval_ts="0,14,39")
     config = load_config(NCVSDConfig, "img64-s", given | dict(ema_stds="0.05", gamma=None))
     assert (config.duration, config.batch, config.batch_gpu, config.ref_lr) == (2 * MI, 4096, 32, 1e-3)
-    assert (config.cond, config.eval_ts, config.gamma, config.ema_stds) == (False, (0, 14, 39), 0.414, (0.05,))
+    assert (config.cond, config.eval_ts, config.gamma, config.ema_stds) == (False, ((0, 14, 39),), 0.414, (0.05,))
     assert config.ref_batches == 35000  # the preset's
+
+
+@pytest.mark.parametrize(
+    "given", [("22,39", "10,22,39"), [[22, 39], [10, 22, 39]], [[22, 39], "10,22,39"], ["22,39", [10, 22, 39]]]
+)
+def test_several_schedules(given):
+    assert load_config(NCVSDConfig, None, {"eval_ts": given}).eval_ts == ((22, 39), (10, 22, 39))
+    assert load_config(NCVSDConfig, None, {"eval_ts": given[1]}).eval_ts == ((10, 22, 39),)
+    assert load_config(NCVSDConfig, None, {"eval_ts": ()}).eval_ts == NCVSDConfig().eval_ts  # not given
 
 
 def test_a_preset_of_ones_own(tmp_path):

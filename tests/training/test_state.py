@@ -1,5 +1,6 @@
 """Training states: round trip, damage at any point, hostile files, and how many are kept."""
 
+import errno
 import hashlib
 import io
 import os
@@ -19,6 +20,7 @@ from training.state import (
     remove_unfinished,
     save_state,
     state_bytes,
+    state_nimg,
     to_host,
 )
 from training.writer import StateWriter
@@ -149,6 +151,25 @@ def test_some_states_are_kept_for_good(tmp_path):
         save_state(tmp_path, state_at(nimg), nimg, keep_every=100)
     kept = [load_state(path)["nimg"] for path in list_states(tmp_path)]
     assert kept == [270, 240, 210, 120]  # the newest two, and the first of each hundred
+
+
+def test_an_old_state_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
+    old = save_state(tmp_path, state_at(100), 100)
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    messages = []
+    writer = StateWriter(tmp_path, log=messages.append)
+    for nimg in (200, 300):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(old), "unlink", lambda p, missing_ok=False: refuse(p) if p == old else None)
+            writer.start(state_at(nimg), nimg)
+            writer.wait()
+    assert writer.failures == 0 and state_nimg(writer.last_good) == 300
+    assert messages == [f"{old} could not be removed (Device or resource busy)"]
+    save_state(tmp_path, state_at(400), 400)
+    assert [state_nimg(path) for path in list_states(tmp_path)] == [400, 300]  # made up for
 
 
 def test_a_full_disk_leaves_the_state_before(tmp_path):

@@ -17,7 +17,7 @@ from training.tasks import distillation_task, pretraining_task
 ROOT = Path(__file__).parents[2]
 COMMON = dict(batch=8, batch_gpu=8, rampup_mimg=0, status=8, snapshot=1 << 20, checkpoint=1 << 20)
 NCVSD = NCVSDConfig(
-    duration=8, ref_lr=1e-2, g_lr_scaling=0.1, d_lr_scaling=0.1, gan_warmup_kimg=0.008, eval_ts=(20, 39), **COMMON
+    duration=8, ref_lr=1e-2, g_lr_scaling=0.1, d_lr_scaling=0.1, gan_warmup_kimg=0.008, eval_ts=((20, 39),), **COMMON
 )
 EDM2 = EDM2Config(duration=8, ref_lr=1e-2, eval_steps=2, **COMMON)
 
