@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it. After `use_environment run` (or `use_environment dev`, with the test tools), $PYTHON
-# is an interpreter that has what the project needs: the active one where that is the case, else one in .venv/.
+# is an interpreter that has what the project needs: the active one where that is the case, else one in .venv/; after
+# `use_processes`, $LAUNCHER is what starts a script in as many processes as are wanted.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -85,4 +86,23 @@ use_environment() {
         fail "pip could not install $(basename "$requirements") (see above); check the network and run this again"
     cat "$ROOT/requirements.txt" "$requirements" >"$marker.new"
     mv "$marker.new" "$marker"
+}
+
+# use_processes GPUS DEVICE ZERO [NODE_OPTION ...]: sets LAUNCHER, the words to put before a script and its options, for
+# GPUS processes on DEVICE. 0 is one process without torchrun; ZERO says in a message what the caller makes of it.
+# NODE_OPTION: torchrun's, where there are several nodes. After `use_environment`.
+use_processes() {
+    local gpus="$1" device="$2" zero="$3" found
+    shift 3
+    LAUNCHER=("$PYTHON")
+    [ "$gpus" -gt 0 ] || return 0
+    if [ "$device" = cuda ]; then
+        found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+        [ "$gpus" -le "$found" ] || refuse "NUM_GPUS is $gpus, and PyTorch sees $found CUDA device(s): give at most that many (0 $zero)"
+    fi
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+    LAUNCHER+=(-m torch.distributed.run)
+    [ $# -gt 0 ] || LAUNCHER+=(--standalone)
+    # after the dashes torchrun takes no option (say --num) for an abbreviation of its own (--numa-binding)
+    LAUNCHER+=(--nproc-per-node "$gpus" "$@" --)
 }

@@ -49,7 +49,7 @@ newest_snapshot() {
 
 # evaluate PRESET REF METRICS NUM_GPUS TS [NET] [OPTION ...]
 evaluate() {
-    local preset="$1" default_ref="$2" default_metrics="$3" launcher found
+    local preset="$1" default_ref="$2" default_metrics="$3" device=cpu
     shift 3
     [ $# -ge 2 ] || refuse "usage: bash quick_start/eval-$preset.sh NUM_GPUS TS [NET] [OPTION ...], as in: bash quick_start/eval-$preset.sh 8 12,39"
     local gpus="$1" ts="$2" net="${NET:-}"
@@ -79,19 +79,10 @@ evaluate() {
     [[ "$ref" =~ ^https?:// ]] || [ -f "$ref" ] || refuse "no reference statistics $ref: name a file or URL in REF, or make one with 'python calculate_metrics.py ref'"
 
     use_environment run
-    if [ "$gpus" -gt 0 ]; then
-        found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-        [ "$gpus" -le "$found" ] || refuse "NUM_GPUS is $gpus, and PyTorch sees $found CUDA device(s): give at most that many (0 runs on the CPU)"
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-        # after the dashes torchrun takes no option (say --num) for an abbreviation of its own (--numa-binding)
-        launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" --)
-        set -- --device cuda "$@"
-    else
-        launcher=("$PYTHON")
-        set -- --device cpu "$@"
-    fi
+    [ "$gpus" -eq 0 ] || device=cuda
+    use_processes "$gpus" "$device" "runs on the CPU"
     echo "network: $net"
     echo "report: $out"
-    "${launcher[@]}" "$ROOT/calculate_metrics.py" gen --net "$net" --ref "$ref" --ts "$ts" --num-images "$num" --seed "$seed" \
-        --batch "$batch" --metrics "${METRICS:-$default_metrics}" --out "$out" "$@"
+    "${LAUNCHER[@]}" "$ROOT/calculate_metrics.py" gen --net "$net" --ref "$ref" --ts "$ts" --num-images "$num" --seed "$seed" \
+        --batch "$batch" --metrics "${METRICS:-$default_metrics}" --out "$out" --device "$device" "$@"
 }

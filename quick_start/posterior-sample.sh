@@ -34,12 +34,6 @@ else
 fi
 
 use_environment run
-launcher=("$PYTHON")
-if [ "$gpus" -gt 0 ]; then
-    found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-    [ "$gpus" -le "$found" ] || refuse "NUM_GPUS is $gpus, and PyTorch sees $found CUDA device(s): give at most that many (0 is one process)"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-    launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" --)
-    set -- --device cuda "$@"
-fi
-"${launcher[@]}" "$ROOT/posterior_sample.py" --net "$net" --data "$data" --task "$preset" --outdir "$out" --batch "$batch" --num "$num" "$@"
+use_processes "$gpus" cuda "is one process"
+[ "$gpus" -eq 0 ] || set -- --device cuda "$@"
+"${LAUNCHER[@]}" "$ROOT/posterior_sample.py" --net "$net" --data "$data" --task "$preset" --outdir "$out" --batch "$batch" --num "$num" "$@"

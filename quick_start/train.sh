@@ -8,26 +8,57 @@ require_count() {
     [[ "$2" =~ ^[0-9]{1,5}$ ]] && [ "$((10#$2))" -ge "$3" ] || refuse "$1 is '$2': give a whole number, at least $3"
 }
 
-# supervise COMMAND ...: run it, and hand requests to stop on to the processes that train: they finish their step, save
-# and end with code 0. torchrun itself, sent a signal, would end them with an error, after 30 seconds by force.
-supervise() {
-    local child code=0 interrupts=0
-    setsid "$@" & # a session of its own: Ctrl-C reaches this shell alone
-    child=$!
-    trap 'pkill -USR1 -P "$child" || true' TERM USR1 HUP
-    trap 'interrupts=$((interrupts + 1)); if [ "$interrupts" -gt 1 ]; then kill -TERM "$child"; else pkill -USR1 -P "$child" || true; fi' INT
-    while true; do
-        code=0
-        wait "$child" || code=$?
-        kill -0 "$child" 2>/dev/null || break # else a signal ended the wait
+# signal_children PARENT: SIGUSR1 to its children every second, until it has ended
+signal_children() {
+    trap '' TERM USR1 HUP INT
+    while kill -0 "$1" 2>/dev/null; do
+        if command -v pkill >/dev/null; then
+            pkill -USR1 -P "$1" || true
+        else # minimal containers have no procps
+            cat /proc/"$1"/task/*/children 2>/dev/null | xargs kill -USR1 2>/dev/null || true
+        fi
+        sleep 1
     done
-    trap - TERM USR1 HUP INT
+}
+
+# request_stop, a signal handler within `supervise`: hand the request on, or note it where nothing runs yet
+request_stop() {
+    requested=yes
+    if [ -n "$child" ] && [ -z "$messenger" ]; then
+        signal_children "$child" &
+        messenger=$!
+    fi
+    if [ "$interrupts" -eq 2 ]; then
+        kill -TERM "$child" 2>/dev/null || true
+    fi
+}
+
+# supervise COMMAND ...: run it, and hand requests to stop on to the processes that train: they finish their step, save
+# and end with code 0. torchrun itself, sent a signal, would end them with an error, after 30 seconds by force. A request
+# is repeated, since those processes may not have started yet, and SIGUSR1 is ignored until they handle it.
+supervise() {
+    local child="" messenger="" requested="" code=0 interrupts=0
+    trap request_stop TERM USR1 HUP
+    trap 'interrupts=$((interrupts + 1)); request_stop' INT
+    (
+        trap '' USR1
+        # a session of its own: Ctrl-C reaches this shell alone
+        exec "$PYTHON" -c 'import os, sys; os.setsid(); os.execvp(sys.argv[1], sys.argv[1:])' "$@"
+    ) &
+    child=$!
+    [ -z "$requested" ] || request_stop
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child" || true # a signal ends the wait early
+    done
+    trap '' TERM USR1 HUP INT
+    wait "$child" || code=$?
+    [ -z "$messenger" ] || wait "$messenger" || true
     return "$code"
 }
 
 # train PRESET TEACHER DATA NUM_GPUS [OPTION ...]
 train() {
-    local preset="$1" teacher data found launcher
+    local preset="$1" teacher data
     local zoo="${MODEL_ZOO:-$ROOT/../model_zoo/edm2}" folder="${DATA_DIR:-$ROOT/../data/edm2}"
     teacher="$zoo/$2" data="$folder/$3"
     shift 3
@@ -48,26 +79,16 @@ train() {
     [ ! -f "$out" ] || refuse "OUT=$out is a file: name a folder"
 
     use_environment run
-    if [ "$gpus" -eq 0 ]; then
-        launcher=("$PYTHON")
-        device=cpu
+    [ "$gpus" -gt 0 ] || device=cpu
+    if [ "$nodes" -eq 1 ]; then
+        use_processes "$gpus" "$device" "runs on the CPU"
     else
-        if [ "$device" = cuda ]; then
-            found="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-            [ "$gpus" -le "$found" ] || refuse "NUM_GPUS is $gpus, and PyTorch sees $found CUDA device(s): give at most that many (0 runs on the CPU)"
-        fi
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-        launcher=("$PYTHON" -m torch.distributed.run --nproc-per-node "$gpus")
-        if [ "$nodes" -eq 1 ]; then
-            launcher+=(--standalone)
-        else
-            launcher+=(--nnodes "$nodes" --node-rank "$node" --master-addr "$address" --master-port "$port")
-        fi
-        launcher+=(--) # after the dashes torchrun takes no option for an abbreviation of its own
+        use_processes "$gpus" "$device" "runs on the CPU" \
+            --nnodes "$nodes" --node-rank "$node" --master-addr "$address" --master-port "$port"
     fi
     echo "teacher: $teacher"
     echo "run folder: $out"
-    set -- "${launcher[@]}" "$ROOT/train_ncvsd.py" --preset "$preset" --net "$teacher" --data "$data" --outdir "$out" \
+    set -- "${LAUNCHER[@]}" "$ROOT/train_ncvsd.py" --preset "$preset" --net "$teacher" --data "$data" --outdir "$out" \
         --device "$device" "$@"
     if [ "$gpus" -eq 0 ]; then
         exec "$@"

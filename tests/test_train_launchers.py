@@ -1,5 +1,6 @@
 """The launchers of the published settings, end to end on the CPU, with tiny stand-ins under the published names."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -204,18 +206,40 @@ def test_what_is_missing_is_said_in_one_line(arguments, variables, message, prep
     assert not (tmp_path / "launched").exists()
 
 
-def test_sigterm_to_the_launcher_saves_and_ends_with_code_0(prepared, tmp_path):
+def processes(run_dir, group):
+    """Command lines of the processes of a run, and of the process group that the launcher leads."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        with contextlib.suppress(ProcessLookupError):
+            mine = str(run_dir) in words or os.getpgid(process.pid) == group
+            if mine and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("moment", ["torchrun starts", "a second later", "training"])
+def test_sigterm_to_the_launcher_saves_and_ends_with_code_0(moment, prepared, tmp_path):
     out = tmp_path / "run"
     options = ["--batch=8", "--batch-gpu=4", "--duration=8000", "--status=8", "--checkpoint=8000", "--quiet"]
     command = ["bash", str(ROOT / "quick_start/train-img64-s.sh"), "2", *options]
     variables = environment(OUT=out, DEVICE="cpu", **prepared)
-    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+
+        def reached():
+            if moment == "training":
+                return (out / "stats.jsonl").exists()
+            return any(str(out) in words for words in processes(out, process.pid))
+
         deadline = time.monotonic() + 120
-        while not (out / "stats.jsonl").exists() and time.monotonic() < deadline:
+        while not reached() and time.monotonic() < deadline:
             time.sleep(0.05)
+        time.sleep(moment == "a second later")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=100) == 0
-    assert 0 < load_newest_state(out)["nimg"] < 8000
+    assert processes(out, process.pid) == []
+    if moment == "training":
+        assert 0 < load_newest_state(out)["nimg"] < 8000
     assert re.search(r"stopped \((SIGUSR1|another process was told to)\)", (out / "log.txt").read_text())
 
 

@@ -84,7 +84,8 @@ def test_snapshots_are_measured(tmp_path):
     written = reference.stat().st_mtime_ns
     snapshot_metrics("fd_demo", 12, dataset, device, **options)
     assert reference.stat().st_mtime_ns == written  # used again
-    for metrics, data in (("kid:fd_demo", dataset), ("fd_demo", ImageDataset(ROOT / "assets/fashion16.zip", max_size=32))):
+    other = ImageDataset(ROOT / "assets/fashion16.zip", max_size=32)
+    for metrics, data in (("kid:fd_demo", dataset), ("fd_demo", other)):
         before = set(tmp_path.glob("eval-reference-*.npz"))
         snapshot_metrics(metrics, 12, data, device, **options)
         assert len(set(tmp_path.glob("eval-reference-*.npz")) - before) == 1  # of its own
