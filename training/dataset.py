@@ -24,6 +24,8 @@ from training.dataset_files import (
     read_labels,
 )
 
+_FINGERPRINT_BYTES = 256 << 20  # of a folder, to be read
+
 __all__ = ["DatasetError", "ImageDataset", "InfiniteSampler", "one_line"]
 
 
@@ -178,14 +180,18 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """SHA-256 hex digest over names, sizes, labels, mirroring and CRCs, without reading all images.
 
-        A ZIP's directory holds the CRCs of all files; of a folder, 256 evenly spaced files are read for theirs.
+        A ZIP's directory holds the CRCs of all files; of a folder, evenly spaced files are read for theirs, 256 MiB of
+        them and at least 256: all of a small one.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps([self.image_shape, self.label_dim, self.xflip]).encode())
-            for name in self._names:
-                digest.update(json.dumps([name, *self._source.signature(name)]).encode())
+            signatures = [self._source.signature(name) for name in self._names]
+            for name, signature in zip(self._names, signatures, strict=True):
+                digest.update(json.dumps([name, *signature]).encode())
             if not self._source.is_zip:
-                for name in self._names[:: max(len(self._names) // 256, 1)]:
+                share = _FINGERPRINT_BYTES / max(sum(size for size, *_ in signatures), 1)
+                count = min(max(int(share * len(self._names)), 256), len(self._names))
+                for name in self._names[:: len(self._names) // count]:
                     digest.update(zlib.crc32(self._source.read(name)).to_bytes(4, "big"))
             if self._labels is not None:
                 digest.update(self._labels.tobytes())
