@@ -5,7 +5,6 @@ python bench/bench_frechet.py --threads 1 --out bench/results/cpu_frechet.json
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -44,11 +43,9 @@ def main(dims: str, repeats: int, threads: int, out: str | None) -> None:
             flush=True,
         )
     if out:
-        from dnnlib.util import atomic_write
+        from dnnlib.util import write_json
 
-        with atomic_write(out, "w", encoding="utf-8") as file:
-            json.dump({**environment, "rows": rows}, file, indent=2)
-            file.write("\n")
+        write_json(out, {**environment, "rows": rows})
 
 
 def measure(dim: int, repeats: int) -> dict[str, float]:

@@ -68,7 +68,7 @@ def main(results: Sequence[str], tune: str, check: int, out: str | None, **optio
     """
     from reconstruction import CUT, RATIO
 
-    from inverse.json_files import write_json
+    from dnnlib.util import write_json
     from torch_utils.user_errors import user_errors
 
     with user_errors():

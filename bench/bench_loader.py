@@ -6,7 +6,6 @@ python bench/bench_loader.py --data img512-sd.zip --workers 4
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -34,10 +33,9 @@ def main(data: str | None, images: int, batch: int, workers: str, out: str | Non
         rates = f"{row['img_per_s']:9.0f} {row['mib_per_s']:7.0f}"
         print(f"{row['data']:24} {row['workers']:7} {rates} {row['rss_mib']:11.0f}")
     if out:
-        from dnnlib.util import atomic_write
+        from dnnlib.util import write_json
 
-        with atomic_write(out, "w") as file:
-            json.dump({"batch": batch, "images": images, "rows": rows}, file, indent=1)
+        write_json(out, {"batch": batch, "images": images, "rows": rows})
 
 
 def measure(source: str, images: int, batch: int, workers: int) -> dict[str, Any]:

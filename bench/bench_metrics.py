@@ -5,7 +5,6 @@ python bench/bench_metrics.py --device cuda --preset img64-s --num 5000 --out be
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ def main(device: str, preset: str, num: int, batch: int, ts: str, dtype: str, ou
     import torch
     from bench_train import TEACHERS
 
-    from dnnlib.util import atomic_write
+    from dnnlib.util import write_json
     from metrics.frechet import FeatureMoments
     from metrics.inception import InceptionV3
     from networks import GenerativeDenoiser, PrecondCondition
@@ -75,10 +74,7 @@ def main(device: str, preset: str, num: int, batch: int, ts: str, dtype: str, ou
         print(f"{stage:>10} {value:9.2f} s {rates[stage]:10.1f} img/s")
     print(f"bottleneck: {min(rates, key=rates.get)}")
     if out is not None:
-        with atomic_write(out, "w", encoding="utf-8") as file:
-            json.dump(
-                {"preset": preset, "num": num, "ts": ts, "dtype": dtype, "device": name, "img_per_s": rates}, file
-            )
+        write_json(out, {"preset": preset, "num": num, "ts": ts, "dtype": dtype, "device": name, "img_per_s": rates})
 
 
 if __name__ == "__main__":

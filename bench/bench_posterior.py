@@ -74,7 +74,7 @@ def main(device: str, preset: str, names: tuple[str, ...], batch: int, steps: in
     import torch
     from bench_train import TEACHERS
 
-    from inverse.json_files import write_json
+    from dnnlib.util import write_json
     from inverse.tasks import load_task, task_names
     from networks import GenerativeDenoiser, PrecondCondition
     from torch_utils.distributed import device_for

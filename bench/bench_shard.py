@@ -1,7 +1,7 @@
 """Ways to divide a network's training state between processes: time of an update, bytes per process, and whether the
 forced weight normalisation of EDM2, which writes weights in the forward pass, reaches the weights that are kept.
 
-OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 bench/bench_shard.py
+OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 bench/bench_shard.py --out bench/results/cpu_shard.json
 """
 
 from __future__ import annotations
@@ -24,16 +24,23 @@ ARCHITECTURE |= dict(num_blocks=1, attn_resolutions=[8], channels_per_head=32)
 @click.option("--updates", type=click.IntRange(1), default=10, help="Timed updates, after two that warm up.")
 @click.option("--batch", type=click.IntRange(1), default=8, help="Images per process.")
 @click.option("--device", default="auto")
-def main(updates: int, batch: int, device: str) -> None:
+@click.option("--out", metavar="FILE", help="Also write JSON.")
+def main(updates: int, batch: int, device: str, out: str | None) -> None:
     """Print a table for the embedded teacher's architecture, trained with its own loss."""
     from torch_utils import distributed
 
     resolved = distributed.init(device)
     distributed.print0(f"{'':22} {'ms/update':>10} {'KiB weights':>12} {'KiB Adam':>9} {'kept norm - 1':>14}")
+    rows = []
     for name, wrap in (("replicated", replicated), ("ZeRO stage 1", zero), ("FSDP2", fsdp)):
         row = measure(wrap, updates, batch, resolved)
         figures = f"{row['ms']:10.1f} {row['weights'] / 1024:12.0f} {row['adam'] / 1024:9.0f} {row['norm']:14.1e}"
         distributed.print0(f"{name:22} {figures}")
+        rows.append({"variant": name, **row})
+    if out and distributed.is_main():
+        from dnnlib.util import write_json
+
+        write_json(out, {"processes": distributed.world_size(), "batch": batch, "rows": rows})
     distributed.destroy()
 
 

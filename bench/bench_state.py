@@ -1,6 +1,6 @@
 """Seconds that a training state takes to copy, write and read, and for how long training is held up by one.
 
-python bench/bench_state.py --gib 1 --dir training-runs
+python bench/bench_state.py --gib 1 --dir training-runs --out bench/results/cpu_state.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 @click.option("--gib", type=float, default=1.0, help="Size of the state.")
 @click.option("--dir", "folder", metavar="DIR", default=".", help="Where to write it.")
 @click.option("--device", default="auto", help="Where its tensors are.")
-def main(gib: float, folder: str, device: str) -> None:
+@click.option("--out", metavar="FILE", help="Also write JSON.")
+def main(gib: float, folder: str, device: str, out: str | None) -> None:
     """Print seconds and MiB/s of each stage for a state of random tensors of 4 MiB."""
     import torch
 
@@ -42,8 +43,14 @@ def main(gib: float, folder: str, device: str) -> None:
         started = time.perf_counter()
         find_newest_state(run_dir)
         verified = time.perf_counter() - started
-    for name, seconds in (("training is held up", stall), ("until written", total), ("verified and mapped", verified)):
-        print(f"{name:20} {seconds:7.2f} s {4 * count / seconds:8.0f} MiB/s")
+    stages = {"training is held up": stall, "until written": total, "verified and mapped": verified}
+    rows = [{"stage": name, "seconds": s, "mib_per_s": 4 * count / s} for name, s in stages.items()]
+    for row in rows:
+        print(f"{row['stage']:20} {row['seconds']:7.2f} s {row['mib_per_s']:8.0f} MiB/s")
+    if out:
+        from dnnlib.util import write_json
+
+        write_json(out, {"gib": count / 256, "device": str(resolved), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python bench/bench_super_resolution.py --size 256 --factor 4 --batch 4 --out ben
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -44,10 +43,9 @@ def main(size: int, factor: int, batch: int, langevin_steps: int, repeats: int, 
             f"{row['ratio']:7.1f} {row['langevin_error']:15.3f}"
         )
     if out:
-        from dnnlib.util import atomic_write
+        from dnnlib.util import write_json
 
-        with atomic_write(out, "w") as file:
-            json.dump(result, file, indent=1)
+        write_json(out, result)
 
 
 def measure(size: int, factor: int, batch: int, steps: int, repeats: int, device: Any) -> dict[str, Any]:

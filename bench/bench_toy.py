@@ -41,7 +41,7 @@ def main(iterations: int, batch: int, width: int, seed: int, only: tuple[str, ..
     """Print a line per variant: energy distance over the floor and spread over the truth's, by noise level."""
     import torch
 
-    from dnnlib.util import atomic_write
+    from dnnlib.util import write_json
 
     torch.set_num_threads(1)
     base = dict(iterations=iterations, batch=batch, width=width, seed=seed, pretraining=400)
@@ -54,9 +54,7 @@ def main(iterations: int, batch: int, width: int, seed: int, only: tuple[str, ..
         rows[name] = measure({**base, **VARIANTS[name]})
         print(line(name, rows[name]), flush=True)
         if path:
-            result = {"sigmas": SIGMAS, "points": 64, "samples": 256, "rows": rows}
-            with atomic_write(path, "w", encoding="utf-8") as file:
-                file.write(json.dumps(result, indent=1) + "\n")
+            write_json(path, {"sigmas": SIGMAS, "points": 64, "samples": 256, "rows": rows})
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ python bench/bench_train.py --preset fashion16 --batch-gpu 64 --steps 5         
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-VARIANTS = ("channels_last", "contiguous", "compile")
+VARIANTS = ("contiguous", "compile")
 TEACHERS = {  # architecture of each preset's teacher
     "img64-s": dict(img_resolution=64, img_channels=3, label_dim=1000, model_channels=192),
     "img512-s": dict(img_resolution=64, img_channels=4, label_dim=1000, model_channels=192),
@@ -45,8 +44,8 @@ TEACHERS = {  # architecture of each preset's teacher
 @click.option(
     "--variants",
     metavar="LIST",
-    help="dtype[+channels_last|+contiguous][+compile], ...: memory format of all networks (else as train_ncvsd.py has "
-    "it, of the teacher alone), torch.compile.  [default: all dtypes; on CUDA each of the rest with fp16]",
+    help="dtype[+contiguous][+compile], ...: memory format of networks and images (else channels_last, as training), "
+    "torch.compile.  [default: float32 and bf16 in both formats; on CUDA all dtypes, the rest with fp16]",
 )
 @click.option("--backend", default="inductor", help="Of torch.compile.")
 @click.option(
@@ -69,6 +68,7 @@ def main(
     """
     import torch
 
+    from dnnlib.util import write_json
     from torch_utils import distributed
     from training.launch import configure_backends
 
@@ -91,9 +91,7 @@ def main(
         rows.append(row)
         print(_line(row), flush=True)
         if out:
-            _write(
-                Path(out), {"preset": preset, "batch_gpu": batch_gpu, "device": _device_name(resolved), "rows": rows}
-            )
+            write_json(out, {"preset": preset, "batch_gpu": batch_gpu, "device": _device_name(resolved), "rows": rows})
 
 
 def measure(
@@ -115,14 +113,14 @@ def measure(
     torch.manual_seed(0)
     overrides = {"batch": batch_gpu, "batch_gpu": batch_gpu, "gan_warmup_kimg": 0.0}
     config = load_config(NCVSDConfig, preset, overrides)
-    plain = torch.contiguous_format if "contiguous" in options else torch.channels_last
-    teacher = Precond(**TEACHERS[preset]).to(device, memory_format=plain)
+    layout = torch.contiguous_format if "contiguous" in options else torch.channels_last
+    teacher = Precond(**TEACHERS[preset]).to(device, memory_format=layout)
     for name, p in teacher.named_parameters():
         if name.endswith(("emb_gain", "out_gain")):
             torch.nn.init.constant_(p, 0.5)
     teacher.eval()
     shape = [batch_gpu, teacher.img_channels, teacher.img_resolution, teacher.img_resolution]
-    images = (torch.randn(shape, device=device) * 0.5).contiguous(memory_format=plain)
+    images = (torch.randn(shape, device=device) * 0.5).contiguous(memory_format=layout)
     labels = None
     if teacher.label_dim:
         classes = torch.randint(teacher.label_dim, [batch_gpu], device=device)
@@ -130,9 +128,7 @@ def measure(
 
     task = distillation_task(teacher, config)
     for phase in task.phases:
-        if "channels_last" in options:
-            phase.net.to(memory_format=torch.channels_last)
-        phase.net.eval().requires_grad_(False)
+        phase.net.to(memory_format=layout).eval().requires_grad_(False)
     errors = {}
     for name, net, noise in (("teacher", teacher, None), ("student", task.result, torch.randn_like(images))):
         outputs = []
@@ -262,16 +258,8 @@ def _parse(variant: str) -> tuple[str, list[str]]:
 
 def _variants(device: Any) -> list[str]:
     if device.type != "cuda":
-        return ["float32", "bf16"]
-    return ["fp16", "bf16", "fp16+contiguous", "fp16+channels_last", "fp16+compile", "bf16+compile", "float32"]
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    from dnnlib.util import atomic_write
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w") as file:
-        json.dump(content, file, indent=1)
+        return ["float32", "float32+contiguous", "bf16", "bf16+contiguous"]
+    return ["fp16", "bf16", "fp16+contiguous", "fp16+compile", "bf16+compile", "float32"]
 
 
 def _device_name(device: Any) -> str:

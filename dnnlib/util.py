@@ -1,6 +1,8 @@
 """Number formatting, atomic files and a download cache. Imports no third-party package, so that scripts start fast."""
 
 import hashlib
+import json
+import math
 import os
 import re
 import secrets
@@ -133,6 +135,23 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", **open_kwargs: 
     with atomic_path(path) as temporary:
         with open(temporary, mode, **open_kwargs) as file:
             yield file
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON data, infinities and NaN as null, into a folder that is made if need be; whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        json.dump(_finite(content), file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

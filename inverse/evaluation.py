@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.util import atomic_write
+from dnnlib.util import atomic_write, write_json
 from inverse.inputs import pixels_to_image
-from inverse.json_files import write_json
 from inverse.results import ResultsFolder
 from metrics.image_quality import SSIM_WINDOW, psnr, ssim
 from sampling.grid import read_image

@@ -1,13 +1,10 @@
-"""The JSON files of an output folder: read with care, since users edit and copy them, and written whole."""
+"""The JSON files of an output folder, read with care, since users edit and copy them."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
-
-from dnnlib.util import atomic_write
 
 _MAX_BYTES = 1 << 28
 
@@ -33,19 +30,3 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise JsonFileError(f"{path}: damaged, must hold a JSON object, not {type(content).__name__}; {advice}")
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON data, infinities as null; the file appears whole or not."""
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=1)
-        file.write("\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: null instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

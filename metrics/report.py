@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
-from dnnlib.util import atomic_write
+from dnnlib.util import write_json
 from metrics.compute import MetricValue
 from metrics.references import Reference
 
@@ -32,9 +31,7 @@ def describe(num_images: int, reference: Reference, values: list[MetricValue], w
 
 def write_report(path: str | os.PathLike[str], records: list[dict[str, Any]]) -> None:
     """Write the records as JSON, whole or not at all."""
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump({"results": records}, file, indent=2)
-        file.write("\n")
+    write_json(path, {"results": records})
 
 
 def format_table(records: list[dict[str, Any]]) -> str:

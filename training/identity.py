@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from dnnlib.util import atomic_write
+from dnnlib.util import write_json
 from torch_utils import distributed
 from training.presets import TrainingConfig
 from training.state import StateError
@@ -91,7 +91,7 @@ def claim_folder(
 def _claim(run_dir: Path, identity: dict[str, Any], force: bool, log: Callable[[str], None]) -> None:
     path = run_dir / "run.json"
     if not path.exists():
-        _write(path, identity)
+        write_json(path, identity)
         return
     differences = _differences(_read(path), identity)
     if not differences:
@@ -103,7 +103,7 @@ def _claim(run_dir: Path, identity: dict[str, Any], force: bool, log: Callable[[
         )
     if distributed.is_main():
         log(f"resuming with other settings, as --force-resume asks: {'; '.join(differences)}")
-        _write(path, identity)
+        write_json(path, identity)
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -125,8 +125,3 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StateError(f"{path} is damaged ({error}): restore it, or use another --outdir") from None
     return stored
-
-
-def _write(path: Path, identity: dict[str, Any]) -> None:
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(identity, file, indent=2)
