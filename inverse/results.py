@@ -69,7 +69,10 @@ class ResultsFolder:
         return any((self.path / name).exists() for name in names)
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """Return what was recorded of a finished image, or None. Raises ResultsError for a damaged record."""
+        """Return what was recorded of a finished image, or None, also where one of its pictures is gone.
+
+        Raises ResultsError for a damaged record.
+        """
         path = self.path / "records" / f"{name}.json"
         if not path.exists():
             return None
@@ -81,7 +84,9 @@ class ResultsFolder:
             raise ResultsError(f"{path}: damaged, not the record of {name}; {advice}")
         if len(runs) > 1 and "mean_residual" not in record:
             raise ResultsError(f"{path}: damaged, without the posterior mean; {advice}")
-        return record
+        folders = [f"samples/run_{run}" for run in range(len(runs))] + ["mean"] * (len(runs) > 1)
+        folders += ["truth"] * bool(record.get("has_truth"))
+        return record if all((self.path / folder / f"{name}.png").exists() for folder in folders) else None
 
     @staticmethod
     def _read(path: Path, advice: str) -> dict[str, Any]:
@@ -107,6 +112,7 @@ class ResultsFolder:
             "name": problem.name,
             "runs": [{"residual": value} for value in residuals],
             "retries": solution.retries,
+            "has_truth": problem.truth is not None,
         }
         if runs > 1:
             mean, std = clipped.mean(dim=0), clipped.std(dim=0)

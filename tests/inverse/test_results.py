@@ -128,3 +128,7 @@ def test_maps_of_several_runs(tmp_path):
     assert std[0, 0] == 255 and (np.delete(std.ravel(), 0) == 0).all()
     assert read_image(tmp_path / "mean" / "a.png")[0, 1, 1] == 255
     assert ResultsFolder(tmp_path).record("a") == record and ResultsFolder(tmp_path).record("b") is None
+    for folder in ("truth", "mean", "samples/run_1"):  # an image that lacks a picture is drawn again
+        (tmp_path / folder / "a.png").rename(tmp_path / "kept.png")
+        assert ResultsFolder(tmp_path).record("a") is None
+        (tmp_path / "kept.png").rename(tmp_path / folder / "a.png")
