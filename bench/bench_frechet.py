@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,31 +22,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 @click.option("--dims", default="64,512,2048", help="Feature dimensions, with commas between them.")
 @click.option("--repeats", type=click.IntRange(1), default=3, help="Timed calls of ours; the fastest counts.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Of both.")
-@click.option("--out", metavar="FILE", help="Also write JSON.")
+@out_option()
 def main(dims: str, repeats: int, threads: int, out: str | None) -> None:
     """Print a table of feature dimensions: seconds of both, their ratio, relative difference of the two values."""
+    from torch_utils.user_errors import user_errors
+
     try:
         sizes = [int(dim) for dim in dims.split(",")]
     except ValueError as error:
         raise click.BadParameter(f"{dims!r}: write whole numbers, as in 64,512", param_hint="--dims") from error
     if min(sizes) < 1:
         raise click.BadParameter(f"{dims!r}: dimensions are at least 1", param_hint="--dims")
-    environment = _environment(threads)
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    print(f"{'dim':>5} {'sqrtm, s':>10} {'ours, s':>10} {'ratio':>7} {'difference':>11}")
-    rows = []
-    for dim in sizes:
-        row = measure(dim, repeats)
-        rows.append(row)
-        print(
-            f"{dim:5} {row['sqrtm_seconds']:10.4f} {row['seconds']:10.4f} {row['ratio']:7.1f} "
-            f"{row['relative_difference']:11.1e}",
-            flush=True,
-        )
-    if out:
-        from dnnlib.util import write_json
+    with user_errors("--dims"):
+        environment = _environment(threads)
+        print(", ".join(f"{key} {value}" for key, value in environment.items()))
+        print(f"{'dim':>5} {'sqrtm, s':>10} {'ours, s':>10} {'ratio':>7} {'difference':>11}")
+        rows = []
+        for dim in sizes:
+            row = measure(dim, repeats)
+            rows.append(row)
+            print(
+                f"{dim:5} {row['sqrtm_seconds']:10.4f} {row['seconds']:10.4f} {row['ratio']:7.1f} "
+                f"{row['relative_difference']:11.1e}",
+                flush=True,
+            )
+        if out:
+            from dnnlib.util import write_json
 
-        write_json(out, {**environment, "rows": rows})
+            write_json(out, {**environment, "rows": rows})
 
 
 def measure(dim: int, repeats: int) -> dict[str, float]:

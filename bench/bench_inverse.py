@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from bench_options import out_option
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -58,7 +59,7 @@ def _parse_range(ctx: click.Context, param: click.Parameter, value: str) -> rang
 @click.option("--iterations", type=click.IntRange(1), default=400, help="Of the total-variation solver.")
 @click.option("--inner", type=click.IntRange(1), default=10, help="Iterations of each of its proximal steps.")
 @click.option("--check", type=click.IntRange(0), default=3, help="Images also solved with scikit-image's step.")
-@click.option("--out", metavar="FILE", help="Also write JSON.")
+@out_option()
 def main(results: Sequence[str], tune: str, check: int, out: str | None, **options: Any) -> None:
     """Print PSNR and SSIM per task: linear baselines, total variation, one sample, posterior mean.
 

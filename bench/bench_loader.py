@@ -13,33 +13,52 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def _counts(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    try:
+        counts = [int(part) for part in value.split(",")]
+    except ValueError:
+        counts = [-1]
+    if min(counts) < 0:
+        raise click.BadParameter(f"{value!r}: write whole numbers of 0 or more, as in 0,1,2")
+    return counts
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data", metavar="DIR|ZIP", help="Data set to read.  [default: random pixels and latents]")
 @click.option("--images", type=click.IntRange(1), default=4096, help="Images to read for each figure.")
 @click.option("--batch", type=click.IntRange(1), default=64)
-@click.option("--workers", default="0,1,2", help="Numbers of loader processes to compare.")
-@click.option("--out", metavar="FILE", help="Also write JSON.")
-def main(data: str | None, images: int, batch: int, workers: str, out: str | None) -> None:
+@click.option("--workers", callback=_counts, default="0,1,2", help="Numbers of loader processes to compare.")
+@out_option()
+def main(data: str | None, images: int, batch: int, workers: list[int], out: str | None) -> None:
     """Print a table: kind of data, loader processes, images per second, resident memory of all processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        sources = [data] if data else [make_data(Path(folder), kind) for kind in ("pixels", "latents")]
-        rows = [measure(source, images, batch, int(count)) for source in sources for count in workers.split(",")]
-    print(f"{'data':24} {'workers':>7} {'img/s':>9} {'MiB/s':>7} {'memory MiB':>11}")
-    for row in rows:
-        rates = f"{row['img_per_s']:9.0f} {row['mib_per_s']:7.0f}"
-        print(f"{row['data']:24} {row['workers']:7} {rates} {row['rss_mib']:11.0f}")
-    if out:
-        from dnnlib.util import write_json
+    from torch_utils.user_errors import user_errors
+    from training.dataset import DatasetError, one_line
 
-        write_json(out, {"batch": batch, "images": images, "rows": rows})
+    with user_errors(), tempfile.TemporaryDirectory() as folder:
+        sources = [data] if data else [make_data(Path(folder), kind) for kind in ("pixels", "latents")]
+        try:
+            rows = [measure(source, images, batch, count) for source in sources for count in workers]
+        except DatasetError as error:  # with a traceback where it comes from a loader process
+            raise click.ClickException(one_line(error)) from error
+        print(f"{'data':24} {'workers':>7} {'img/s':>9} {'MiB/s':>7} {'memory MiB':>11}")
+        for row in rows:
+            rates = f"{row['img_per_s']:9.0f} {row['mib_per_s']:7.0f}"
+            print(f"{row['data']:24} {row['workers']:7} {rates} {row['rss_mib']:11.0f}")
+        if out:
+            from dnnlib.util import write_json
+
+            write_json(out, {"batch": batch, "images": images, "rows": rows})
 
 
 def measure(source: str, images: int, batch: int, workers: int) -> dict[str, Any]:
     """One row: the loader of training on one data set, after a first batch that warms up."""
+    import warnings
+
     import psutil
     import torch
 
@@ -49,7 +68,9 @@ def measure(source: str, images: int, batch: int, workers: int) -> dict[str, Any
     sampler = InfiniteSampler(len(dataset))
     prefetch = 2 if workers else None
     options = dict(batch_size=batch, sampler=sampler, num_workers=workers, prefetch_factor=prefetch)
-    loader = iter(torch.utils.data.DataLoader(dataset, **options))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: what is measured
+        loader = iter(torch.utils.data.DataLoader(dataset, **options))
     size = next(loader)[0][0].nbytes
     started, rounds = time.perf_counter(), max(images // batch, 1)
     for _ in range(rounds):

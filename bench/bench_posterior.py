@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -64,7 +65,7 @@ class Stopwatch:
 @click.option("--batch", type=click.IntRange(1), default=25, help="Images at once.")
 @click.option("--steps", type=click.IntRange(3), default=50, help="Noise levels.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bf16", "fp16"]), default="auto", help="Of the U-Net.")
-@click.option("--out", metavar="FILE", help="Also write JSON.")
+@out_option()
 def main(device: str, preset: str, names: tuple[str, ...], batch: int, steps: int, dtype: str, out: str | None) -> None:
     """Print seconds per image of one sample each, and the shares of network, likelihood step and random numbers.
 

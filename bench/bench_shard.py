@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,24 +25,28 @@ ARCHITECTURE |= dict(num_blocks=1, attn_resolutions=[8], channels_per_head=32)
 @click.option("--updates", type=click.IntRange(1), default=10, help="Timed updates, after two that warm up.")
 @click.option("--batch", type=click.IntRange(1), default=8, help="Images per process.")
 @click.option("--device", default="auto")
-@click.option("--out", metavar="FILE", help="Also write JSON.")
+@out_option()
 def main(updates: int, batch: int, device: str, out: str | None) -> None:
     """Print a table for the embedded teacher's architecture, trained with its own loss."""
     from torch_utils import distributed
+    from torch_utils.user_errors import user_errors
 
-    resolved = distributed.init(device)
-    distributed.print0(f"{'':22} {'ms/update':>10} {'KiB weights':>12} {'KiB Adam':>9} {'kept norm - 1':>14}")
-    rows = []
-    for name, wrap in (("replicated", replicated), ("ZeRO stage 1", zero), ("FSDP2", fsdp)):
-        row = measure(wrap, updates, batch, resolved)
-        figures = f"{row['ms']:10.1f} {row['weights'] / 1024:12.0f} {row['adam'] / 1024:9.0f} {row['norm']:14.1e}"
-        distributed.print0(f"{name:22} {figures}")
-        rows.append({"variant": name, **row})
-    if out and distributed.is_main():
-        from dnnlib.util import write_json
+    if not distributed.launched_by_torchrun():
+        start = "torchrun --standalone --nproc-per-node 2 bench/bench_shard.py"
+        raise click.ClickException(f"this bench divides a state between processes: start it with {start}")
+    with user_errors():
+        resolved = distributed.init(device)
+        distributed.print0(f"{'':22} {'ms/update':>10} {'KiB weights':>12} {'KiB Adam':>9} {'kept norm - 1':>14}")
+        rows = []
+        for name, wrap in (("replicated", replicated), ("ZeRO stage 1", zero), ("FSDP2", fsdp)):
+            row = measure(wrap, updates, batch, resolved)
+            figures = f"{row['ms']:10.1f} {row['weights'] / 1024:12.0f} {row['adam'] / 1024:9.0f} {row['norm']:14.1e}"
+            distributed.print0(f"{name:22} {figures}")
+            rows.append({"variant": name, **row})
+        if out and distributed.is_main():
+            from dnnlib.util import write_json
 
-        write_json(out, {"processes": distributed.world_size(), "batch": batch, "rows": rows})
-    distributed.destroy()
+            write_json(out, {"processes": distributed.world_size(), "batch": batch, "rows": rows})
 
 
 def measure(wrap: Callable[..., tuple[Any, Any]], updates: int, batch: int, device: Any) -> dict[str, float]:
@@ -56,7 +61,9 @@ def measure(wrap: Callable[..., tuple[Any, Any]], updates: int, batch: int, devi
     torch.manual_seed(0)
     net = Precond(**ARCHITECTURE).to(device).train()
     callable_net, optimizer = wrap(net, device)
-    images, labels = torch.randn(batch, 1, 16, 16, device=device), torch.eye(10, device=device)[:batch]
+    net.requires_grad_(True)
+    images = torch.randn(batch, 1, 16, 16, device=device)
+    labels = torch.eye(10, device=device)[torch.arange(batch) % 10]
     started = 0.0
     for step in range(2 + updates):
         if step == 2:
@@ -85,16 +92,18 @@ def measure(wrap: Callable[..., tuple[Any, Any]], updates: int, batch: int, devi
 def replicated(net: Any, device: Any) -> tuple[Any, Any]:
     from training.parallel import build_optimizer, replicate
 
-    return _with_gradients(replicate(net), net), build_optimizer(net, device)
+    return replicate(net), build_optimizer(net, device)
 
 
 def zero(net: Any, device: Any) -> tuple[Any, Any]:
     from training.parallel import build_optimizer, replicate
 
-    return _with_gradients(replicate(net), net), build_optimizer(net, device, shard=True)
+    return replicate(net), build_optimizer(net, device, shard=True)
 
 
 def fsdp(net: Any, device: Any) -> tuple[Any, Any]:
+    import warnings
+
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -102,6 +111,7 @@ def fsdp(net: Any, device: Any) -> tuple[Any, Any]:
     from networks.layers import Block
     from torch_utils import distributed
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that its output must not be changed in place
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     scalars = {p for p in net.parameters() if p.ndim == 0}  # which it cannot divide; EDM2 has one per block
     for module in net.modules():
@@ -109,11 +119,6 @@ def fsdp(net: Any, device: Any) -> tuple[Any, Any]:
             fully_shard(module, mesh=mesh, ignored_params=scalars)
     fully_shard(net, mesh=mesh, ignored_params=scalars)
     return net, torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
-
-
-def _with_gradients(callable_net: Any, net: Any) -> Any:
-    net.requires_grad_(True)
-    return callable_net
 
 
 def whole(tensor: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +26,7 @@ BETA = 1e-3  # of the published super-resolution task
 @click.option("--langevin-steps", type=click.IntRange(1), default=100)
 @click.option("--repeats", type=click.IntRange(1), default=5, help="Timed calls of each; the median counts.")
 @click.option("--device", default="auto")
-@click.option("--out", metavar="FILE", help="Also write JSON.")
+@out_option()
 def main(size: int, factor: int, batch: int, langevin_steps: int, repeats: int, device: str, out: str | None) -> None:
     """Print a table: seconds per image of both steps, their ratio, and the error of the conditional mean.
 
@@ -33,19 +34,21 @@ def main(size: int, factor: int, batch: int, langevin_steps: int, repeats: int, 
     conditional mean, over that of the start; it is 0 for the exact step and what is left after the chain for Langevin.
     """
     from torch_utils import distributed
+    from torch_utils.user_errors import user_errors
 
-    result = measure(size, factor, batch, langevin_steps, repeats, distributed.device_for(device))
-    print(f"super-resolution {size} -> {-(-size // factor)}, batch {batch}, 3 channels, {result['device']}")
-    print(f"{'sigma':>8} {'exact s/img':>12} {'langevin s/img':>15} {'ratio':>7} {'langevin error':>15}")
-    for row in result["rows"]:
-        print(
-            f"{row['sigma']:8.3f} {row['exact_seconds']:12.5f} {row['langevin_seconds']:15.5f} "
-            f"{row['ratio']:7.1f} {row['langevin_error']:15.3f}"
-        )
-    if out:
-        from dnnlib.util import write_json
+    with user_errors():
+        result = measure(size, factor, batch, langevin_steps, repeats, distributed.device_for(device))
+        print(f"super-resolution {size} -> {-(-size // factor)}, batch {batch}, 3 channels, {result['device']}")
+        print(f"{'sigma':>8} {'exact s/img':>12} {'langevin s/img':>15} {'ratio':>7} {'langevin error':>15}")
+        for row in result["rows"]:
+            print(
+                f"{row['sigma']:8.3f} {row['exact_seconds']:12.5f} {row['langevin_seconds']:15.5f} "
+                f"{row['ratio']:7.1f} {row['langevin_error']:15.3f}"
+            )
+        if out:
+            from dnnlib.util import write_json
 
-        write_json(out, result)
+            write_json(out, result)
 
 
 def measure(size: int, factor: int, batch: int, steps: int, repeats: int, device: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,25 +37,27 @@ SIGMAS = (0.1, 0.3, 1.0, 10.0, 80.0)
 @click.option("--width", type=click.IntRange(1), default=64)
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--only", multiple=True, type=click.Choice(list(VARIANTS)), help="Some of the variants.")
-@click.option("--out", metavar="FILE", help="Also write JSON, with the rows that it already holds.")
+@out_option("Also write JSON, with the rows that it already holds.")
 def main(iterations: int, batch: int, width: int, seed: int, only: tuple[str, ...], out: str | None) -> None:
     """Print a line per variant: energy distance over the floor and spread over the truth's, by noise level."""
     import torch
 
     from dnnlib.util import write_json
+    from torch_utils.user_errors import user_errors
 
-    torch.set_num_threads(1)
-    base = dict(iterations=iterations, batch=batch, width=width, seed=seed, pretraining=400)
-    path = Path(out) if out else None
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path and path.is_file() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise click.BadParameter(f"{path} is not a table of this bench: name another file") from error
-    for name in only or VARIANTS:
-        rows[name] = measure({**base, **VARIANTS[name]})
-        print(line(name, rows[name]), flush=True)
-        if path:
-            write_json(path, {"sigmas": SIGMAS, "points": 64, "samples": 256, "rows": rows})
+    with user_errors():
+        torch.set_num_threads(1)
+        base = dict(iterations=iterations, batch=batch, width=width, seed=seed, pretraining=400)
+        path = Path(out) if out else None
+        try:
+            rows = dict(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path and path.is_file() else {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise click.BadParameter(f"{path} is not a table of this bench: name another file") from error
+        for name in only or VARIANTS:
+            rows[name] = measure({**base, **VARIANTS[name]})
+            print(line(name, rows[name]), flush=True)
+            if path:
+                write_json(path, {"sigmas": SIGMAS, "points": 64, "samples": 256, "rows": rows})
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:

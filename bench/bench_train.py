@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -51,7 +52,7 @@ TEACHERS = {  # architecture of each preset's teacher
 @click.option(
     "--state-dir", metavar="DIR", help="Also write a training state there, in the last variant without compile."
 )
-@click.option("--out", metavar="FILE", help="Also write JSON.")
+@out_option()
 def main(
     preset: str,
     batch_gpu: int,
@@ -70,28 +71,37 @@ def main(
 
     from dnnlib.util import write_json
     from torch_utils import distributed
+    from torch_utils.user_errors import user_errors
     from training.launch import configure_backends
 
-    resolved = distributed.device_for(device)
-    configure_backends(deterministic=False)
-    names = variants.split(",") if variants else _variants(resolved)
-    for name in names:
-        _parse(name)
-    with_state = [name for name in names if "compile" not in name][-1:] if state_dir else []
-    print(f"{preset}, batch_gpu {batch_gpu}, {steps} iterations, {_device_name(resolved)}, random-weight teacher")
-    print(f"{'variant':20} {'img/s':>8} {'peak GiB':>9} {'teacher err':>12} {'student err':>12}  phases, s")
-    rows = []
-    for name in names:
-        try:
-            folder = state_dir if name in with_state else None
-            row = measure(preset, name, batch_gpu, steps, resolved, backend=backend, state_dir=folder)
-        except torch.OutOfMemoryError:
-            row = {"variant": name, "error": "out of memory"}
-        _release(name, resolved)
-        rows.append(row)
-        print(_line(row), flush=True)
-        if out:
-            write_json(out, {"preset": preset, "batch_gpu": batch_gpu, "device": _device_name(resolved), "rows": rows})
+    with user_errors("--batch-gpu"):
+        resolved = distributed.device_for(device)
+        configure_backends(deterministic=False)
+        names = variants.split(",") if variants else _variants(resolved)
+        for name in names:
+            dtype, options = _parse(name)
+            if dtype == "fp16" and resolved.type != "cuda":
+                raise click.BadParameter(f"{name!r}: fp16 needs a CUDA device, and this run is on {resolved.type}")
+            if "compile" in options and backend not in torch.compiler.list_backends(()):
+                raise click.BadParameter(f"{backend!r}: one of {', '.join(torch.compiler.list_backends())}")
+        if state_dir:
+            Path(state_dir).mkdir(parents=True, exist_ok=True)
+        with_state = [name for name in names if "compile" not in name][-1:] if state_dir else []
+        print(f"{preset}, batch_gpu {batch_gpu}, {steps} iterations, {_device_name(resolved)}, random-weight teacher")
+        print(f"{'variant':20} {'img/s':>8} {'peak GiB':>9} {'teacher err':>12} {'student err':>12}  phases, s")
+        rows = []
+        for name in names:
+            try:
+                folder = state_dir if name in with_state else None
+                row = measure(preset, name, batch_gpu, steps, resolved, backend=backend, state_dir=folder)
+            except torch.OutOfMemoryError:
+                row = {"variant": name, "error": "out of memory"}
+            _release(name, resolved)
+            rows.append(row)
+            print(_line(row), flush=True)
+            if out:
+                where = _device_name(resolved)
+                write_json(out, {"preset": preset, "batch_gpu": batch_gpu, "device": where, "rows": rows})
 
 
 def measure(
@@ -196,7 +206,6 @@ def write_state(
     from training.state import state_bytes
     from training.writer import StateWriter
 
-    parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         writer = StateWriter(Path(folder))
         started = time.perf_counter()

@@ -101,7 +101,7 @@ use_processes() {
         [ "$gpus" -le "$found" ] || refuse "NUM_GPUS is $gpus, and PyTorch sees $found CUDA device(s): give at most that many (0 $zero)"
     fi
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-    LAUNCHER+=(-m torch.distributed.run)
+    LAUNCHER+=("$ROOT/quick_start/processes.py")
     [ $# -gt 0 ] || LAUNCHER+=(--standalone)
     # after the dashes torchrun takes no option (say --num) for an abbreviation of its own (--numa-binding)
     LAUNCHER+=(--nproc-per-node "$gpus" "$@" --)

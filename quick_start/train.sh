@@ -5,7 +5,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 # require_count NAME VALUE LEAST
 require_count() {
-    [[ "$2" =~ ^[0-9]{1,5}$ ]] && [ "$((10#$2))" -ge "$3" ] || refuse "$1 is '$2': give a whole number, at least $3"
+    [[ "$2" =~ ^[0-9]{1,5}$ ]] && [ "$((10#$2))" -ge "$3" ] && [ "$((10#$2))" -le 65535 ] ||
+        refuse "$1 is '$2': give a whole number, at least $3"
 }
 
 # signal_children PARENT: SIGUSR1 to its children every second, until it has ended
@@ -62,7 +63,7 @@ train() {
     local zoo="${MODEL_ZOO:-$ROOT/../model_zoo/edm2}" folder="${DATA_DIR:-$ROOT/../data/edm2}"
     teacher="$zoo/$2" data="$folder/$3"
     shift 3
-    [ $# -ge 1 ] || refuse "usage: bash quick_start/train-$preset.sh NUM_GPUS [OPTION ...], as in: bash quick_start/train-$preset.sh 8"
+    [ $# -ge 1 ] && [[ "$1" != -* ]] || refuse "usage: bash quick_start/train-$preset.sh NUM_GPUS [OPTION ...], as in: bash quick_start/train-$preset.sh 8"
     local gpus="$1" device="${DEVICE:-cuda}" out="${OUT:-$ROOT/training-runs/$preset}"
     local nodes="${NNODES:-1}" node="${NODE_RANK:-0}" port="${MASTER_PORT:-29500}" address="${MASTER_ADDR:-}"
     shift

@@ -77,7 +77,7 @@ def fake_python(tmp_path):
     script.write_text(
         f"""#!/usr/bin/env bash
 case "$1:$2" in
-    -m:torch.distributed.run | */posterior_sample.py:*) printf '%s\\n' "$@" >"{tmp_path}/launched" ;;
+    */quick_start/processes.py:* | */posterior_sample.py:*) printf '%s\\n' "$@" >"{tmp_path}/launched" ;;
     -c:*torch*) echo 8 ;;
     *) exec "{sys.executable}" "$@" ;;
 esac

@@ -65,7 +65,7 @@ def test_gpus_get_a_process_each_and_the_published_settings(preset, ref, metrics
     assert result.returncode == 0, result.stderr
     launched = (tmp_path / "launched").read_text().splitlines()
     script = launched.index(str(ROOT / "calculate_metrics.py"))
-    assert launched[:script] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "--"]
+    assert launched[:script] == [str(ROOT / "quick_start/processes.py"), "--standalone", "--nproc-per-node", "8", "--"]
     options = dict(zip(launched[script + 2 :: 2], launched[script + 3 :: 2], strict=True))
     assert launched[script + 1] == "gen" and Path(options.pop("--ref")).name == ref
     assert options == {

@@ -71,7 +71,7 @@ def test_gpus_get_a_process_each(fake_python, tmp_path):
     result = launch("phase_retrieval", "--runs", 2, python=fake_python, NUM_GPUS="08", NET=STUDENT, DATA=tmp_path)
     assert result.returncode == 0, result.stderr
     before, options = launched(tmp_path)
-    assert before == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "--"]
+    assert before == [str(ROOT / "quick_start/processes.py"), "--standalone", "--nproc-per-node", "8", "--"]
     assert options["--device"] == "cuda" and options["--runs"] == "2" and options["--num"] == "100"
 
 

@@ -74,18 +74,18 @@ def init(device: str | torch.device = "auto", *, timeout_minutes: float = 30.0) 
 
 def destroy() -> None:
     """Leave the process group, if one was joined."""
-    if _in_group():
+    if in_group():
         dist.destroy_process_group()
 
 
 def rank() -> int:
     """Return this process's index in the group (0 without one)."""
-    return dist.get_rank() if _in_group() else 0
+    return dist.get_rank() if in_group() else 0
 
 
 def world_size() -> int:
     """Return the number of processes in the group (1 without one)."""
-    return dist.get_world_size() if _in_group() else 1
+    return dist.get_world_size() if in_group() else 1
 
 
 def is_main() -> bool:
@@ -95,14 +95,14 @@ def is_main() -> bool:
 
 def collective_device() -> torch.device:
     """Return where the tensors of a collective must be: this process's GPU with NCCL, the CPU otherwise."""
-    if _in_group() and dist.get_backend() == "nccl":
+    if in_group() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def barrier() -> None:
     """Wait for every process of the group."""
-    if _in_group():
+    if in_group():
         device = collective_device()
         dist.barrier(device_ids=None if device.index is None else [device.index])
 
@@ -112,7 +112,7 @@ def main_first(function: Callable[[], T]) -> T:
 
     What it raises in the main process is raised there, and as a MainProcessError with its text in the others.
     """
-    if not _in_group():
+    if not in_group():
         return function()
     result, error = None, None
     if is_main():
@@ -131,7 +131,7 @@ def main_first(function: Callable[[], T]) -> T:
 
 def from_main(value: T) -> T:
     """The main process's value, a small picklable one, in every process. Collective."""
-    if not _in_group():
+    if not in_group():
         return value
     message = [value]
     dist.broadcast_object_list(message, src=0)
@@ -144,5 +144,6 @@ def print0(*args: object, **kwargs: object) -> None:
         print(*args, **kwargs)
 
 
-def _in_group() -> bool:
+def in_group() -> bool:
+    """Return whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()

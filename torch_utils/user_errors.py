@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
 
     Bad input (ValueError, OSError) is told in its own words; where memory runs out, on the GPU or not, the advice names
     `batch_option`. Any other exception is a defect and passes. Raises click.ClickException, or SystemExit in processes
-    that failed only because the main one did.
+    that failed only because another one did.
     """
     import click
 
@@ -26,17 +28,47 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     except MainProcessError:
         sys.exit(1)  # one message is enough
     except (MemoryError, RuntimeError) as error:
+        if _lost_another_process(error):
+            sys.exit(1)
         if not _out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise click.ClickException(f"out of memory: try a smaller {batch_option} ({reason})") from error
     except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        if "torch" in sys.modules:  # without it no group was joined
-            from torch_utils import distributed
+        if _said_by_another():
+            sys.exit(1)
+        raise click.ClickException(_text(error)) from error
+    # No group is left after an error: that could wait for processes that are still at work.
+    if "torch" in sys.modules:  # without it no group was joined
+        from torch_utils import distributed
 
-            distributed.destroy()
+        distributed.destroy()
+
+
+def _text(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _said_by_another() -> bool:
+    """Whether this is one of a machine's processes that all met the same mistake, before they joined a group."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    if "torch" not in sys.modules:
+        return True
+    from torch_utils import distributed
+
+    return not distributed.in_group()
+
+
+def _lost_another_process(error: MemoryError | RuntimeError) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from torch_utils import distributed
+
+    lost = re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error))
+    return distributed.in_group() and lost is not None
 
 
 def _out_of_memory(error: MemoryError | RuntimeError) -> bool:

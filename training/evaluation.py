@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from metrics.compute import check_reference, compute_metrics
-from metrics.detectors import load_detector
+from metrics.compute import check_dimensions, check_reference, compute_metrics
+from metrics.detectors import LoadedDetector, load_detector
 from metrics.evaluate import evaluate_dataset, evaluate_network
-from metrics.references import load_reference, save_reference
-from metrics.specs import parse_metrics
+from metrics.references import Reference, load_reference, save_reference
+from metrics.specs import Metric, parse_metrics
 from torch_utils import distributed
 from training.dataset import ImageDataset
 
@@ -38,14 +38,14 @@ def snapshot_metrics(
 
     Raises ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
     """
-    metrics = parse_metrics(names)
+    metrics = distributed.main_first(lambda: parse_metrics(names))
     if num < 2:
         raise ValueError(f"--eval-num must be at least 2, got {num}")
-    detectors = {m.detector: load_detector(m.detector, device=device) for m in metrics}
+    detectors = distributed.main_first(lambda: {m.detector: load_detector(m.detector, device=device) for m in metrics})
     if reference is None:
         shown = hashlib.sha256(f"{sorted(m.name for m in metrics)} {dataset.fingerprint()}".encode()).hexdigest()
         path = run_dir / f"eval-reference-{distributed.from_main(shown)[:8]}.npz"  # of these data, for these metrics
-        if not distributed.main_first(path.exists):
+        if not distributed.from_main(path.exists()):
             if dataset.num_channels not in (1, 3):
                 raise ValueError("the data are latents: give statistics of the images in --eval-ref")
             rng = np.random.default_rng(0)
@@ -56,8 +56,7 @@ def snapshot_metrics(
                 save_reference(path, collected)
             distributed.barrier()
         reference = str(path)
-    known = distributed.main_first(lambda: load_reference(reference))
-    check_reference(metrics, known)
+    known = distributed.main_first(lambda: _reference(reference, metrics, detectors))
     seeds = range(FIRST_SEED, FIRST_SEED + num)
 
     def evaluate(net: nn.Module, encoder: Any) -> dict[str, float]:
@@ -69,3 +68,11 @@ def snapshot_metrics(
         return measured
 
     return evaluate
+
+
+def _reference(source: str, metrics: list[Metric], detectors: dict[str, LoadedDetector]) -> Reference:
+    """Statistics that fit metrics and detectors. Raises ValueError for others."""
+    reference = load_reference(source)
+    check_reference(metrics, reference)
+    check_dimensions(metrics, detectors, reference)
+    return reference

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dnnlib.util import write_json
 from torch_utils import distributed
@@ -34,6 +34,8 @@ MAY_CHANGE = (  # on resume
 def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> dict[str, Any]:
     """Settings that shape the result, seed, and fingerprints of data set and teacher, as plain JSON data."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    if config.cooldown_mimg > 0:
+        fields["duration"] = config.duration  # the learning rate falls to 0 at its end
     return json.loads(json.dumps({**fields, "seed": seed, "data": data, "teacher": teacher}))
 
 
@@ -48,62 +50,70 @@ def sole_user(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         if held is not None:
-            held.close()
+            os.close(held)
 
 
-def _lock(path: Path) -> IO[str] | None:
+def _lock(path: Path) -> int | None:
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(path, "a+", encoding="utf-8")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: loader processes do not inherit it
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: loader processes do not inherit it
     except OSError as error:
-        file.seek(0)
-        holder = file.read(200).strip()
-        file.close()
+        holder = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise StateError(
                 f"{path.parent} is in use by another run ({holder or 'unknown'}): stop it, or use another --outdir"
             ) from None
         return None
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError:  # a full disk: the lock holds without a name
         pass
-    return file
+    return handle
 
 
-def claim_folder(
-    run_dir: Path, identity: dict[str, Any], *, force: bool = False, log: Callable[[str], None] = print
+def check_identity(
+    run_dir: Path,
+    identity: dict[str, Any],
+    state: dict[str, Any] | None,  # the training state to resume from
+    *,
+    force: bool = False,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """Write run.json where it is new; where it is not, compare. Collective.
+    """Compare a run with the one that the folder holds, by run.json or, without that, by its newest state. Collective.
 
-    Raises StateError, listing every difference, where the folder holds a run with other settings or other data; with
-    `force` the differences are logged and run.json becomes that of the new settings.
+    Raises StateError, listing every difference, where settings or data are others; with `force` they are logged.
     """
-    distributed.main_first(lambda: _claim(run_dir, identity, force, log))
+    distributed.main_first(lambda: _check(run_dir, identity, state, force, log))
 
 
-def _claim(run_dir: Path, identity: dict[str, Any], force: bool, log: Callable[[str], None]) -> None:
+def write_identity(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Make the folder that of this run. For the main process."""
     path = run_dir / "run.json"
-    if not path.exists():
+    if not path.exists() or _read(path) != identity:
         write_json(path, identity)
+
+
+def _check(
+    run_dir: Path, identity: dict[str, Any], state: dict[str, Any] | None, force: bool, log: Callable[[str], None]
+) -> None:
+    path = run_dir / "run.json"
+    stored = _read(path) if path.exists() else (state or {}).get("identity")
+    if not isinstance(stored, dict):
         return
-    differences = _differences(_read(path), identity)
-    if not differences:
-        return
-    if not force:
+    differences = _differences(stored, identity)
+    if differences and not force:
         raise StateError(
             f"{run_dir} holds a run with other settings ({'; '.join(differences)}): give the same options to resume "
             "it, --force-resume to go on with the new ones, or another --outdir"
         )
-    if distributed.is_main():
+    if differences and distributed.is_main():
         log(f"resuming with other settings, as --force-resume asks: {'; '.join(differences)}")
-        write_json(path, identity)
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -101,29 +101,28 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
 
     from networks.unet import set_recompute
     from torch_utils import distributed
-    from training.dataset import DatasetError, ImageDataset, one_line
-    from training.loop import split_batch, train
+    from training.dataset import DatasetError, one_line
+    from training.loop import train
     from training.optim import DivergenceError
 
     device = distributed.init(options["device"])
     configure_backends(options["deterministic"])
-    split_batch(config, distributed.world_size())
-    dataset = ImageDataset(
-        options["data"], use_labels=config.cond, xflip=config.xflip, cache=_is_small(options["data"])
-    )
+    dataset = distributed.main_first(lambda: _load_data(config, options["data"]))
     torch.manual_seed(options["seed"])
     task, encoder = distributed.main_first(lambda: build(config, options, dataset, device))
+    dtype = distributed.main_first(lambda: compute_dtype(options["dtype"], device))
     for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
         net.to(memory_format=torch.channels_last)
-        net.compute_dtype = compute_dtype(options["dtype"], device)
+        net.compute_dtype = dtype
         set_recompute(net, options["checkpoint_activations"])
-    _describe(config, options, task, dataset, device)
+    description = _description(config, options, task, dataset, device)
     if options["dry_run"]:
-        distributed.print0("dry run: nothing is written")
+        distributed.print0("\n".join([*description, "dry run: nothing is written"]))
         return
 
     run_dir.mkdir(parents=True, exist_ok=True)
     run = _run(config, options, task, dataset, device, stop)
+    run.description = description
     try:
         train(task, dataset, encoder, config, run)
     except DatasetError as error:
@@ -216,17 +215,26 @@ def git_commit() -> str | None:
     return commit + ("+changes" if changed else "")
 
 
+def _load_data(config: TrainingConfig, path: str) -> Any:
+    """The data set. Raises ValueError where it, or the division of batches between processes, cannot be used."""
+    from torch_utils import distributed
+    from training.dataset import ImageDataset
+    from training.loop import split_batch
+
+    split_batch(config, distributed.world_size())
+    return ImageDataset(path, use_labels=config.cond, xflip=config.xflip, cache=_is_small(path))
+
+
 def _is_small(path: str) -> bool:
     """Whether a ZIP's images are worth keeping decoded; a folder is read file by file."""
     return Path(path).is_file() and Path(path).stat().st_size <= CACHE_LIMIT // 8
 
 
-def _describe(config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any) -> None:
+def _description(config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any) -> list[str]:
+    """What is about to run, and the memory that it needs, in lines."""
     from torch_utils import distributed
     from training.memory import memory_plan
 
-    facts = dataset.facts()
-    distributed.print0(f"data      {options['data']}: {json.dumps(facts)}")
     plan = memory_plan(
         [(p.name, p.net) for p in task.phases],
         task.frozen.items(),
@@ -236,8 +244,11 @@ def _describe(config: TrainingConfig, options: dict[str, Any], task: Any, datase
         shard=options["shard"],
         ema_on_host=options["ema_device"] == "cpu" and device.type != "cpu",
     )
-    for p in task.phases:
-        distributed.print0(f"{p.name:9s} {sum(w.numel() for w in p.net.parameters()):,} parameters")
-    distributed.print0("\n".join(plan.lines()))
-    distributed.print0(f"device    {device}, {distributed.world_size()} process(es), dtype {options['dtype']}")
-    distributed.print0(f"settings  {json.dumps(dataclasses.asdict(config))}")
+    return [
+        f"command   {shlex.join(sys.argv)}",
+        f"data      {options['data']}: {json.dumps(dataset.facts())}",
+        *(f"{p.name:9s} {sum(w.numel() for w in p.net.parameters()):,} parameters" for p in task.phases),
+        *plan.lines(),
+        f"device    {device}, {distributed.world_size()} process(es), dtype {options['dtype']}",
+        f"settings  {json.dumps(dataclasses.asdict(config))}",
+    ]

@@ -17,7 +17,7 @@ from sampling.seeds import stream_seed
 from torch_utils import distributed
 from training import monitor, parallel, stopping
 from training.dataset import ImageDataset, InfiniteSampler
-from training.identity import claim_folder, run_identity, sole_user
+from training.identity import check_identity, run_identity, sole_user, write_identity
 from training.memory import memory_plan
 from training.noise import training_noise
 from training.optim import DivergenceError, check_weights, learning_rate, update_network
@@ -47,6 +47,7 @@ class Run:
     shard: bool = False  # divide Adam's moments and the averages between the processes
     ema_device: torch.device | None = None  # where the averages are kept; None = `device`
     evaluate: Callable[[nn.Module, Any], dict[str, float]] | None = None  # network, encoder -> metrics; collective
+    description: list[str] = dataclasses.field(default_factory=list)  # lines to begin the log with
 
 
 def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfig, run: Run) -> nn.Module:
@@ -72,7 +73,7 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
             named = f"the last good state is {good}" if good else "no state was written before"
             raise DivergenceError(f"{error}; {named}") from None
         finally:
-            trainer.recorder.close()
+            trainer.close()
     return trainer.trained.ema.network(0)
 
 
@@ -87,17 +88,20 @@ class Trainer:
         for p in task.phases:
             p.net.eval().requires_grad_(False)  # but for the one whose turn it is
         warnings: list[str] = []
-        identity = run_identity(config, run.seed, dataset.fingerprint(), task.teacher_digest)
-        claim_folder(run.run_dir, identity, force=run.force_resume, log=warnings.append)
+        self.identity = run_identity(config, run.seed, dataset.fingerprint(), task.teacher_digest)
         self.trained = Trained(task, config, run.seed, run.device, shard=run.shard, ema_device=run.ema_device)
         self.resumed, state = _newest_state(run.run_dir, warnings.append)
+        check_identity(run.run_dir, self.identity, state, force=run.force_resume, log=warnings.append)
         if state is not None:
-            self.trained.load_state_dict(state)
+            self.trained.load_state_dict(state, force=run.force_resume)
+        if self.main:
+            write_identity(run.run_dir, self.identity)
+        run.stop.longest = max(run.stop.longest, self.trained.longest)
         self.callables = {p.name: replicate(p.net) for p in task.phases}  # what is called in training
         nimg = self.trained.nimg
         self.recorder = Recorder(run.run_dir, config.duration, nimg, active=self.main, quiet=run.quiet)
-        for warning in warnings:
-            self.recorder.log(warning)
+        for line in [*run.description, *warnings]:
+            self.recorder.log(line)
         self.recorder.log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
         phases = [(p.name, p.net) for p in task.phases]
         expected = memory_plan(phases, [], task.result, len(config.ema_stds)).state if self.main else 0
@@ -106,30 +110,51 @@ class Trainer:
         self.writer.last_good = self.resumed
         self.means = RunningMeans()
         self.loader = _batches(dataset, self.batch_gpu, run, start=nimg * len(task.phases))
-        self.clock = nimg, time.perf_counter()  # of the last statistics
+        self.clock = nimg, time.perf_counter()  # of the last statistics; snapshots do not count
+
+    @property
+    def done(self) -> bool:
+        return self.trained.nimg >= self.config.duration
 
     def train(self) -> None:
-        """Train to the end, or until a stop is requested."""
+        """Train to the end, or until a stop is requested. Raises ValueError where time was too short for one step."""
+        first = self.trained.nimg
         reason = self.agree()
         if not reason and (self.resumed is None or self.snapshot_is_missing()):
             self.snapshot()
-        while self.trained.nimg < self.config.duration and not reason:
+            reason = self.agree()
+        while not self.done and not reason:
             self.iteration()
             self.writer.poll()
             reason = self.agree()
-            done = self.trained.nimg >= self.config.duration
-            if done or reason or self.crossed(self.config.status):
+            if self.done or reason or self.crossed(self.config.status):
                 self.statistics()
-            if done or reason or self.crossed(self.config.checkpoint):
+            save = self.done or reason or self.crossed(self.config.checkpoint)
+            if save:
                 self.checkpoint()
-            if done or self.crossed(self.config.snapshot):
+            if self.done or self.crossed(self.config.snapshot):
                 self.snapshot()
-        self.writer.wait()
-        if self.writer.failures:
-            raise self.writer.error()
-        ended = self.trained.nimg >= self.config.duration
-        outcome = "finished" if ended else f"stopped ({reason}): the same command goes on"
+                reason = reason or self.agree()
+                if reason and not save:
+                    self.checkpoint()
+        self.await_write()
+        if parallel.gravest(int(self.writer.failures > 0), self.run.device):
+            raise self.writer.error() if self.main else distributed.MainProcessError("states cannot be written")
+        if reason == stopping.TIME_IS_OVER and self.trained.nimg == first and not self.done:
+            raise ValueError("--max-time leaves no time for an iteration and its state: nothing was trained; give more")
+        outcome = "finished" if self.done else f"stopped ({reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
+
+    def close(self) -> None:
+        """End what would keep the process alive: loader processes, which ignore signals, and the recorder's threads."""
+        getattr(self.loader, "_shutdown_workers", lambda: None)()
+        self.recorder.close()
+
+    def await_write(self) -> None:
+        """Wait for the state that is being written, together: a process alone in a collective would give up on it."""
+        while parallel.gravest(int(self.writer.busy), self.run.device):
+            time.sleep(0.05)
+        self.writer.wait()
 
     def iteration(self) -> None:
         """Every phase on a batch of its own, then the averages."""
@@ -198,9 +223,10 @@ class Trainer:
         """Have the state written, in the background. Raises DivergenceError for one not worth keeping. Collective."""
         check_weights(self.task.phases)
         started = time.perf_counter()
-        self.writer.wait()
+        self.await_write()
         waited = time.perf_counter() - started
-        state = self.trained.host_state()
+        self.trained.longest = self.run.stop.longest
+        state = self.trained.host_state(self.identity)
         if self.main:
             stall = time.perf_counter() - started
             self.writer.start(state, self.trained.nimg, sound=self.trained.sound, spent=stall - waited)
@@ -209,9 +235,10 @@ class Trainer:
     def snapshot(self) -> None:
         """Averaged networks, one safetensors file per profile, sample sheets, and metrics if asked for. Collective."""
         trained, run, nimg = self.trained, self.run, self.trained.nimg
+        started = time.perf_counter()
         facts = dict(run.provenance, seed=run.seed, images_seen=nimg, training_seconds=round(trained.seconds))
         facts["config"] = dataclasses.asdict(self.config)
-        for index, std in enumerate(trained.ema.stds):
+        for index, std in reversed(list(enumerate(trained.ema.stds))):
             measured = index == 0 and run.evaluate is not None
             if not (self.main or run.shard or measured):
                 continue
@@ -226,9 +253,21 @@ class Trainer:
             except OSError as error:
                 self.recorder.log(f"the snapshot at {nimg} images could not be written ({error.strerror or error})")
             if measured:
-                metrics = {f"Metrics/{name}": value for name, value in run.evaluate(average, self.encoder).items()}
-                self.recorder.stats(nimg, metrics)
-                self.recorder.log("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+                self.measure(average)
+        self.means.add("Snapshot/seconds", time.perf_counter() - started)
+        self.clock = self.clock[0], self.clock[1] + time.perf_counter() - started
+
+    def measure(self, average: nn.Module) -> None:
+        """Metrics of a snapshot. Collective."""
+        try:
+            found = self.run.evaluate(average, self.encoder)
+        except ValueError as error:  # the same in all processes: too few images, say
+            self.recorder.log(f"the snapshot at {self.trained.nimg} images could not be measured: {error}")
+            return
+        metrics = {f"Metrics/{name}": value for name, value in found.items()}
+        self.recorder.stats(self.trained.nimg, metrics)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self.recorder.log(f"{self.trained.nimg} images: {values}")
 
     def snapshot_path(self, std: float) -> Path:
         """File of the average of relative width `std` at this moment."""

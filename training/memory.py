@@ -44,7 +44,7 @@ class MemoryPlan:
     world: int
     ema_host: int  # bytes of averages in host memory
     state: int  # bytes of a training state, which the main process copies to host memory
-    collected: int  # bytes that come on top of that for a moment, while divided moments are collected
+    snapshot: int  # bytes on the device of one average, for as long as a snapshot takes
 
     @property
     def device(self) -> int:
@@ -63,9 +63,9 @@ class MemoryPlan:
         ]
         note = "" if self.world > 1 else ", with the gradients of one network at a time"
         table.append(f"{'together':12} {format_bytes(self.device)} on the device{note}; activations come on top")
+        table.append(f"{'':12} and {format_bytes(self.snapshot)} for the average of which a snapshot is made")
         host = f"{format_bytes(self.ema_host)} of averages, " if self.ema_host else ""
-        more = f", at its start up to {format_bytes(self.collected)} more" if self.collected else ""
-        table.append(f"{'host':12} {host}{format_bytes(self.state)} in the main process while a state is written{more}")
+        table.append(f"{'host':12} {host}{format_bytes(self.state)} in the main process while a state is written")
         return [head, *table]
 
 
@@ -82,7 +82,7 @@ def memory_plan(
     """Arithmetic on parameter counts; networks on the meta device will do. Shares are those of an even division."""
     rows = [NetworkMemory(name, tensor_bytes(net), 0, 0, 0) for name, net in frozen]
     parts = world if shard else 1
-    ema_host = state = collected = 0
+    ema_host = state = 0
     for name, net in trained:
         count = sum(p.numel() for p in net.parameters())
         ema = profiles * count * FLOAT32 if net is averaged else 0
@@ -90,9 +90,8 @@ def memory_plan(
         ema_host += ema // parts if ema_on_host else 0
         on_device = 0 if ema_on_host else ema // parts
         moments = 2 * count * FLOAT32
-        collected = max(collected, moments if parts > 1 else 0)
         rows.append(NetworkMemory(name, tensor_bytes(net), count * FLOAT32, moments // parts, on_device))
-    return MemoryPlan(tuple(rows), world, ema_host, state, collected)
+    return MemoryPlan(tuple(rows), world, ema_host, state, tensor_bytes(averaged))
 
 
 def preset_networks(channels: int, resolution: int, img_channels: int, label_dim: int) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_utils import distributed
 from training.presets import TrainingConfig
 from training.records import RunningMeans
 from training.tasks import Phase
@@ -69,7 +70,7 @@ def update_network(
         for group in optimizer.param_groups:
             group["lr"] = lr * phase.lr_scaling
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=distributed.world_size() == 1)  # replicas accumulate in the messages' buffers
 
 
 @torch.no_grad()

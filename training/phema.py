@@ -48,14 +48,35 @@ def solve_posthoc_coefficients(
     out_std: Sequence[float],  # relative width of each wanted profile, [wanted]
 ) -> np.ndarray:
     """Weights [stored, wanted] of the least-squares reconstruction, each column summing to 1 (EDM2, Section 3.2)."""
+    stored, mixed, _ = _inner_products(in_nimg, in_std, out_nimg, out_std)
+    x = np.linalg.solve(stored, mixed)
+    return x / x.sum(axis=0)
+
+
+def profile_errors(
+    in_nimg: Sequence[float],
+    in_std: Sequence[float],
+    out_nimg: Sequence[float],
+    out_std: Sequence[float],
+    coefficients: np.ndarray,  # [stored, wanted]
+) -> np.ndarray:
+    """Relative errors |p - Σ x_i p_i| / |p| [wanted] of the profiles p that coefficients x make of stored ones p_i."""
+    stored, mixed, wanted = _inner_products(in_nimg, in_std, out_nimg, out_std)
+    square = wanted - 2 * (coefficients * mixed).sum(axis=0) + (coefficients * (stored @ coefficients)).sum(axis=0)
+    return np.sqrt(np.maximum(square, 0) / wanted)
+
+
+def _inner_products(
+    in_nimg: Sequence[float], in_std: Sequence[float], out_nimg: Sequence[float], out_std: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Those of stored with stored profiles, of stored with wanted ones, and of each wanted one with itself."""
     t_in, t_out = (np.atleast_1d(np.asarray(t, dtype=np.float64)) for t in (in_nimg, out_nimg))
     exp_in, exp_out = std_to_exp(np.atleast_1d(in_std)), std_to_exp(np.atleast_1d(out_std))
     t_in, exp_in = np.broadcast_arrays(t_in, exp_in)
     t_out, exp_out = np.broadcast_arrays(t_out, exp_out)
-    a = profile_product(t_in[:, None], exp_in[:, None], t_in[None, :], exp_in[None, :])
-    b = profile_product(t_in[:, None], exp_in[:, None], t_out[None, :], exp_out[None, :])
-    x = np.linalg.solve(a, b)
-    return x / x.sum(axis=0)
+    stored = profile_product(t_in[:, None], exp_in[:, None], t_in[None, :], exp_in[None, :])
+    mixed = profile_product(t_in[:, None], exp_in[:, None], t_out[None, :], exp_out[None, :])
+    return stored, mixed, profile_product(t_out, exp_out, t_out, exp_out)
 
 
 class PowerFunctionEMA:
@@ -79,8 +100,8 @@ class PowerFunctionEMA:
         self._parameters = dict(net.named_parameters())
         world = distributed.world_size() if shard else 1
         self._owners = parallel.divide({name: p.numel() for name, p in self._parameters.items()}, world)
-        self._sharded = world > 1
-        own = distributed.rank() if self._sharded else 0
+        self.sharded = world > 1
+        own = distributed.rank() if self.sharded else 0
         self._own = {name: p for name, p in self._parameters.items() if self._owners[name] == own}
         self._shares = [{name: self._copy(p) for name, p in self._own.items()} for _ in self.stds]
 
@@ -97,7 +118,7 @@ class PowerFunctionEMA:
 
     def average(self, index: int) -> dict[str, torch.Tensor]:
         """One profile's average of every parameter; sharded, on the CPU of the main process alone. Collective then."""
-        if not self._sharded:
+        if not self.sharded:
             return dict(self._shares[index])
         return parallel.gather(self._parameters, self._shares[index], self._owners, self._parameters)
 
@@ -107,7 +128,7 @@ class PowerFunctionEMA:
         net = copy.deepcopy(self.net).eval().requires_grad_(False)
         for name, p in net.named_parameters():
             share = self._shares[index].get(name, p)
-            message = parallel.spread(share.to(p.device), self._owners[name]) if self._sharded else share
+            message = parallel.spread(share.to(p.device), self._owners[name]) if self.sharded else share
             p.copy_(message)
         return net
 
@@ -115,10 +136,15 @@ class PowerFunctionEMA:
         """Averages by profile, with the profiles; as complete as `average` is. Collective if sharded."""
         return {"stds": list(self.stds), "averages": [self.average(index) for index in range(len(self.stds))]}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore the averages, whatever the number of processes was. Raises ValueError if profiles differ."""
-        if tuple(state["stds"]) != self.stds:
+    @torch.no_grad()
+    def load_state_dict(self, state: dict, *, force: bool = False) -> None:
+        """Restore the averages, whatever the number of processes was.
+
+        Raises ValueError if profiles differ; with `force`, a new one begins with the network's present weights.
+        """
+        if tuple(state["stds"]) != self.stds and not force:
             raise ValueError(f"the state holds EMA profiles {state['stds']}, this run asks for {list(self.stds)}")
-        for share, weights in zip(self._shares, state["averages"], strict=True):
+        stored = dict(zip(state["stds"], state["averages"], strict=True))
+        for std, share in zip(self.stds, self._shares, strict=True):
             for name, tensor in share.items():
-                tensor.copy_(weights[name])
+                tensor.copy_(stored.get(std, self._own)[name])

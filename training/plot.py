@@ -20,6 +20,7 @@ Curve = list[tuple[float, float]]  # (images seen, value)
 
 DEFAULT_KEYS = "Loss/*,Discriminator/*,Metrics/*,Gradients/*,Nonfinite/*_total,Progress/img_per_s,Progress/lr"
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#3d3d3d", "#e07a1f", "#009e9e")
+LARGEST = 1e300  # magnitude whose sums and differences are still numbers
 PANEL = (560, 300)  # pixels
 MARGIN = (70, 44, 16, 34)  # of a panel: left, top, right, bottom
 FONT_SIZE = 14
@@ -29,22 +30,31 @@ class PlotError(ValueError):
     """A run that has nothing to draw."""
 
 
+def read_entry(line: bytes) -> dict[str, Any] | None:
+    """What a line of stats.jsonl holds; None for one that was cut off, damaged or holds something else."""
+    try:
+        entry = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(entry, dict) and type(entry.get("nimg")) is int and 0 <= entry["nimg"] < 1 << 63
+    return entry if known else None
+
+
 def read_curves(run_dir: str | Path) -> dict[str, Curve]:
-    """Every quantity of a run's stats.jsonl by name. Raises PlotError for no file or no numbers in it."""
+    """Every quantity of a run's stats.jsonl by name; numbers beyond 1e300 are left out, those within 1e-300 are 0.
+
+    Raises PlotError for no file or no numbers in it, OSError for one that cannot be read.
+    """
     path = Path(run_dir) / "stats.jsonl"
     if not path.is_file():
         raise PlotError(f"{run_dir} has no stats.jsonl: name the folder of a run")
     curves: dict[str, Curve] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # a line that was cut off
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("nimg"), int):
-            continue
+    for line in path.read_bytes().splitlines():
+        entry = read_entry(line) or {}
         for key, value in entry.items():
-            if key != "nimg" and isinstance(value, (int, float)) and math.isfinite(value):
-                curves.setdefault(key, []).append((entry["nimg"], float(value)))
+            if key != "nimg" and isinstance(value, (int, float)) and abs(value) <= LARGEST:  # False for NaN
+                number = float(value) if abs(value) >= 1 / LARGEST else 0.0
+                curves.setdefault(key, []).append((entry["nimg"], number))
     if not curves:
         raise PlotError(f"{path} holds no statistics yet")
     return curves
@@ -52,8 +62,9 @@ def read_curves(run_dir: str | Path) -> dict[str, Curve]:
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers that cover low..high; at least two."""
-    if not high > low:
-        low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
+    size = max(abs(low), abs(high))
+    if not high - low > 1e-12 * size:
+        low, high = low - (size or 1) * 0.5, high + (size or 1) * 0.5
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -88,7 +99,7 @@ def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Any:
     font = _font()
     for i, name in enumerate(runs):
         y = 8 + 22 * i
-        pen.rectangle((16, y + 6, 44, y + 10), fill=COLOURS[i % len(COLOURS)])
+        _line(pen, [(16, y + 8), (44, y + 8)], i, width=4)
         pen.text((54, y), name, fill="black", font=font)
     for i, key in enumerate(chosen):
         corner = (i % columns * PANEL[0], legend + i // columns * PANEL[1])
@@ -118,13 +129,28 @@ def _panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves
         pen.text((column, bottom + 8), short_number(x), fill="#444444", font=font, anchor="ma")
     pen.line((left, bottom, right, bottom), fill="#888888")
     for index, curve in curves:
-        colour = COLOURS[index % len(COLOURS)]
         path = [place(x, y) for x, y in curve]
         if len(path) > 1:
-            pen.line(path, fill=colour, width=2, joint="curve")
+            _line(pen, path, index, width=2)
         else:
-            (x, y) = path[0]
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+            (x, y), colour = path[0], COLOURS[index % len(COLOURS)]
+            inside = colour if index < len(COLOURS) else "white"
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=inside, outline=colour)
+
+
+def _line(pen: ImageDraw.ImageDraw, path: list[tuple[float, float]], index: int, width: int) -> None:
+    """The line of run number `index`: where the colours begin again it is dashed, with wider gaps each time."""
+    again, number = divmod(index, len(COLOURS))
+    if not again:
+        pen.line(path, fill=COLOURS[number], width=width, joint="curve")
+        return
+    import numpy as np
+
+    xs, ys = np.array(path).T
+    along = np.concatenate([[0], np.hypot(np.diff(xs), np.diff(ys)).cumsum()])
+    for start in np.arange(0, along[-1], 6 + 4 * again):
+        ends = (start, min(start + 6, along[-1]))
+        pen.line(list(zip(np.interp(ends, along, xs), np.interp(ends, along, ys), strict=True)), COLOURS[number], width)
 
 
 def _font() -> Any:

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 
 import networks
-from training.phema import solve_posthoc_coefficients, std_to_exp
+from training.identity import MAY_CHANGE
+from training.phema import profile_errors, solve_posthoc_coefficients, std_to_exp
+
+MAX_ERROR = 0.1  # of a profile, relative
 
 _NAME = re.compile(r".*?-?(\d{6,})-(\d\.\d{2,})\.(safetensors|pkl)")
 
@@ -60,47 +63,100 @@ def find_snapshots(paths: Sequence[str | Path]) -> list[Snapshot]:
     return found
 
 
-def reconstruct(
+@dataclass(frozen=True)
+class Plan:
+    """How wanted profiles are made from snapshots."""
+
+    snapshots: list[Snapshot]  # that are used
+    nimg: int  # images at which the profiles end
+    coefficients: np.ndarray  # [snapshots, wanted]
+    errors: np.ndarray  # [wanted], of the profiles, relative
+
+
+def plan_reconstruction(
     snapshots: Sequence[Snapshot],
     stds: Sequence[float],  # relative widths of the wanted profiles
-    nimg: int | None = None,  # images at which they end; None = those of the last snapshot
+    nimg: int | None = None,  # images at which they end, those of a snapshot; None = of the last one
     *,
-    progress: Callable[[Snapshot], Any] | None = None,  # called after each snapshot
-) -> tuple[list[dict[str, torch.Tensor]], networks.LoadedNetwork, np.ndarray]:
-    """Weights of each wanted profile, the last snapshot used (with architecture and encoder), and the coefficients.
+    max_error: float = MAX_ERROR,
+) -> Plan:
+    """Coefficients of each wanted profile, from the names of the snapshots alone.
 
-    Snapshots are read one after the other: memory holds one of them and the results. Raises ReconstructionError where
-    the profile cannot be had or the snapshots are not of one network.
+    Raises ReconstructionError where no snapshot ends at `nimg`, and for a profile that would be off by more than
+    `max_error`.
     """
-    nimg = snapshots[-1].nimg if nimg is None else nimg
+    counts = sorted({s.nimg for s in snapshots})
+    nimg = counts[-1] if nimg is None else nimg
+    if nimg not in counts:
+        below, above = [n for n in counts if n < nimg][-1:], [n for n in counts if n > nimg][:1]
+        near = " and ".join(map(str, below + above))
+        raise ReconstructionError(f"a profile must end at a snapshot, and none is at {nimg} images (nearest: {near})")
     used = [s for s in snapshots if s.nimg <= nimg]
-    if not used or nimg > snapshots[-1].nimg:
-        span = f"{snapshots[0].nimg} to {snapshots[-1].nimg}"
-        raise ReconstructionError(f"a profile that ends at {nimg} images needs snapshots around it: there are {span}")
+    stored, ends = ([s.nimg for s in used], [s.std for s in used]), [nimg] * len(stds)
     try:
-        std_to_exp(np.array([*stds, *(s.std for s in used)]))
+        std_to_exp(np.array([*stds, *stored[1]]))
     except ValueError as error:
         raise ReconstructionError(str(error)) from None
-    coefficients = solve_posthoc_coefficients([s.nimg for s in used], [s.std for s in used], [nimg] * len(stds), stds)
+    coefficients = solve_posthoc_coefficients(*stored, ends, stds)
+    errors = profile_errors(*stored, ends, stds, coefficients)
+    for std, error in zip(stds, errors, strict=True):
+        if not error <= max_error:
+            widths = ", ".join(f"{s:g}" for s in sorted(set(stored[1])))
+            raise ReconstructionError(
+                f"the profile of width {std:g} would be {error:.1%} off, and {max_error:.0%} is accepted: give more "
+                f"snapshots than these {len(used)}, or a width nearer to the stored ones ({widths})"
+            )
+    return Plan(used, nimg, coefficients, errors)
+
+
+def reconstruct(
+    plan: Plan,
+    *,
+    progress: Callable[[Snapshot], Any] | None = None,  # called after each snapshot
+) -> tuple[list[dict[str, torch.Tensor]], networks.LoadedNetwork]:
+    """Weights of each wanted profile, and the last snapshot used (with architecture and encoder).
+
+    Snapshots are read one after the other: memory holds one of them and the results. Raises ReconstructionError where
+    they are not of one network and one run.
+    """
+    first = plan.snapshots[0].path
     results: list[dict[str, torch.Tensor]] = []
     loaded, architecture = None, None
-    for snapshot, row in zip(used, coefficients, strict=True):
+    run: dict[str, Any] = {}
+    for snapshot, row in zip(plan.snapshots, plan.coefficients, strict=True):
         loaded = None  # the one before must not stay in memory while this one is read
         loaded = networks.load(snapshot.path)
         if (loaded.config["provenance"] or {}).get("reconstructed_from"):
             raise ReconstructionError(f"{snapshot.path} was itself reconstructed: give the snapshots of training")
         if architecture not in (None, _architecture(loaded)):
-            raise ReconstructionError(f"{snapshot.path} is another kind of network than {used[0].path}")
+            raise ReconstructionError(f"{snapshot.path} is another kind of network than {first}")
         architecture = _architecture(loaded)
+        for name, value in _run_facts(loaded).items():
+            if run.setdefault(name, value) != value:
+                raise ReconstructionError(
+                    f"{snapshot.path} is of another run than the earlier ones ({name} is {value}, there {run[name]}): "
+                    "give the snapshots of one run"
+                )
         if not results:
-            results = [{k: torch.zeros_like(p) for k, p in loaded.net.named_parameters()} for _ in stds]
+            results = [{k: torch.zeros_like(p) for k, p in loaded.net.named_parameters()} for _ in row]
         for result, coefficient in zip(results, row, strict=True):
             for name, p in loaded.net.named_parameters():
                 result[name].add_(p.detach(), alpha=float(coefficient))
         if progress is not None:
             progress(snapshot)
-    return results, loaded, coefficients
+    return results, loaded
 
 
 def _architecture(loaded: networks.LoadedNetwork) -> dict[str, Any]:
     return {key: loaded.config[key] for key in ("kind", "init_kwargs", "gamma", "init_sigma")}
+
+
+def _run_facts(loaded: networks.LoadedNetwork) -> dict[str, Any]:
+    """What shapes a run, as far as the file tells: settings, seed, and the data but for their name."""
+    provenance, dataset = loaded.config["provenance"], loaded.config["dataset"]
+    if not provenance:  # other people's files
+        return {}
+    settings = provenance.get("config")
+    facts = {k: v for k, v in settings.items() if k not in MAY_CHANGE} if isinstance(settings, dict) else {}
+    facts |= {f"dataset {k}": v for k, v in (dataset or {}).items() if k != "name"}
+    return facts | ({"seed": provenance["seed"]} if "seed" in provenance else {})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
+import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 
 from dnnlib.util import atomic_write
 from torch_utils import distributed
+from training.plot import read_entry
 
 
 class RunningMeans:
@@ -49,7 +53,9 @@ def _everyone(item: Any) -> list[Any]:
 class Recorder:
     """Log, statistics and progress of one run in `run_dir`. Only the main process makes one that writes.
 
-    A disk that refuses to be written to does not end training: what could not be written is missing, and said so.
+    A disk that refuses to be written to does not end training: what could not be written is missing, and each file is
+    named once, until it can be written again. A run that starts from nothing (`start` 0) begins its statistics anew;
+    one that resumes removes those of images after `start`.
     """
 
     def __init__(self, run_dir: Path, duration: int, start: int, *, active: bool = True, quiet: bool = False) -> None:
@@ -61,8 +67,9 @@ class Recorder:
             return
         from tqdm import tqdm
 
-        _drop_after(run_dir / "stats.jsonl", start)
-        self._board: Any = None
+        self._failing: set[str] = set()  # files that could not be written the last time
+        self._events = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._events_begun = False
         self._bar = tqdm(
             total=duration,
             initial=start,
@@ -72,13 +79,21 @@ class Recorder:
             disable=quiet,
             smoothing=0.05,
         )
+        statistics = run_dir / "stats.jsonl"
+        try:
+            bad = _drop_after(statistics, start)
+        except OSError as error:
+            self.log(f"{statistics} keeps what it holds of an earlier start ({error.strerror or error})")
+        else:
+            if bad:
+                self.log(f"{statistics}: left out {bad} damaged or foreign {'line' if bad == 1 else 'lines'}")
 
     def log(self, message: str) -> None:
         """One line to the terminal and to log.txt, with the time."""
         if not self.active:
             return
         self._bar.write(message)
-        self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+        self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n".encode(errors="replace"))
 
     def progress(self, count: int) -> None:
         """Advance the bar by `count` images."""
@@ -94,52 +109,83 @@ class Recorder:
             means = ", ".join(f"{name} {value:.3g}" for name, value in affected.items())
             self.log(f"at {nimg} images: non-finite gradients, mean per update and total: {means}")
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._append("stats.jsonl", json.dumps({"nimg": nimg, **finite}, allow_nan=False) + "\n")
-        self._to_board(lambda board: [board.add_scalar(name, value, nimg) for name, value in values.items()])
+        self._append("stats.jsonl", json.dumps({"nimg": nimg, **finite}, allow_nan=False).encode() + b"\n")
+        self._to_board(nimg, [{"tag": name, "simple_value": value} for name, value in values.items()])
 
     def image(self, nimg: int, name: str, sheet: np.ndarray) -> None:
         """A picture uint8 [C,H,W] for TensorBoard."""
-        if self.active:
-            self._to_board(lambda board: board.add_image(name, sheet, nimg))
+        if not self.active:
+            return
+        from PIL import Image
+
+        channels, height, width = sheet.shape
+        png = io.BytesIO()
+        Image.fromarray(sheet[0] if channels == 1 else sheet.transpose(1, 2, 0)).save(png, format="PNG")
+        picture = dict(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+        self._to_board(nimg, [{"tag": name, "image": picture}])
 
     def close(self) -> None:
-        """Finish the bar and what TensorBoard still holds back."""
+        """Finish the bar."""
         if self.active:
             self._bar.close()
-            self._to_board(lambda board: board.close())
 
-    def _append(self, name: str, text: str) -> None:
+    def _append(self, name: str, data: bytes) -> bool:
+        """Write to the end of a file, all or nothing. Whether that worked."""
+        path, size = self.run_dir / name, None
         try:
-            with open(self.run_dir / name, "a", encoding="utf-8") as file:
-                file.write(text)
+            with open(path, "ab") as file:
+                size = file.tell()
+                file.write(data)
         except OSError as error:
-            self._bar.write(f"{self.run_dir / name} could not be written ({error.strerror or error})")
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
+            if name not in self._failing:
+                self._bar.write(f"{path} could not be written ({error.strerror or error})")
+            self._failing.add(name)
+            return False
+        self._failing.discard(name)
+        return True
 
-    def _to_board(self, write: Callable[[Any], Any]) -> None:
-        """Use the TensorBoard writer; a new one where the last one failed."""
-        from torch.utils.tensorboard import SummaryWriter
+    def _to_board(self, nimg: int, values: list[dict[str, Any]]) -> None:
+        """Values for TensorBoard, which drops what earlier starts wrote for images that this one sees again.
 
-        try:
-            if self._board is None:
-                self._board = SummaryWriter(str(self.run_dir), purge_step=self.start + 1 if self.start else None)
-            write(self._board)
-            self._board.flush()
-        except OSError as error:
-            self._board = None
-            self._bar.write(f"TensorBoard events could not be written ({error.strerror or error})")
+        Written at once: SummaryWriter's thread dies with a traceback where a disk is full.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time.time()
+        events = [Event(wall_time=now, step=nimg, summary=Summary(value=[Summary.Value(**value) for value in values]))]
+        if not self._events_begun:
+            first = self.start + 1 if self.start else 0
+            session = Event(wall_time=now, step=first, session_log=SessionLog(status=SessionLog.START))
+            events = [Event(wall_time=now, step=first, file_version="brain.Event:2"), session, *events]
+        data = io.BytesIO()
+        for event in events:
+            RecordWriter(data).write(event.SerializeToString())
+        self._events_begun = self._append(self._events, data.getvalue()) or self._events_begun
 
 
-def _drop_after(path: Path, nimg: int) -> None:
-    """Remove from a statistics file the lines of a run that was cut off after the state it resumes from."""
+def _drop_after(path: Path, nimg: int) -> int:
+    """Remove from a statistics file the lines of a run that was cut off after the state it resumes from, or all of them
+    where there is none. How many others were removed because they are no statistics.
+    """
+    if not nimg:
+        path.unlink(missing_ok=True)
+        return 0
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry: Any = json.loads(line)
-        except ValueError:
-            continue
-        if entry.get("nimg", 0) <= nimg:
-            kept.append(line + "\n")
-    with atomic_write(path, "w") as file:
-        file.writelines(kept)
+        return 0
+    data = path.read_bytes()
+    lines = [line for line in data.splitlines() if line.strip()]
+    entries = [read_entry(line) for line in lines]
+    kept = b"".join(
+        line + b"\n" for line, entry in zip(lines, entries, strict=True) if entry is not None and entry["nimg"] <= nimg
+    )
+    if data.startswith(kept):
+        os.truncate(path, len(kept))  # also on a full disk
+    else:
+        with atomic_write(path) as file:
+            file.write(kept)
+    return entries.count(None)

@@ -165,19 +165,28 @@ def find_newest_state(
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """Newest valid state of a run with its path, or (None, None) if it has none yet.
 
-    A damaged one is set aside as *.damaged with a warning. Raises StateError if states are there and none is valid:
-    starting afresh would overwrite the run.
+    A damaged one is set aside as *.damaged with a warning, and one that the system cannot read is left out. Raises
+    StateError if states are there and none is valid: starting afresh would overwrite the run.
     """
-    states = list_states(run_dir)
-    for path in states:
+    reasons = []
+    for path in list_states(run_dir):
         try:
             return path, load_state(path)
         except StateError as error:
             aside = path.with_suffix(".damaged")
-            os.replace(path, aside)
-            warn(f"{error}; it is set aside as {aside.name}")
-    if states or list(Path(run_dir).glob("training-state-*.damaged")):
-        raise StateError(f"no valid training state is left in {run_dir}: restore one, or use another --outdir")
+            try:
+                os.replace(path, aside)
+                reasons.append(f"{error}; it is set aside as {aside.name}")
+            except OSError:
+                reasons.append(f"{error}; the one before is used")
+        except OSError as error:
+            reasons.append(f"{path} cannot be read ({error.strerror or error}); the one before is used")
+        warn(reasons[-1])
+    if reasons or list(Path(run_dir).glob("training-state-*.damaged")):
+        found = "; ".join(reasons) or "all have been set aside as .damaged"
+        raise StateError(
+            f"no valid training state is left in {run_dir}: restore one, or use another --outdir ({found})"
+        )
     return None, None
 
 

@@ -8,11 +8,13 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+TIME_IS_OVER = "--max-time is nearly over"
 
 
 class StopRequest:
-    """Notes requests to stop while it is entered: SIGTERM, SIGUSR1, Ctrl-C, or a deadline that comes near.
+    """Notes requests to stop while it is entered: SIGTERM, SIGUSR1, SIGHUP (a closed terminal, unless nohup has it
+    ignored), Ctrl-C, or a deadline that comes near.
 
     What is going on is finished: the request takes effect at the next `reason`. Ctrl-C aborts (KeyboardInterrupt) until
     `reason` has been asked for the first time, when training begins, and from then on if it is pressed twice. Signals
@@ -33,7 +35,8 @@ class StopRequest:
         if not self._before and threading.current_thread() is threading.main_thread():
             for name in SIGNALS:
                 number = getattr(signal, name, None)
-                if number is not None:
+                ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+                if number is not None and not ignored:
                     before[number] = signal.signal(number, self._note)
         self._before.append(before)
         return self
@@ -56,7 +59,7 @@ class StopRequest:
         if self._signal is not None:
             return self._signal
         if self.deadline is not None and now + 1.5 * (self.longest + save_seconds) >= self.deadline:
-            return "--max-time is nearly over"
+            return TIME_IS_OVER
         return None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

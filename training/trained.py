@@ -33,6 +33,7 @@ class Trained:
         self.seed = seed
         self.nimg = 0  # images seen
         self.seconds = 0.0  # of training, up to the last statistics
+        self.longest = 0.0  # seconds of an iteration with all that followed it
         self.health = {p.name: Health() for p in task.phases}
         self.optimizers = {p.name: build_optimizer(p.net, device, shard=shard) for p in task.phases}
         self.ema = PowerFunctionEMA(task.result, config.ema_stds, device=ema_device, shard=shard)
@@ -42,31 +43,41 @@ class Trained:
         """Whether the last update of every network had finite gradients."""
         return not any(health.streak for health in self.health.values())
 
-    def host_state(self) -> dict[str, Any]:
-        """Plain data and copies of all tensors in the main process's host memory; none elsewhere. Collective.
+    def host_state(self, identity: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Plain data, what identifies the run among it, and copies of all tensors in the main process's host memory;
+        none elsewhere. Collective.
 
         The order of the images and all noise are functions of the seed and of the position in the image sequence.
         """
         copied = to_host if distributed.is_main() else (lambda tree: None)
+        averages = self.ema.state_dict()
         return {
+            "identity": identity,
             "nimg": self.nimg,
             "seconds": self.seconds,
+            "longest": self.longest,
             "seed": self.seed,
             "position": self.nimg * len(self.task.phases),
             "health": {name: dataclasses.asdict(health) for name, health in self.health.items()},
             "nets": {p.name: copied(p.net.state_dict()) for p in self.task.phases},
-            "optimizers": {name: copied(optimizer_state(optimizer)) for name, optimizer in self.optimizers.items()},
-            "ema": copied(self.ema.state_dict()),
+            "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()},
+            "ema": averages if self.ema.sharded else copied(averages),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take in a state of any number of processes. Raises StateError where it does not fit."""
+    def load_state_dict(self, state: dict[str, Any], *, force: bool = False) -> None:
+        """Take in a state of any number of processes, with `force` one of other EMA profiles too.
+
+        Raises StateError where it does not fit.
+        """
         try:
             for p in self.task.phases:
                 p.net.load_state_dict(state["nets"][p.name])
                 load_optimizer_state(self.optimizers[p.name], state["optimizers"][p.name])
                 self.health[p.name] = Health(**state["health"][p.name])
-            self.ema.load_state_dict(state["ema"])
-            self.nimg, self.seconds = state["nimg"], state["seconds"]
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            self.ema.load_state_dict(state["ema"], force=force)
+            self.nimg, self.seconds = int(state["nimg"]), float(state["seconds"])
+            self.longest = float(state.get("longest", 0))
+            if self.nimg < 0:
+                raise ValueError(f"nimg is {self.nimg}")
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise StateError(f"the training state does not fit this run ({str(error).splitlines()[0]})") from error

@@ -56,7 +56,7 @@ class StateWriter:
 
     def poll(self) -> None:
         """Take note of a write that has ended. Does not wait."""
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.busy:
             self.wait()
 
     def wait(self) -> None:
@@ -86,6 +86,11 @@ class StateWriter:
             f"a training state could not be written to {self.run_dir} ({reason}), failure {self.failures} of "
             f"{MAX_FAILURES}: the previous one stays ({left}){again}"
         )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a write is going on."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def reserve(self) -> float:

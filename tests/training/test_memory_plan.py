@@ -45,7 +45,6 @@ def test_dividing_saves_what_it_should(tiny_teacher):
     assert whole.device - divided.device == pytest.approx((adam + ema) * 7 / 8, rel=1e-3)
     assert divided.device - host.device == host.ema_host == pytest.approx(ema / 8, rel=1e-3)
     assert whole.state == divided.state  # states do not depend on the number of processes
-    assert whole.collected == 0 and divided.collected == max(row.adam for row in whole.rows)
 
 
 def test_the_largest_published_network():

@@ -17,7 +17,9 @@ def write_run(folder, values, name="Loss/score"):
     return str(folder)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 17.5), (1e-7, 2e-7), (5, 5), (0, 0), (1e6, 6.4e7)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3.2, 17.5), (1e-7, 2e-7), (5, 5), (0, 0), (1e6, 6.4e7), (-1e300, 1e300), (1, 1 + 2e-16)]
+)
 def test_ticks_are_round_and_cover_the_values(low, high):
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
@@ -43,6 +45,45 @@ def test_null_cut_off_and_foreign_lines_are_left_out(tmp_path):
     ]
     (folder / "stats.jsonl").write_text("\n".join(lines))
     assert read_curves(folder) == {"a": [(8, 1.5), (16, 2.0)]}
+
+
+def test_numbers_and_lines_that_cannot_be_drawn_are_left_out(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [
+        '{"nimg": 8, "a": 1e308, "b": 1, "c": 1e-320}',
+        '{"nimg": 16, "a": -1e308, "b": ' + "9" * 400 + ', "c": 0}',
+        '{"nimg": ' + "9" * 400 + ', "b": 2}',
+        '{"nimg": -8, "b": 2}',
+        '{"nimg": true, "b": 2}',
+        '{"nimg": 24, "a": 5, "b": [], "c": 1e-320}',
+        "[" * 100_000,
+    ]
+    (folder / "stats.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"nimg": 32, "a": 6, "d": "\xff"}\r\n')
+    assert read_curves(folder) == {"a": [(24, 5), (32, 6)], "b": [(8, 1)], "c": [(8, 0), (16, 0), (24, 0)]}
+    result = CliRunner().invoke(main, [str(folder), "--keys", "*"])
+    assert result.exit_code == 0, result.output
+
+
+def test_no_two_runs_look_the_same(tmp_path):
+    runs = [write_run(tmp_path / str(i), [0, 1]) for i in range(2 * len(COLOURS) + 1)]
+    result = CliRunner().invoke(main, [*runs, "--keys", "Loss/*"])
+    assert result.exit_code == 0, result.output
+    picture = np.asarray(Image.open(tmp_path / "0/curves.png"))
+    samples = {picture[8 + 22 * i : 28 + 22 * i, 10:50].tobytes() for i in range(len(runs))}  # of the legend
+    assert len(samples) == len(runs)
+
+
+def test_a_dashed_line_follows_its_numbers(tmp_path):
+    runs = [write_run(tmp_path / str(i), [1, 1] if i < len(COLOURS) else [0, 0]) for i in range(len(COLOURS) + 1)]
+    assert CliRunner().invoke(main, [*runs, "--keys", "Loss/*"]).exit_code == 0
+    picture = np.asarray(Image.open(tmp_path / "0/curves.png"))[22 * len(runs) + 16 :]
+    rgb = [int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
+    rows, columns = np.nonzero((picture == rgb).all(axis=2))
+    below = rows > PANEL[1] / 2  # the ninth run; the first one's line is hidden by others
+    assert set(rows[below]) <= {PANEL[1] - MARGIN[3] + i for i in (-1, 0, 1)}
+    width = np.ptp(columns[below]) + 1
+    assert width > (PANEL[0] - MARGIN[0] - MARGIN[2]) / 2 - 12 and len(set(columns[below])) < 0.8 * width
 
 
 def test_two_runs_in_one_picture(tmp_path):

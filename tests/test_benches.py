@@ -1,0 +1,67 @@
+"""Plain mistakes on the benches' command lines are told before anything is measured; a run without any works."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import bench_loader  # noqa: E402
+import bench_shard  # noqa: E402
+import bench_state  # noqa: E402
+import bench_toy  # noqa: E402
+import bench_train  # noqa: E402
+
+NO_GPU = "device cuda:99 does not exist"
+
+
+@pytest.mark.parametrize(
+    "bench, arguments, problem",
+    [
+        (bench_loader, ["--data", "nope.zip"], "Error: nope.zip: no such folder or ZIP file"),
+        (bench_loader, ["--workers", "x"], "'x': write whole numbers of 0 or more"),
+        (bench_loader, ["--workers=1,-1"], "'1,-1': write whole numbers of 0 or more"),
+        (bench_loader, ["--out", str(ROOT / "README.md" / "x")], "README.md cannot be written to: name another file"),
+        (bench_state, ["--dir", "/nope"], "Directory '/nope' does not exist"),
+        (bench_state, ["--device", "cuda:99"], NO_GPU),
+        (bench_state, ["--gib", "-1"], "-1.0 is not in the range"),
+        (bench_train, ["--device", "cpu", "--variants", "fp16"], "'fp16': fp16 needs a CUDA device"),
+        (bench_train, ["--device", "cpu", "--variants", "bf16+compile", "--backend", "nope"], "'nope': one of"),
+        (bench_train, ["--device", "cuda:99"], NO_GPU),
+        (bench_train, ["--device", "cpu", "--state-dir", str(ROOT / "README.md")], "README.md: File exists"),
+        (bench_shard, [], "start it with torchrun"),
+        (bench_toy, ["--out", str(ROOT)], "this is a folder"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(bench, arguments, problem, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    result = CliRunner().invoke(bench.main, arguments)
+    assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit), result.exception
+    told = [line for line in result.output.splitlines() if not line.startswith(("Usage: ", "Try ")) and line]
+    assert len(told) == 1 and problem in told[0], result.output
+
+
+def test_a_damaged_image_is_told_in_one_line_also_by_a_loader_process(tmp_path, tiny_data):
+    damaged = tmp_path / "damaged.zip"
+    content = bytearray(tiny_data.read_bytes())
+    at = content.index(b"IDAT")
+    content[at + 4 : at + 12] = bytes(8)
+    damaged.write_bytes(content)
+    result = CliRunner().invoke(bench_loader.main, ["--data", str(damaged), "--batch", "20", "--workers", "1"])
+    assert result.exit_code == 1 and result.output.count("\n") == 1 and "img00000000.png" in result.output
+
+
+def test_the_loader_bench_prints_its_table_alone(tmp_path, tiny_data):
+    out = tmp_path / "new" / "loader.json"
+    arguments = ["--data", str(tiny_data), "--images", "16", "--batch", "8", "--workers", "0,3", "--out", str(out)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = CliRunner().invoke(bench_loader.main, arguments)
+    assert result.exit_code == 0 and len(result.output.splitlines()) == 3, result.output
+    assert not [w for w in caught if "DataLoader" in str(w.message)]
+    assert [row["workers"] for row in json.loads(out.read_text())["rows"]] == [0, 3]
