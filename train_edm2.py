@@ -22,11 +22,19 @@ def main(**options) -> None:
 
 
 def build(config: EDM2Config, options: dict, dataset, device):
-    """Task of pretraining a fresh network on `dataset`, and the encoder that the data asks for."""
+    """Task of pretraining a fresh network on `dataset`, and the encoder that the data asks for.
+
+    Raises ValueError for latents that are not Stable Diffusion's.
+    """
     from networks import Precond
     from training.encoders import RGBEncoder, StabilityVAEEncoder
     from training.tasks import pretraining_task
 
+    if dataset.num_channels != 8 and dataset[0][0].dtype != "uint8":
+        raise ValueError(
+            f"{options['data']} holds latents of {dataset.num_channels} channels, not 8 (mean and standard deviation "
+            "of Stable Diffusion's autoencoder): make them with dataset_tool.py encode"
+        )
     encoder = StabilityVAEEncoder() if dataset.num_channels == 8 else RGBEncoder()
     net = Precond(
         dataset.resolution,

@@ -47,6 +47,11 @@ def build(config: NCVSDConfig, options: dict, dataset, device):
         raise ValueError(f"{options['net']} holds a {type(teacher).__name__}: --net takes a teacher (Precond)")
     if loaded.encoder.name == "sd-vae" and dataset.num_channels == 3:
         raise ValueError(f"{options['data']} holds pixels, the teacher works on latents: use dataset_tool.py encode")
+    if loaded.encoder.name == "rgb" and dataset[0][0].dtype != "uint8":
+        raise ValueError(
+            f"{options['data']} holds latents, and the teacher {options['net']} works on pixels: "
+            "name the images themselves"
+        )
     channels = loaded.encoder.latent_channels(dataset.num_channels)
     found, wanted = (channels, dataset.resolution), (teacher.img_channels, teacher.img_resolution)
     if found != wanted:

@@ -107,7 +107,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty temporary file beside `path` that becomes `path` when the block ends without an error.
 
     The folder is created if missing. The content is flushed to the disk before the rename, so after a crash `path`
-    holds either the old or the new content, entire. On an error the temporary file is removed and `path` untouched.
+    holds either the old or the new content, entire. On an error the temporary file is removed and `path` untouched; an
+    OSError of the temporary file, or of no named one, names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -199,9 +204,9 @@ def open_url(
             raise DownloadError(f"{text}: the SHA-256 differs from the expected {sha256}; this is another file")
         return path
     if not re.match(r"https?://[^/]", text, re.IGNORECASE):
-        raise DownloadError(f"{_printable(text)}: only http:// and https:// URLs can be downloaded")
+        raise DownloadError(f"{printable(text)}: only http:// and https:// URLs can be downloaded")
     if not re.fullmatch(r"[!-~]+", text):
-        raise DownloadError(f"{_printable(text)}: a URL is printable ASCII; write other characters as %XX")
+        raise DownloadError(f"{printable(text)}: a URL is printable ASCII; write other characters as %XX")
 
     target = cache_path(text, cache_dir)
     try:
@@ -220,7 +225,8 @@ def open_url(
             os.replace(part, target)
             _discard(part)
     except OSError as error:
-        reason = f"cannot write to the cache {target.parent} ({_printable(error)}); set NCVSD_CACHE"
+        place, advice = (target.parent, "") if cache_dir else (f"the cache {target.parent}", "; set NCVSD_CACHE")
+        reason = f"cannot write to {place} ({printable(error)}){advice}"
         raise DownloadError(f"{text}: {reason}") from error
     return target
 
@@ -253,7 +259,7 @@ def _discard(part: Path) -> None:
     part.with_name(part.name + ".version").unlink(missing_ok=True)
 
 
-def _printable(text: object) -> str:
+def printable(text: object) -> str:
     """One line of at most 300 characters that a terminal can show."""
     return "".join(c if c.isprintable() else " " for c in str(text))[:300].strip()
 
@@ -305,7 +311,7 @@ def _download(request: _Request, *, attempts: int, backoff: float) -> None:
         failures = 0 if size_after > size_before else failures + 1
         if permanent or failures >= attempts:
             kept = " (the part received is kept and will be continued)" if size_after and request.note.exists() else ""
-            raise DownloadError(f"{request.url}: download failed: {_printable(reason)}{kept}")
+            raise DownloadError(f"{request.url}: download failed: {printable(reason)}{kept}")
         time.sleep(backoff * 2 ** max(failures - 1, 0))
 
 
@@ -322,13 +328,7 @@ def _fetch(request: _Request) -> bool:
     import urllib.error
     import urllib.request
 
-    opener = urllib.request.OpenerDirector()  # without the handlers for file:, ftp: and data:, also after a redirect
-    for handler in (
-        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler, urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler,
-    ):  # fmt: skip
-        opener.add_handler(handler())
+    from dnnlib.remote import http_opener
 
     part, note = request.part, request.note
     if not note.exists():
@@ -338,7 +338,7 @@ def _fetch(request: _Request) -> bool:
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": note.read_text()}
     try:
-        response = opener.open(urllib.request.Request(request.url, headers=headers), timeout=request.timeout)
+        response = http_opener().open(urllib.request.Request(request.url, headers=headers), timeout=request.timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416 and error.headers.get("Content-Range", "").strip() == f"bytes */{start}":
             error.close()

@@ -160,8 +160,9 @@ def _find_weights(source: str | os.PathLike[str] | None) -> Path:
 
 def _advice() -> str:
     return (
-        f"get {WEIGHTS_FILE} (1.2 GB) with: hf download {HUB_ID} {WEIGHTS_FILE} --local-dir FOLDER, and name FOLDER "
-        f"with --detector-path, or keep it as dinov2-large in the folder named by the variable {FOLDER_VARIABLE}"
+        f"get {WEIGHTS_FILE} (1.2 GB) with: hf download {HUB_ID} {WEIGHTS_FILE} --local-dir FOLDER, and keep FOLDER as "
+        f"dinov2-large in the folder named by the environment variable {FOLDER_VARIABLE}, or name FOLDER with "
+        "--detector-path where the script has that option"
     )
 
 

@@ -23,7 +23,7 @@ class WeightFile:
     url: str
     size: str  # for people
     sha256_prefix: str  # leading hexadecimal digits of the file's SHA-256, as many as are published
-    option: str = "--detector-path"  # of the scripts that use it
+    option: str = "--detector-path"  # of the scripts that have one for it
 
 
 def find_weights(
@@ -72,6 +72,6 @@ def _checked(path: Path, weights: WeightFile) -> Path:
 
 def _advice(weights: WeightFile) -> str:
     return (
-        f"get it ({weights.size}) from {weights.url} and name it with {weights.option}, or put it in a folder named by "
-        f"the environment variable {FOLDER_VARIABLE}"
+        f"get it ({weights.size}) from {weights.url} and put it in a folder named by the environment variable "
+        f"{FOLDER_VARIABLE}, or name it with {weights.option} where the script has that option"
     )

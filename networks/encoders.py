@@ -30,7 +30,12 @@ class RGBEncoder:
         return pixels
 
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels [N,C,H,W]. Draws no noise."""
+        """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels [N,C,H,W]. Draws no noise.
+
+        Raises ValueError for another dtype, such as that of stored latents.
+        """
+        if raw.dtype != torch.uint8:
+            raise ValueError(f"rgb encoder: needs uint8 pixels, got {raw.dtype} {list(raw.shape)}")
         return raw.to(torch.float32) / 127.5 - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -236,7 +241,9 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
     logging.set_verbosity(logging.CRITICAL)  # the one-line error below says it all
     try:
         folder = vae_name if os.path.isdir(vae_name) else snapshot_download(vae_name, allow_patterns=files)
-        vae, report = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        vae, report = AutoencoderKL.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
         if report["missing_keys"]:
             raise ValueError(f"the file lacks {len(report['missing_keys'])} of its weights")
     except Exception as error:  # network, Hub, file and JSON errors of several libraries
@@ -246,4 +253,4 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
         ) from None
     finally:
         logging.set_verbosity(verbosity)
-    return vae.eval().requires_grad_(False).to(torch.float32)
+    return vae.eval().requires_grad_(False)

@@ -1,6 +1,7 @@
 """Fetch one file to a given path: continued where it stopped, checked in length and hash. Called by download.sh."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,32 +9,58 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dnnlib.remote import ask
 from dnnlib.util import DownloadError, atomic_write, file_sha256, format_bytes, open_url
+from torch_utils.user_errors import user_errors
 
 
 @click.command()
 @click.option("--url", required=True)
 @click.option("--dest", required=True, type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--bytes", "size", default="-", help="Expected length; - = unknown")
-@click.option("--sha256", default="-", help="Expected hash; - = that of an earlier download, if there was one")
+@click.option("--bytes", "size", default="-", help="Expected length; - = that which the server tells")
+@click.option("--sha256", default="-", help="Expected hash; - = that of an earlier download, or the Hub's, if there is")
 def main(url: str, dest: Path, size: str, sha256: str) -> None:
     """Leave the file behind URL at DEST. A file that is there is checked and kept."""
-    note = dest.with_name(dest.name + ".sha256")
-    try:
-        expected = sha256 if sha256 != "-" else note.read_text().split()[0] if note.is_file() else None
-        if not dest.is_file():
+    with user_errors():
+        if not re.fullmatch("-|[0-9]{1,18}", size):
+            raise DownloadError(f"{dest.name}: its length must be a number of bytes, or - where unknown, not {size!r}")
+        if not re.fullmatch("-|[0-9a-fA-F]{64}", sha256):
+            raise DownloadError(f"{dest.name}: its SHA-256 must be 64 hexadecimal digits, or - where unknown")
+        note = dest.with_name(dest.name + ".sha256")
+        expected, unknown = noted_hash(note) if sha256 == "-" else sha256, "the server tells neither"
+        present = dest.is_file()
+        if expected is None:
+            try:
+                remote = ask(url)
+                expected = remote.sha256
+                if present and size == "-" and remote.size:  # a new download is as long as the server says
+                    size = str(remote.size)
+            except DownloadError as error:
+                unknown = str(error)
+        path = dest
+        if not present:
             dest.parent.mkdir(parents=True, exist_ok=True)
-            fetched = open_url(url, cache_dir=dest.parent / ".parts", sha256=expected)
-            check(fetched, size, expected)
-            os.replace(fetched, dest)
-        found = check(dest, size, expected)
+            path = open_url(url, cache_dir=dest.parent / ".parts", sha256=expected)
+        found = check(path, size, expected)
+        if not present:
+            os.replace(path, dest)
+        facts = f"{dest}: {format_bytes(dest.stat().st_size)}, SHA-256 {found}"
+        if present and expected is None and size == "-":  # without a note, so that it is compared the next time
+            click.echo(f"{facts}; neither length nor hash could be compared ({unknown})")
+            return
         with atomic_write(note, "w") as file:
             file.write(f"{found}  {dest.name}\n")
-    except (DownloadError, OSError, IndexError) as error:
-        raise click.ClickException(str(error)) from None
-    print(
-        f"{dest}: {format_bytes(dest.stat().st_size)}, SHA-256 {found}{'' if expected else ' (none to compare with)'}"
-    )
+        click.echo(f"{facts} (none to compare with)" if expected is None else facts)
+
+
+def noted_hash(note: Path) -> str | None:
+    """SHA-256 that an earlier download left in `note`; None without one. Raises DownloadError for other content."""
+    if not note.is_file():
+        return None
+    match = re.match(rb"([0-9a-fA-F]{64})\s", note.read_bytes()[:100])
+    if match is None:
+        raise DownloadError(f"{note}: holds no SHA-256; remove it, and the file is compared with the server's")
+    return match[1].decode()
 
 
 def check(path: Path, size: str, expected: str | None) -> str:

@@ -154,15 +154,27 @@ def test_several_nodes_get_torchruns_options(prepared, fake_python, tmp_path):
     assert result.returncode == 0, result.stderr
     launched = (tmp_path / "launched").read_text().splitlines()
     script = launched.index(str(ROOT / "train_ncvsd.py"))
-    wanted = (
-        "-m torch.distributed.run --nproc-per-node 8 --nnodes 4 --node-rank 3 --master-addr node0 --master-port 1234 --"
-    )
-    assert launched[:script] == wanted.split()
+    wanted = "--nproc-per-node 8 --nnodes 4 --node-rank 3 --master-addr node0 --master-port 1234 --"
+    assert launched[:script] == [str(ROOT / "quick_start/processes.py"), *wanted.split()]
     assert launched[script + 1 :] == [
         *("--preset", "img512-m", "--net", str(prepared["MODEL_ZOO"] / f"{TEACHERS['img512-m']}.pkl")),
         *("--data", str(prepared["DATA_DIR"] / "img512-sd.zip"), "--outdir", str(tmp_path / "run")),
         *("--device", "cuda", "--batch-gpu", "16"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-gpu=3"], "batch 8 must be a multiple of batch_gpu 3"),  # before the processes have met
+        (["--data=nope.zip"], "nope.zip: no such folder"),
+        (["--eval-metric=fd_other"], "no metric 'fd_other'"),
+    ],
+)
+def test_a_mistake_is_told_once_by_several_processes(options, message, prepared, tmp_path):
+    small = ["--batch=8", "--batch-gpu=4", "--duration=8", "--quiet", *options]
+    result = launch("train-img64-s.sh", 2, *small, OUT=tmp_path / "run", DEVICE="cpu", **prepared)
+    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_two_nodes_train_together(prepared, tmp_path):
@@ -287,7 +299,7 @@ def test_the_list_has_every_launchers_teacher():
     assert sorted(fields[0] for fields in lines) == sorted(TEACHERS.values())
     assert all(len(fields) == 4 and fields[1].endswith(f"/{fields[0]}.pkl") for fields in lines)
     result = launch("download.sh", "edm2-img64-xl")
-    assert result.returncode == 1 and "does not list 'edm2-img64-xl'" in result.stderr
+    assert result.returncode == 2 and "does not list 'edm2-img64-xl'" in result.stderr
 
 
 def test_pickles_of_the_fixture_hold_what_was_written(tmp_path, tiny_teacher):

@@ -9,6 +9,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 import networks
 import train_edm2
 import train_ncvsd
+from dnnlib.util import DownloadError
 from sampling.grid import read_image
 from sampling.images import generate_images
 from training import loop
@@ -188,6 +190,18 @@ def test_data_that_does_not_fit_the_teacher(tmp_path, distil, tiny_images, shape
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_latents_for_networks_in_pixel_space(tmp_path, distil, channels):
+    (tmp_path / "latents").mkdir()
+    for i in range(6):
+        np.save(tmp_path / f"latents/{i}.npy", np.zeros([channels, 8, 8], np.float32))
+    line = mistake(train_ncvsd, *replaced(distil, data=tmp_path / "latents"))
+    assert re.search("latents holds latents, and the teacher .* works on pixels", line), line
+    line = mistake(train_edm2, "--data", tmp_path / "latents", "--outdir", tmp_path / "run", *SMALL, *SMALL_NET)
+    assert re.search(f"latents holds latents of {channels} channels, not 8", line), line
+    assert not (tmp_path / "run").exists()
+
+
 def test_mistakes_on_the_command_line(tmp_path, distil, tiny_data):
     assert "--dtype fp16 needs a CUDA device" in mistake(train_ncvsd, *distil, "--dtype", "fp16")
     assert "no preset 'img65-s'" in mistake(train_ncvsd, *distil, "--preset", "img65-s")
@@ -195,6 +209,7 @@ def test_mistakes_on_the_command_line(tmp_path, distil, tiny_data):
     assert "duration: 'soon' is not valid" in mistake(train_ncvsd, *distil, "--duration", "soon")
     assert "batch 8 must be a multiple of batch_gpu 3" in mistake(train_ncvsd, *distil, "--batch-gpu", "3")
     assert "must increase strictly" in mistake(train_ncvsd, *distil, "--eval-ts", "22,10,39")
+    assert "g_p_mean must lie between -20 and 20, got 100000.0" in mistake(train_ncvsd, *distil, "--g-p-mean", "1e5")
     assert "eval-ts: 'ten' is not valid" in mistake(train_ncvsd, *distil, "--eval-ts", "ten")
     assert "absent.zip" in mistake(train_ncvsd, *replaced(distil, data=tmp_path / "absent.zip"))
     assert "absent.pkl" in mistake(train_ncvsd, *replaced(distil, net=tmp_path / "absent.pkl"))
@@ -263,7 +278,8 @@ def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny
 
 
 def test_time_that_is_over_ends_training_with_code_0(tmp_path, distil):
-    result = run(train_ncvsd, *distil, "--duration=80", "--max-time=1s")
+    assert "--max-time leaves no time" in mistake(train_ncvsd, *distil, "--duration=80000", "--max-time=1s")
+    result = run(train_ncvsd, *distil, "--duration=80000", "--snapshot=80000", "--max-time=15s")
     assert result.exit_code == 0, result.output
     assert "stopped (--max-time is nearly over)" in (tmp_path / "run/log.txt").read_text()
     assert "soon' is not a length of time" in mistake(train_ncvsd, *distil, "--max-time=soon")
@@ -298,3 +314,14 @@ def test_snapshots_can_be_measured(tmp_path, distil):
     assert "no metric 'fd_other'" in line
     line = mistake(train_ncvsd, *distil, "--eval-metric=fd_demo")  # a detector of 16x16 images
     assert "fd_demo takes uint8 images [N,1,16,16]" in line
+
+
+def test_missing_detectors_are_explained_as_it_fits_the_script(distil, monkeypatch):
+    def offline(*_, **__):
+        raise DownloadError("no network")
+
+    monkeypatch.setattr("metrics.weights.open_url", offline)
+    monkeypatch.delenv("NCVSD_DETECTORS", raising=False)
+    line = mistake(train_ncvsd, *distil, "--eval-metric=fid")
+    assert "put it in a folder named by the environment variable NCVSD_DETECTORS" in line
+    assert "or name it with --detector-path where the script has that option" in line

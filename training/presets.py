@@ -83,6 +83,12 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise PresetError(f"{name} must be positive, got {getattr(self, name)}")
 
+    def _check_levels(self, *samplers: str) -> None:
+        for name, least, most in (("p_mean", -20, 20), ("p_std", 0, 10)):  # six deviations stay finite in float32
+            for full in (f"{sampler}_{name}".strip("_") for sampler in samplers):
+                if not least <= getattr(self, full) <= most:
+                    raise PresetError(f"{full} must lie between {least} and {most}, got {getattr(self, full)}")
+
 
 @dataclass(frozen=True)
 class NCVSDConfig(TrainingConfig):
@@ -113,7 +119,7 @@ class NCVSDConfig(TrainingConfig):
         super().__post_init__()
         self._check_not_negative("gamma", "g_lr_scaling", "d_lr_scaling", "gan_loss_scaling", "gan_warmup_kimg")
         self._check_not_negative("g_delay_kimg")
-        self._check_not_negative("g_p_std", "s_p_std", "d_p_std")
+        self._check_levels("g", "s", "d")
         self._check_positive("init_sigma", "sigma_rho")
         if self.sigma_steps < 2:
             raise PresetError(f"sigma_steps must be at least 2, got {self.sigma_steps}")
@@ -134,7 +140,7 @@ class EDM2Config(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_not_negative("p_std")
+        self._check_levels("")
         if self.eval_steps < 2:
             raise PresetError(f"eval_steps must be at least 2, got {self.eval_steps}")
 
@@ -195,8 +201,12 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
         if kind is int and int(value) != float(value):
             raise ValueError
         return kind(value)
+    except PresetError:  # of an element
+        raise
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise PresetError(f"{name.replace('_', '-')}: {value!r} is not valid ({error or 'wrong type'})") from None
+        reasons = {bool: "write yes or no", int: "no whole number", float: "no number"}
+        reason = error if si else reasons.get(kind, "write numbers with commas between them")
+        raise PresetError(f"{name.replace('_', '-')}: {value!r} is not valid ({reason})") from None
 
 
 def config_options(kind: type) -> Callable:

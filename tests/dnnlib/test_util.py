@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import http.server
 import os
@@ -283,6 +284,34 @@ def test_atomic_write(tmp_path):
     assert path.stat().st_mode == plain.stat().st_mode
     with pytest.raises(ValueError, match="mode"), util.atomic_write(path, "a"):
         pass
+
+
+def test_errors_of_atomic_files_name_the_file_itself(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught, util.atomic_write(tmp_path / "folder") as file:
+        file.write(b"new")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "folder"), None)
+    with pytest.raises(OSError) as caught, util.atomic_path(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "x") and "No space" in str(caught.value)
+    with pytest.raises(FileNotFoundError) as caught, util.atomic_path(tmp_path / "x") as temporary:
+        temporary.unlink()
+    assert caught.value.filename == str(tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match="other") as caught, util.atomic_write(tmp_path / "x"):
+        (tmp_path / "other").read_bytes()
+    with pytest.raises(OSError, match="no image"), util.atomic_write(tmp_path / "x"):
+        raise OSError("no image")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(util.DownloadError, match=f"cannot write to {tmp_path / 'file'} ") as caught:
+        fetch(server, tmp_path / "file")
+    assert "NCVSD_CACHE" not in str(caught.value)  # the caller chose the folder
+    monkeypatch.setenv("NCVSD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(util.DownloadError, match="set NCVSD_CACHE"):
+        fetch(server, None)
 
 
 @pytest.mark.parametrize(

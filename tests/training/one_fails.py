@@ -1,4 +1,4 @@
-"""What each process of `test_failures.py` does: train_ncvsd.py with data that the second process cannot read any more."""
+"""What each process of `test_failures.py` does: train_ncvsd.py with data that the second process cannot read on."""
 
 import train_ncvsd
 from torch_utils import distributed

@@ -54,6 +54,12 @@ def test_rgb_round_trip_of_every_value():
     assert encoder.latent_channels(1) == 1 and encoder.latent_channels(3) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_rgb_takes_pixels_only(dtype):
+    with pytest.raises(ValueError, match="needs uint8 pixels"):
+        RGBEncoder().encode(torch.zeros(1, 1, 4, 4, dtype=dtype))
+
+
 def test_latents_match_golden(golden):
     encoder = StabilityVAEEncoder()
     assert np.allclose(encoder.scale, golden["vae_scale"], rtol=1e-6)
@@ -138,6 +144,18 @@ def test_batch_size_does_not_matter_and_weights_stay_out_of_pickles(vae_folder):
     torch.testing.assert_close(StabilityVAEEncoder(str(vae_folder)).encode_pixels(pixels), raw, rtol=1e-4, atol=1e-5)
     assert len(pickle.dumps(one)) < 2000
     torch.testing.assert_close(pickle.loads(pickle.dumps(one)).encode_pixels(pixels), raw)
+
+
+def test_loading_the_autoencoder_says_nothing(vae_folder, capfd):
+    from diffusers.utils import logging
+
+    handler = logging.logging.StreamHandler()  # the library's own keeps the stderr of before the test
+    logging.add_handler(handler)
+    try:
+        StabilityVAEEncoder(str(vae_folder)).decode(torch.zeros(1, 4, 4, 4))
+    finally:
+        logging.remove_handler(handler)
+    assert capfd.readouterr().err == ""
 
 
 def test_wrong_pixels(vae_folder):
