@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from training.zip_files import ZipMembers
+
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LATENT_EXTENSION = ".npy"
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
@@ -47,24 +49,28 @@ class FileSource:
     """Read-only view of the files in a folder (recursively) or a ZIP archive.
 
     Names are relative, with forward slashes, sorted. Hidden files and macOS resource forks are left out.
-    Safe across processes: an archive is opened on first use in each process and is never pickled.
+    Safe across processes: an archive is opened on first use in each process.
 
     Raises `DatasetError` where the path is missing or is not a folder or ZIP archive.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self.is_zip = False
-        self._zip: zipfile.ZipFile | None = None
-        self._zip_pid = -1
+        self._zip: ZipMembers | None = None
         if os.path.isdir(self.path):
             self.names = sorted(self._walk())
         elif os.path.isfile(self.path):
-            self.is_zip = True
-            infos = [i for i in self._archive().infolist() if not i.is_dir() and not _is_hidden(i.filename)]
-            self.names = sorted(i.filename for i in infos)
+            try:
+                self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
+            except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
+                raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
+            self.names = self._zip.names
         else:
             raise DatasetError(f"{self.path}: no such folder or ZIP file; check the path of the data set")
+
+    @property
+    def is_zip(self) -> bool:
+        return self._zip is not None
 
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, files in os.walk(self.path):
@@ -74,27 +80,14 @@ class FileSource:
                 if not _is_hidden(name):
                     yield name if relative == "." else f"{relative}/{name}"
 
-    def _archive(self) -> zipfile.ZipFile:
-        if self._zip is None or self._zip_pid != os.getpid():  # a forked child must not share the file offset
-            try:
-                self._zip = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
-                raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
-            self._zip_pid = os.getpid()
-        return self._zip
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zip": None, "_zip_pid": -1}
-
     def where(self, name: str) -> str:
         """The name to show in messages, such as `faces.zip:00000/img00000000.png`."""
         return _printable(f"{self.path}:{name}" if self.is_zip else os.path.join(self.path, name))
 
     def signature(self, name: str) -> tuple[int, ...]:
         """Size in bytes, and the CRC where the archive's directory has it."""
-        if self.is_zip:
-            info = self._archive().getinfo(name)
-            return info.file_size, info.CRC
+        if self._zip is not None:
+            return self._zip.signature(name)
         return (os.stat(os.path.join(self.path, name)).st_size,)
 
     def read(self, name: str, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
@@ -106,20 +99,18 @@ class FileSource:
             size = self.signature(name)[0]
             if size > max_bytes:
                 raise DatasetError(f"{self.where(name)}: {size:,} bytes where at most {max_bytes:,} make sense")
-            if not self.is_zip:
+            if self._zip is None:
                 with open(os.path.join(self.path, name), "rb") as file:
                     return file.read()
-            if self._archive().getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            if not self._zip.readable(name):
                 raise DatasetError(f"{self.where(name)}: neither stored nor deflated; pack the archive again")
-            with self._archive().open(name) as file:
-                return file.read(size)  # never more than the size said, whatever the data unpack to
+            return self._zip.read(name)
         except (OSError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise DatasetError(f"{self.where(name)}: cannot be read ({_reason(error)})") from None
 
     def close(self) -> None:
-        if self._zip is not None and self._zip_pid == os.getpid():
+        if self._zip is not None:
             self._zip.close()
-        self._zip = None
 
 
 def _is_hidden(name: str) -> bool:

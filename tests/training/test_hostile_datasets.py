@@ -14,6 +14,7 @@ from PIL import EpsImagePlugin, Image
 from tests.memory_utils import HAS_LIMITS, run_script
 from training import dataset_files
 from training.dataset import DatasetError, ImageDataset, one_line
+from training.zip_files import ZipMembers
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nquit\n%%EOF\n"
 
@@ -108,7 +109,7 @@ def test_out_of_memory_is_an_error_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "loads", fail)
     assert "dataset.json: not valid JSON (MemoryError)" in error(path)
     monkeypatch.undo()
-    monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
+    monkeypatch.setattr(ZipMembers, "read", fail)
     assert "dataset.json: cannot be read (MemoryError)" in error(path)
 
 
