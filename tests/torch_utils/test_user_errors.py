@@ -52,14 +52,39 @@ def test_processes_that_follow_the_main_one_say_nothing(capsys):
     assert error.value.code == 1 and capsys.readouterr() == ("", "")
 
 
-def test_the_process_group_is_left_at_the_end(monkeypatch):
+def test_the_process_group_is_left_where_nothing_failed(monkeypatch):
     calls = []
     monkeypatch.setattr(distributed, "destroy", lambda: calls.append(1))
     with user_errors():
         pass
+    assert len(calls) == 1
     with pytest.raises(click.ClickException), user_errors():
         raise ValueError
-    assert len(calls) == 2
+    assert len(calls) == 1  # others may be at work in the group: leaving it could wait for them
+
+
+def test_errors_of_the_system_name_the_file_and_the_reason():
+    with pytest.raises(click.ClickException, match="^a/b: No space left on device$"), user_errors():
+        raise OSError(28, "No space left on device", "a/b")
+    with pytest.raises(click.ClickException, match="^in words$"), user_errors():
+        raise OSError("in words")
+
+
+def test_a_mistake_before_the_processes_meet_is_told_once_on_a_machine(monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(click.ClickException if rank == "0" else SystemExit), user_errors():
+            raise ValueError("a mistake")
+    monkeypatch.setattr(distributed, "in_group", lambda: True)
+    with pytest.raises(click.ClickException, match="a mistake of this one"), user_errors():
+        raise ValueError("a mistake of this one")
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_lost_process_has_told_why(monkeypatch, grouped):
+    monkeypatch.setattr(distributed, "in_group", lambda: grouped)
+    with pytest.raises(SystemExit if grouped else RuntimeError), user_errors():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1")
 
 
 def test_errors_without_torch_do_not_import_it():
