@@ -27,7 +27,8 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
         if not re.fullmatch("-|[0-9a-fA-F]{64}", sha256):
             raise DownloadError(f"{dest.name}: its SHA-256 must be 64 hexadecimal digits, or - where unknown")
         note = dest.with_name(dest.name + ".sha256")
-        expected, unknown = noted_hash(note) if sha256 == "-" else sha256, "the server tells neither"
+        noted = noted_hash(note) if sha256 == "-" else None
+        expected, unknown = noted if sha256 == "-" else sha256, "the server tells neither"
         present = dest.is_file()
         if expected is None:
             try:
@@ -38,10 +39,15 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
             except DownloadError as error:
                 unknown = str(error)
         path = dest
-        if not present:
-            dest.parent.mkdir(parents=True, exist_ok=True)
-            path = open_url(url, cache_dir=dest.parent / ".parts", sha256=expected)
-        found = check(path, size, expected)
+        try:
+            if not present:
+                dest.parent.mkdir(parents=True, exist_ok=True)
+                path = open_url(url, cache_dir=dest.parent / ".parts", sha256=expected)
+            found = check(path, size, expected)
+        except DownloadError as error:
+            if noted:
+                raise DownloadError(f"{error}; where the publisher has changed the file, remove {note} too") from None
+            raise
         if not present:
             os.replace(path, dest)
         facts = f"{dest}: {format_bytes(dest.stat().st_size)}, SHA-256 {found}"

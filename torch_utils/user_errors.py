@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
 
     Bad input (ValueError, OSError) is told in its own words; where memory runs out, on the GPU or not, the advice names
     `batch_option`. Any other exception is a defect and passes. Raises click.ClickException, or SystemExit in processes
-    that failed only because another one did.
+    that failed only because the main one did. Where several processes meet the same mistake one of them tells it.
     """
     import click
 
@@ -29,14 +30,15 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
         sys.exit(1)  # one message is enough
     except (MemoryError, RuntimeError) as error:
         if _lost_another_process(error):
-            sys.exit(1)
+            _let_others_speak()
+            raise click.ClickException("lost the connection to another process") from error
         if not _out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise click.ClickException(f"out of memory: try a smaller {batch_option} ({reason})") from error
     except (ValueError, OSError) as error:
-        if _said_by_another():
-            sys.exit(1)
+        if os.environ.get("RANK", "0") != "0":
+            _let_others_speak()
         raise click.ClickException(_text(error)) from error
     # No group is left after an error: that could wait for processes that are still at work.
     if "torch" in sys.modules:  # without it no group was joined
@@ -51,15 +53,9 @@ def _text(error: ValueError | OSError) -> str:
     return str(error)
 
 
-def _said_by_another() -> bool:
-    """Whether this is one of a machine's processes that all met the same mistake, before they joined a group."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return False
-    if "torch" not in sys.modules:
-        return True
-    from torch_utils import distributed
-
-    return not distributed.in_group()
+def _let_others_speak() -> None:
+    """Wait before saying what another process is likely to say too: when that one ends, torchrun ends this one."""
+    time.sleep(5 + int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _lost_another_process(error: MemoryError | RuntimeError) -> bool:

@@ -97,6 +97,8 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"--outdir {run_dir} is a file: name a folder")
 
+    if options["deterministic"]:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else replicas remark on what `parallel` wants of them
     import torch
 
     from networks.unet import set_recompute
@@ -116,11 +118,12 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         net.compute_dtype = dtype
         set_recompute(net, options["checkpoint_activations"])
     description = _description(config, options, task, dataset, device)
+    distributed.print0("\n".join(description), flush=True)
     if options["dry_run"]:
-        distributed.print0("\n".join([*description, "dry run: nothing is written"]))
+        distributed.print0("dry run: nothing is written")
         return
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    distributed.main_first(lambda: run_dir.mkdir(parents=True, exist_ok=True))
     run = _run(config, options, task, dataset, device, stop)
     run.description = description
     try:

@@ -47,7 +47,7 @@ class Run:
     shard: bool = False  # divide Adam's moments and the averages between the processes
     ema_device: torch.device | None = None  # where the averages are kept; None = `device`
     evaluate: Callable[[nn.Module, Any], dict[str, float]] | None = None  # network, encoder -> metrics; collective
-    description: list[str] = dataclasses.field(default_factory=list)  # lines to begin the log with
+    description: list[str] = dataclasses.field(default_factory=list)  # lines to begin log.txt with
 
 
 def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfig, run: Run) -> nn.Module:
@@ -66,9 +66,10 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
         except KeyboardInterrupt:
             raise  # at once, whatever is being written
         except Exception as error:
-            trainer.writer.wait()
             if not isinstance(error, DivergenceError):
+                trainer.writer.wait()
                 raise
+            trainer.await_write()  # all processes have seen it
             good = trainer.writer.last_good
             named = f"the last good state is {good}" if good else "no state was written before"
             raise DivergenceError(f"{error}; {named}") from None
@@ -96,11 +97,12 @@ class Trainer:
             self.trained.load_state_dict(state, force=run.force_resume)
         if self.main:
             write_identity(run.run_dir, self.identity)
-        run.stop.longest = max(run.stop.longest, self.trained.longest)
         self.callables = {p.name: replicate(p.net) for p in task.phases}  # what is called in training
         nimg = self.trained.nimg
         self.recorder = Recorder(run.run_dir, config.duration, nimg, active=self.main, quiet=run.quiet)
-        for line in [*run.description, *warnings]:
+        for line in run.description:
+            self.recorder.log(line, terminal=False)
+        for line in warnings:
             self.recorder.log(line)
         self.recorder.log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
         phases = [(p.name, p.net) for p in task.phases]
@@ -141,7 +143,8 @@ class Trainer:
         if parallel.gravest(int(self.writer.failures > 0), self.run.device):
             raise self.writer.error() if self.main else distributed.MainProcessError("states cannot be written")
         if reason == stopping.TIME_IS_OVER and self.trained.nimg == first and not self.done:
-            raise ValueError("--max-time leaves no time for an iteration and its state: nothing was trained; give more")
+            message = "--max-time leaves no time for an iteration and its state: nothing was trained; give more"
+            raise ValueError(message) if self.main else distributed.MainProcessError(message)
         outcome = "finished" if self.done else f"stopped ({reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
 
@@ -196,7 +199,8 @@ class Trainer:
         """A reason to stop now, of any process. Raises OSError in the main process, and MainProcessError in the others,
         where states cannot be written any more. Collective.
         """
-        reason = self.run.stop.reason(self.writer.reserve)
+        snapshot = self.trained.snapshot_seconds if self.crosses(self.config.snapshot) else 0
+        reason = self.run.stop.reason(self.writer.reserve + snapshot)
         own = parallel.FAIL if self.writer.exhausted else parallel.STOP if reason else parallel.GO_ON
         verdict = parallel.gravest(own, self.run.device)
         if verdict == parallel.FAIL:
@@ -207,6 +211,11 @@ class Trainer:
         """Whether the last iteration passed a multiple of so many images."""
         nimg = self.trained.nimg
         return nimg // interval != (nimg - self.config.batch) // interval
+
+    def crosses(self, interval: int) -> bool:
+        """Whether the next iteration does, or ends training."""
+        ahead = self.trained.nimg + self.config.batch
+        return ahead >= self.config.duration or ahead // interval != self.trained.nimg // interval
 
     def statistics(self) -> None:
         """Means since the last statistics, norms, memory and speed, in every place that records. Collective."""
@@ -225,7 +234,6 @@ class Trainer:
         started = time.perf_counter()
         self.await_write()
         waited = time.perf_counter() - started
-        self.trained.longest = self.run.stop.longest
         state = self.trained.host_state(self.identity)
         if self.main:
             stall = time.perf_counter() - started
@@ -254,14 +262,19 @@ class Trainer:
                 self.recorder.log(f"the snapshot at {nimg} images could not be written ({error.strerror or error})")
             if measured:
                 self.measure(average)
-        self.means.add("Snapshot/seconds", time.perf_counter() - started)
-        self.clock = self.clock[0], self.clock[1] + time.perf_counter() - started
+        trained.snapshot_seconds = time.perf_counter() - started
+        if self.main:
+            self.means.add("Snapshot/seconds", trained.snapshot_seconds)
+        self.clock = self.clock[0], self.clock[1] + trained.snapshot_seconds
+        run.stop.skip()
 
     def measure(self, average: nn.Module) -> None:
         """Metrics of a snapshot. Collective."""
         try:
             found = self.run.evaluate(average, self.encoder)
-        except ValueError as error:  # the same in all processes: too few images, say
+        except distributed.MainProcessError:
+            raise
+        except (ValueError, torch.linalg.LinAlgError) as error:  # the same in all processes: too few images, say
             self.recorder.log(f"the snapshot at {self.trained.nimg} images could not be measured: {error}")
             return
         metrics = {f"Metrics/{name}": value for name, value in found.items()}

@@ -70,7 +70,9 @@ def update_network(
         for group in optimizer.param_groups:
             group["lr"] = lr * phase.lr_scaling
         optimizer.step()
-    optimizer.zero_grad(set_to_none=distributed.world_size() == 1)  # replicas accumulate in the messages' buffers
+    # Replicas accumulate in the messages' buffers; exact resuming with any number of processes wants fresh gradients.
+    fresh = distributed.world_size() == 1 or torch.are_deterministic_algorithms_enabled()
+    optimizer.zero_grad(set_to_none=fresh)
 
 
 @torch.no_grad()

@@ -27,9 +27,15 @@ class Replica(DistributedDataParallel):
     """
 
     def __init__(self, net: nn.Module) -> None:
+        exact = torch.are_deterministic_algorithms_enabled()  # a resumed run then adds up in the same order
         with warnings.catch_warnings():  # later releases rename the option, earlier ones know no other name
             warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
-            super().__init__(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+            super().__init__(
+                net,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=exact,
+            )
 
     @property
     def sigma_data(self) -> float:
@@ -120,6 +126,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         mine = id(p) in own  # ZeRO drops the others
         moments[i] = {key: _like(p, value) if mine else value for key, value in entry.items()}
     optimizer.load_state_dict({"state": moments, "param_groups": [settings]})
+    if hasattr(optimizer, "optim"):
+        optimizer.state.clear()  # the wrapped one has the moments; these are copies that nobody uses
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import socket
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +90,18 @@ class Recorder:
             if bad:
                 self.log(f"{statistics}: left out {bad} damaged or foreign {'line' if bad == 1 else 'lines'}")
 
-    def log(self, message: str) -> None:
+    def log(self, message: str, *, terminal: bool = True) -> None:
         """One line to the terminal and to log.txt, with the time."""
         if not self.active:
             return
-        self._bar.write(message)
+        if terminal:
+            self._say(message)
         self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n".encode(errors="replace"))
 
     def progress(self, count: int) -> None:
         """Advance the bar by `count` images."""
         if self.active:
-            self._bar.update(count)
+            self._show(lambda: self._bar.update(count))
 
     def stats(self, nimg: int, values: dict[str, float]) -> None:
         """One line of stats.jsonl, and the same numbers as TensorBoard scalars."""
@@ -127,7 +130,23 @@ class Recorder:
     def close(self) -> None:
         """Finish the bar."""
         if self.active:
-            self._bar.close()
+            self._show(self._bar.close)
+
+    def _say(self, message: str) -> None:
+        self._show(lambda: self._bar.write(message))
+
+    @staticmethod
+    def _show(write: Callable[[], Any]) -> None:
+        """Write to the terminal. One that is closed must not end training: what fails leads nowhere from then on."""
+        try:
+            write()
+            sys.stdout.flush()
+        except OSError:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, stream.fileno())
+                    os.close(null)
 
     def _append(self, name: str, data: bytes) -> bool:
         """Write to the end of a file, all or nothing. Whether that worked."""
@@ -141,7 +160,7 @@ class Recorder:
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)
             if name not in self._failing:
-                self._bar.write(f"{path} could not be written ({error.strerror or error})")
+                self._say(f"{path} could not be written ({error.strerror or error})")
             self._failing.add(name)
             return False
         self._failing.discard(name)

@@ -62,6 +62,11 @@ class StopRequest:
             return TIME_IS_OVER
         return None
 
+    def skip(self) -> None:
+        """Leave out of `longest` what has passed since `reason` was asked for."""
+        if self._asked is not None:
+            self._asked = time.monotonic()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self._interrupts += 1

@@ -33,7 +33,7 @@ class Trained:
         self.seed = seed
         self.nimg = 0  # images seen
         self.seconds = 0.0  # of training, up to the last statistics
-        self.longest = 0.0  # seconds of an iteration with all that followed it
+        self.snapshot_seconds = 0.0  # of the last snapshot
         self.health = {p.name: Health() for p in task.phases}
         self.optimizers = {p.name: build_optimizer(p.net, device, shard=shard) for p in task.phases}
         self.ema = PowerFunctionEMA(task.result, config.ema_stds, device=ema_device, shard=shard)
@@ -55,7 +55,7 @@ class Trained:
             "identity": identity,
             "nimg": self.nimg,
             "seconds": self.seconds,
-            "longest": self.longest,
+            "snapshot_seconds": self.snapshot_seconds,
             "seed": self.seed,
             "position": self.nimg * len(self.task.phases),
             "health": {name: dataclasses.asdict(health) for name, health in self.health.items()},
@@ -76,7 +76,7 @@ class Trained:
                 self.health[p.name] = Health(**state["health"][p.name])
             self.ema.load_state_dict(state["ema"], force=force)
             self.nimg, self.seconds = int(state["nimg"]), float(state["seconds"])
-            self.longest = float(state.get("longest", 0))
+            self.snapshot_seconds = float(state.get("snapshot_seconds", 0))
             if self.nimg < 0:
                 raise ValueError(f"nimg is {self.nimg}")
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:

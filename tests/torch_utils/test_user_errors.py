@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torch_utils import distributed
+from torch_utils import user_errors as user_errors_module
 from torch_utils.user_errors import user_errors
 
 ROOT = Path(__file__).parents[2]
@@ -70,21 +71,25 @@ def test_errors_of_the_system_name_the_file_and_the_reason():
         raise OSError("in words")
 
 
-def test_a_mistake_before_the_processes_meet_is_told_once_on_a_machine(monkeypatch, capsys):
-    for rank in ("0", "1"):
+def test_processes_let_the_main_one_speak_first(monkeypatch):
+    slept = []
+    monkeypatch.setattr(user_errors_module.time, "sleep", slept.append)
+    for rank, waits in (("0", []), ("3", [8])):
+        monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(click.ClickException if rank == "0" else SystemExit), user_errors():
+        with pytest.raises(click.ClickException, match="a mistake"), user_errors():
             raise ValueError("a mistake")
-    monkeypatch.setattr(distributed, "in_group", lambda: True)
-    with pytest.raises(click.ClickException, match="a mistake of this one"), user_errors():
-        raise ValueError("a mistake of this one")
+        assert slept == waits
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_a_lost_process_has_told_why(monkeypatch, grouped):
+def test_a_lost_process_is_told_unless_another_tells_why(monkeypatch, grouped):
+    slept = []
+    monkeypatch.setattr(user_errors_module.time, "sleep", slept.append)
     monkeypatch.setattr(distributed, "in_group", lambda: grouped)
-    with pytest.raises(SystemExit if grouped else RuntimeError), user_errors():
+    with pytest.raises(click.ClickException if grouped else RuntimeError, match="[Cc]onnection"), user_errors():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1")
+    assert len(slept) == grouped
 
 
 def test_errors_without_torch_do_not_import_it():

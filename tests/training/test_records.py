@@ -1,7 +1,11 @@
 """What a run leaves of its statistics: damaged files, full disks, runs that were cut off and go on."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +176,24 @@ def test_a_folder_that_is_gone_does_not_stop_the_run(tmp_path):
     recorder.log("on")
     recorder.close()
     assert not folder.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_terminal_that_is_gone_does_not_end_training(tmp_path):
+    code = """
+import os, sys
+from pathlib import Path
+from training.records import Recorder
+recorder = Recorder(Path(sys.argv[1]), 100, 0)
+for stream in (1, 2):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+for nimg in range(3):
+    recorder.log("a line")
+    recorder.progress(10)
+    recorder.stats(nimg, {"a": 1.0})
+recorder.close()
+"""
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, timeout=60).returncode == 0
+    assert (tmp_path / "log.txt").read_text().count("a line") == 3
+    assert len((tmp_path / "stats.jsonl").read_text().splitlines()) == 3
