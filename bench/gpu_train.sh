@@ -9,5 +9,5 @@ PYTHON="${PYTHON:-python3}" STATES="${STATES:-${TMPDIR:-/tmp}}"
 run=("$PYTHON" bench/bench_train.py --device cuda --preset img64-s --steps 20)
 "${run[@]}" --batch-gpu 64 --state-dir "$STATES" --out bench/results/gpu_train.json
 "${run[@]}" --batch-gpu 32 --variants float32,fp16,bf16 --out bench/results/gpu_train_batch32.json
-"$PYTHON" bench/bench_state.py --device cuda --gib 4 --dir "$STATES"
+"$PYTHON" bench/bench_state.py --device cuda --gib 4 --dir "$STATES" --out bench/results/gpu_state.json
 "$PYTHON" -m pytest tests -q
