@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import http.server
-import threading
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +10,7 @@ from click.testing import CliRunner
 from dnnlib import util
 from dnnlib.remote import RemoteFile, ask
 from quick_start import fetch
+from tests.servers import serving
 
 CONTENT = bytes(range(256)) * 4
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -48,15 +48,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.linked = [], HASH
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        server.requests, server.linked = [], HASH
+        yield server
 
 
 @pytest.fixture

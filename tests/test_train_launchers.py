@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ import networks
 from networks.encoders import RGBEncoder
 from tests.edm2_pickles import write_edm2_pickle
 from tests.golden_utils import fill_by_name
+from tests.servers import serving
 from tests.training.tiny_runs import execute
 from training.state import load_newest_state
 
@@ -265,11 +265,8 @@ def shelf(tmp_path):
     folder = tmp_path / "shelf"
     folder.mkdir()
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serving(handler) as server:
+        yield folder, server.url
 
 
 def test_a_download_is_checked_noted_and_compared_again(shelf, tmp_path, tiny_teacher):

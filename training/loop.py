@@ -149,7 +149,7 @@ class Trainer:
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
 
     def close(self) -> None:
-        """End what would keep the process alive: loader processes, which ignore signals, and the recorder's threads."""
+        """End what would keep the process alive: loader processes, which ignore signals. Finish the progress bar."""
         getattr(self.loader, "_shutdown_workers", lambda: None)()
         self.recorder.close()
 

@@ -2,11 +2,11 @@ import errno
 import hashlib
 import http.server
 import os
-import threading
 
 import pytest
 
 from dnnlib import util
+from tests.servers import serving
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 
@@ -65,17 +65,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.cut, server.ranges = [], [], True
-    server.content, server.etag, server.redirect = CONTENT, '"one"', ""
-    server.raw = b""  # the whole of every answer
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        server.requests, server.cut, server.ranges = [], [], True
+        server.content, server.etag, server.redirect = CONTENT, '"one"', ""
+        server.raw = b""  # the whole of every answer
+        yield server
 
 
 def fetch(server, cache, name="file.bin", **kwargs):
