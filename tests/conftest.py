@@ -68,6 +68,28 @@ def tiny_teacher(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """Folder of a stand-in for Stable Diffusion's autoencoder: same layout, 4 latent channels, random weights, half the
+    resolution.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+
+    torch.manual_seed(0)
+    net = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=8,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    net.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
 @pytest.fixture
 def fake_python(tmp_path):
     """Folder of a `python` that sees 8 GPUs, and writes down what it should launch instead of doing so."""

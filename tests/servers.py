@@ -6,6 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """Answers without a line on the terminal for each request."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
 @contextmanager
 def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[http.server.ThreadingHTTPServer]:
     """The server, with its `url`."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_train_launchers import launch, vae  # noqa: F401 - a fixture
+from tests.test_train_launchers import launch
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def refused(result, message, code=2):
     return result.stderr.splitlines()
 
 
-def test_the_autoencoder_is_checked_before_the_conversion(pictures, data, vae, tmp_path):  # noqa: F811
+def test_the_autoencoder_is_checked_before_the_conversion(pictures, data, vae, tmp_path):
     variables = dict(DATA_DIR=data, RESOLUTION=16)
     refused(launch("data_prep.sh", "img512", pictures, VAE=tmp_path / "vae", **variables), "no such folder", code=1)
     result = launch("data_prep.sh", "img512", pictures, VAE=vae, DATA_DIR=data, RESOLUTION=15)

@@ -251,24 +251,6 @@ def test_asset_is_what_its_readme_says():
 # encode and decode, with a tiny random stand-in for Stable Diffusion's autoencoder
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    diffusers = pytest.importorskip("diffusers")
-    import torch
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("standin-vae")
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
 @pytest.mark.parametrize("dest", ["latents", "latents.zip"])
 def test_encode_and_decode(tmp_path, vae, dest):
     import torch

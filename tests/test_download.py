@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import http.server
 
 import pytest
 from click.testing import CliRunner
@@ -10,13 +9,13 @@ from click.testing import CliRunner
 from dnnlib import util
 from dnnlib.remote import RemoteFile, ask
 from quick_start import fetch
-from tests.servers import serving
+from tests.servers import QuietHandler, serving
 
 CONTENT = bytes(range(256)) * 4
 HASH = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     """Serves CONTENT; under /hub as the Hugging Face Hub does, from another address."""
 
     def do_HEAD(self):
@@ -40,9 +39,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_HEAD()
         if self.path not in ("/hub", "/redirect", "/missing"):
             self.wfile.write(CONTENT)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture

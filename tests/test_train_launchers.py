@@ -54,24 +54,6 @@ def launch(script, *arguments, **variables):
 
 
 @pytest.fixture(scope="session")
-def vae(tmp_path_factory):
-    """A stand-in for Stable Diffusion's autoencoder: same layout, 4 latent channels, random weights, 2x reduction."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    net = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    folder = tmp_path_factory.mktemp("vae")
-    net.save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """Twelve random pictures in folders of three classes, as ImageNet has them."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)

@@ -1,17 +1,16 @@
 import errno
 import hashlib
-import http.server
 import os
 
 import pytest
 
 from dnnlib import util
-from tests.servers import serving
+from tests.servers import QuietHandler, serving
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     """Serves CONTENT. The server's `cut` gives how many bytes each coming answer may send before the line is cut."""
 
     protocol_version = "HTTP/1.1"
@@ -57,9 +56,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture

@@ -19,24 +19,6 @@ def golden():
         return {key: torch.from_numpy(data[key]) for key in data if key.startswith(("rgb_", "vae_"))}
 
 
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    """A stand-in for Stable Diffusion's autoencoder: same layout, 4 latent channels, random weights, 2x reduction."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=8,
-    )
-    folder = tmp_path_factory.mktemp("standin-vae")
-    vae.save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
 def test_rgb_matches_golden(golden):
     encoder = RGBEncoder()
     pixels = golden["rgb_px"]
@@ -113,18 +95,18 @@ def test_channels_of_latents():
         encoder.encode(torch.zeros(2, 4, 4, 4))
 
 
-def test_autoencoder_sees_pixels_in_unit_range(vae_folder):
+def test_autoencoder_sees_pixels_in_unit_range(vae):
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True).eval()
+    net = AutoencoderKL.from_pretrained(vae, use_safetensors=True).eval()
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, [5, 3, 8, 8], dtype=np.uint8))
-    encoder = StabilityVAEEncoder(str(vae_folder), batch_size=2)
+    encoder = StabilityVAEEncoder(str(vae), batch_size=2)
     raw = encoder.encode_pixels(pixels)
     with torch.no_grad():
-        posterior = vae.encode(pixels.float() / 255).latent_dist
+        posterior = net.encode(pixels.float() / 255).latent_dist
         torch.testing.assert_close(raw, torch.cat([posterior.mean, posterior.std], dim=1), rtol=1e-4, atol=1e-5)
         raw_latents = posterior.mean
-        image = (vae.decode(raw_latents).sample.clamp(0, 1) * 255).to(torch.uint8)
+        image = (net.decode(raw_latents).sample.clamp(0, 1) * 255).to(torch.uint8)
     scale = 0.5 / torch.tensor([4.17, 4.62, 3.71, 3.28]).reshape(1, 4, 1, 1)
     latents = (raw_latents - torch.tensor([5.81, 3.25, 0.12, -2.15]).reshape(1, 4, 1, 1)) * scale
     decoded = encoder.decode(latents)
@@ -137,29 +119,29 @@ def test_autoencoder_sees_pixels_in_unit_range(vae_folder):
     )
 
 
-def test_batch_size_does_not_matter_and_weights_stay_out_of_pickles(vae_folder):
+def test_batch_size_does_not_matter_and_weights_stay_out_of_pickles(vae):
     pixels = torch.from_numpy(np.random.default_rng(1).integers(0, 256, [5, 3, 8, 8], dtype=np.uint8))
-    one = StabilityVAEEncoder(str(vae_folder), batch_size=1)
+    one = StabilityVAEEncoder(str(vae), batch_size=1)
     raw = one.encode_pixels(pixels)
-    torch.testing.assert_close(StabilityVAEEncoder(str(vae_folder)).encode_pixels(pixels), raw, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(StabilityVAEEncoder(str(vae)).encode_pixels(pixels), raw, rtol=1e-4, atol=1e-5)
     assert len(pickle.dumps(one)) < 2000
     torch.testing.assert_close(pickle.loads(pickle.dumps(one)).encode_pixels(pixels), raw)
 
 
-def test_loading_the_autoencoder_says_nothing(vae_folder, capfd):
+def test_loading_the_autoencoder_says_nothing(vae, capfd):
     from diffusers.utils import logging
 
     handler = logging.logging.StreamHandler()  # the library's own keeps the stderr of before the test
     logging.add_handler(handler)
     try:
-        StabilityVAEEncoder(str(vae_folder)).decode(torch.zeros(1, 4, 4, 4))
+        StabilityVAEEncoder(str(vae)).decode(torch.zeros(1, 4, 4, 4))
     finally:
         logging.remove_handler(handler)
     assert capfd.readouterr().err == ""
 
 
-def test_wrong_pixels(vae_folder):
-    encoder = StabilityVAEEncoder(str(vae_folder))
+def test_wrong_pixels(vae):
+    encoder = StabilityVAEEncoder(str(vae))
     with pytest.raises(ValueError, match="uint8"):
         encoder.encode_pixels(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="N,3,H,W"):
@@ -167,10 +149,10 @@ def test_wrong_pixels(vae_folder):
     with pytest.raises(ValueError, match="multiple of 2"):
         encoder.encode_pixels(torch.zeros(1, 3, 9, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="4 latent channels, not 2"):
-        StabilityVAEEncoder(str(vae_folder), scale=[1, 1], bias=[0, 0]).decode(torch.zeros(1, 2, 4, 4))
+        StabilityVAEEncoder(str(vae), scale=[1, 1], bias=[0, 0]).decode(torch.zeros(1, 2, 4, 4))
 
 
-def test_missing_autoencoder_is_one_clear_line(vae_folder, tmp_path, monkeypatch):
+def test_missing_autoencoder_is_one_clear_line(vae, tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     def message(name):
@@ -180,11 +162,11 @@ def test_missing_autoencoder_is_one_clear_line(vae_folder, tmp_path, monkeypatch
         return str(info.value)
 
     assert "no such folder" in message(tmp_path / "missing")
-    (tmp_path / "config.json").write_text((vae_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text((vae / "config.json").read_text())
     assert "no file named diffusion_pytorch_model.safetensors" in message(tmp_path)
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")  # a pickle: must not be taken instead
     assert "no file named diffusion_pytorch_model.safetensors" in message(tmp_path)
-    weights = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
     weights.pop("decoder.conv_in.weight")
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
     assert "lacks" in message(tmp_path)
