@@ -24,9 +24,12 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     """
     import click
 
+    failed = True
     try:
         yield
+        failed = False
     except MainProcessError:
+        _let_others_speak()
         sys.exit(1)  # one message is enough
     except (MemoryError, RuntimeError) as error:
         if _lost_another_process(error):
@@ -40,11 +43,13 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
         if os.environ.get("RANK", "0") != "0":
             _let_others_speak()
         raise click.ClickException(_text(error)) from error
-    # No group is left after an error: that could wait for processes that are still at work.
-    if "torch" in sys.modules:  # without it no group was joined
-        from torch_utils import distributed
+    finally:
+        if "torch" in sys.modules:  # without it no group was joined
+            from torch_utils import distributed
 
-        distributed.destroy()
+            # After an error, leaving a group of GPUs could wait for processes that are still at work.
+            if not failed or distributed.collective_device().type == "cpu":
+                distributed.destroy()
 
 
 def _text(error: ValueError | OSError) -> str:

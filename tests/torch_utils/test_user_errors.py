@@ -47,21 +47,26 @@ def test_defects_and_messages_of_click_pass():
         assert found.value is error
 
 
-def test_processes_that_follow_the_main_one_say_nothing(capsys):
+def test_processes_that_follow_the_main_one_say_nothing_and_let_it_speak(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(user_errors_module.time, "sleep", slept.append)
     with pytest.raises(SystemExit) as error, user_errors():
         raise distributed.MainProcessError("said already")
-    assert error.value.code == 1 and capsys.readouterr() == ("", "")
+    assert error.value.code == 1 and capsys.readouterr() == ("", "") and len(slept) == 1
 
 
-def test_the_process_group_is_left_where_nothing_failed(monkeypatch):
+def test_the_process_group_is_left_unless_that_could_wait(monkeypatch):
     calls = []
     monkeypatch.setattr(distributed, "destroy", lambda: calls.append(1))
-    with user_errors():
-        pass
-    assert len(calls) == 1
-    with pytest.raises(click.ClickException), user_errors():
-        raise ValueError
-    assert len(calls) == 1  # others may be at work in the group: leaving it could wait for them
+    for device, after_errors in (("cpu", 1), ("cuda", 0)):
+        monkeypatch.setattr(distributed, "collective_device", lambda device=device: torch.device(device))
+        calls.clear()
+        with user_errors():
+            pass
+        assert len(calls) == 1
+        with pytest.raises(click.ClickException), user_errors():
+            raise ValueError
+        assert len(calls) == 1 + after_errors
 
 
 def test_errors_of_the_system_name_the_file_and_the_reason():
@@ -87,6 +92,7 @@ def test_a_lost_process_is_told_unless_another_tells_why(monkeypatch, grouped):
     slept = []
     monkeypatch.setattr(user_errors_module.time, "sleep", slept.append)
     monkeypatch.setattr(distributed, "in_group", lambda: grouped)
+    monkeypatch.setattr(distributed, "collective_device", lambda: torch.device("cuda"))
     with pytest.raises(click.ClickException if grouped else RuntimeError, match="[Cc]onnection"), user_errors():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1")
     assert len(slept) == grouped
