@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from metrics.specs import parse_metrics
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 
 PUBLISHED_SEED = 123456789  # the first of 50,000
 
@@ -257,7 +257,7 @@ def _run_gen(request: dict[str, Any]) -> list[dict[str, Any]]:
 
     from tqdm import tqdm
 
-    from dnnlib.util import file_sha256
+    from dnnlib.files import file_sha256
     from metrics.archive import ImageArchive
     from metrics.compute import compute_metrics
     from metrics.evaluate import evaluate_network

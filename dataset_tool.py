@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 
 
 def parse_resolution(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:

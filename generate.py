@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from sampling.images import DEFAULT_STEPS, count_evaluations, generate_images, image_path
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 
 __all__ = ["generate_images", "main"]
 

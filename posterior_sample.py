@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from inverse.tasks import LIKELIHOODS, load_task, task_names
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 OVERRIDES = (  # options that replace a setting of the task
@@ -162,7 +162,7 @@ def _prepare(
     import torch
 
     import networks
-    from dnnlib.util import file_sha256
+    from dnnlib.files import file_sha256
     from inverse.inputs import ImageFolder, InputError, MeasurementFolder, read_mask
     from inverse.operators import get_operator
     from inverse.pnp import resolve_likelihood

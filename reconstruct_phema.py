@@ -4,8 +4,8 @@ import sys
 
 import click
 
-from dnnlib.util import parse_si
-from torch_utils.user_errors import user_errors
+from dnnlib.text import parse_si
+from torch_utils.errors import user_errors
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})

@@ -76,7 +76,7 @@ def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> 
     """Compare the student's draws with the true posterior at eight noise levels; check the score identity and PnP."""
 
     def work() -> str:
-        from dnnlib.util import atomic_write
+        from dnnlib.files import atomic_write
         from toy.check import report
         from toy.mixture import spiral_arms
         from toy.report import tables

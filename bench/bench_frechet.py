@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 @out_option()
 def main(dims: str, repeats: int, threads: int, out: str | None) -> None:
     """Print a table of feature dimensions: seconds of both, their ratio, relative difference of the two values."""
-    from torch_utils.user_errors import user_errors
+    from torch_utils.errors import user_errors
 
     try:
         sizes = [int(dim) for dim in dims.split(",")]
@@ -47,7 +47,7 @@ def main(dims: str, repeats: int, threads: int, out: str | None) -> None:
                 flush=True,
             )
         if out:
-            from dnnlib.util import write_json
+            from dnnlib.files import write_json
 
             write_json(out, {**environment, "rows": rows})
 

@@ -69,8 +69,8 @@ def main(results: Sequence[str], tune: str, check: int, out: str | None, **optio
     """
     from reconstruction import CUT, RATIO
 
-    from dnnlib.util import write_json
-    from torch_utils.user_errors import user_errors
+    from dnnlib.files import write_json
+    from torch_utils.errors import user_errors
 
     with user_errors():
         prox = _scikit_image_prox() if check else None

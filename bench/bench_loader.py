@@ -36,7 +36,7 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> list[int]
 @out_option()
 def main(data: str | None, images: int, batch: int, workers: list[int], out: str | None) -> None:
     """Print a table: kind of data, loader processes, images per second, resident memory of all processes."""
-    from torch_utils.user_errors import user_errors
+    from torch_utils.errors import user_errors
     from training.dataset import DatasetError, one_line
 
     with user_errors(), tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def main(data: str | None, images: int, batch: int, workers: list[int], out: str
             rates = f"{row['img_per_s']:9.0f} {row['mib_per_s']:7.0f}"
             print(f"{row['data']:24} {row['workers']:7} {rates} {row['rss_mib']:11.0f}")
         if out:
-            from dnnlib.util import write_json
+            from dnnlib.files import write_json
 
             write_json(out, {"batch": batch, "images": images, "rows": rows})
 

@@ -75,11 +75,11 @@ def main(device: str, preset: str, names: tuple[str, ...], batch: int, steps: in
     import torch
     from bench_train import TEACHERS
 
-    from dnnlib.util import write_json
+    from dnnlib.files import write_json
     from inverse.tasks import load_task, task_names
     from networks import GenerativeDenoiser, PrecondCondition
     from torch_utils.distributed import device_for
-    from torch_utils.user_errors import user_errors
+    from torch_utils.errors import user_errors
 
     with user_errors():
         folder = FOLDERS[preset]

@@ -29,7 +29,7 @@ ARCHITECTURE |= dict(num_blocks=1, attn_resolutions=[8], channels_per_head=32)
 def main(updates: int, batch: int, device: str, out: str | None) -> None:
     """Print a table for the embedded teacher's architecture, trained with its own loss."""
     from torch_utils import distributed
-    from torch_utils.user_errors import user_errors
+    from torch_utils.errors import user_errors
 
     if not distributed.launched_by_torchrun():
         start = "torchrun --standalone --nproc-per-node 2 bench/bench_shard.py"
@@ -44,7 +44,7 @@ def main(updates: int, batch: int, device: str, out: str | None) -> None:
             distributed.print0(f"{name:22} {figures}")
             rows.append({"variant": name, **row})
         if out and distributed.is_main():
-            from dnnlib.util import write_json
+            from dnnlib.files import write_json
 
             write_json(out, {"processes": distributed.world_size(), "batch": batch, "rows": rows})
 

@@ -28,7 +28,7 @@ def main(gib: float, folder: str, device: str, out: str | None) -> None:
     import torch
 
     from torch_utils import distributed
-    from torch_utils.user_errors import user_errors
+    from torch_utils.errors import user_errors
     from training.state import find_newest_state, to_host
     from training.writer import StateWriter
 
@@ -53,7 +53,7 @@ def main(gib: float, folder: str, device: str, out: str | None) -> None:
         for row in rows:
             print(f"{row['stage']:20} {row['seconds']:7.2f} s {row['mib_per_s']:8.0f} MiB/s")
         if out:
-            from dnnlib.util import write_json
+            from dnnlib.files import write_json
 
             write_json(out, {"gib": count / 256, "device": str(resolved), "rows": rows})
 

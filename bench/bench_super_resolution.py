@@ -34,7 +34,7 @@ def main(size: int, factor: int, batch: int, langevin_steps: int, repeats: int, 
     conditional mean, over that of the start; it is 0 for the exact step and what is left after the chain for Langevin.
     """
     from torch_utils import distributed
-    from torch_utils.user_errors import user_errors
+    from torch_utils.errors import user_errors
 
     with user_errors():
         result = measure(size, factor, batch, langevin_steps, repeats, distributed.device_for(device))
@@ -46,7 +46,7 @@ def main(size: int, factor: int, batch: int, langevin_steps: int, repeats: int, 
                 f"{row['ratio']:7.1f} {row['langevin_error']:15.3f}"
             )
         if out:
-            from dnnlib.util import write_json
+            from dnnlib.files import write_json
 
             write_json(out, result)
 

@@ -42,8 +42,8 @@ def main(iterations: int, batch: int, width: int, seed: int, only: tuple[str, ..
     """Print a line per variant: energy distance over the floor and spread over the truth's, by noise level."""
     import torch
 
-    from dnnlib.util import write_json
-    from torch_utils.user_errors import user_errors
+    from dnnlib.files import write_json
+    from torch_utils.errors import user_errors
 
     with user_errors():
         torch.set_num_threads(1)

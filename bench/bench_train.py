@@ -69,9 +69,9 @@ def main(
     """
     import torch
 
-    from dnnlib.util import write_json
+    from dnnlib.files import write_json
     from torch_utils import distributed
-    from torch_utils.user_errors import user_errors
+    from torch_utils.errors import user_errors
     from training.launch import configure_backends
 
     with user_errors("--batch-gpu"):

@@ -7,7 +7,8 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from dnnlib.util import DownloadError, printable
+from dnnlib.download import DownloadError
+from dnnlib.text import printable
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.util import atomic_write, write_json
+from dnnlib.files import atomic_write, write_json
 from inverse.inputs import pixels_to_image
 from inverse.results import ResultsFolder
 from metrics.image_quality import SSIM_WINDOW, psnr, ssim

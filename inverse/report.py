@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from dnnlib.util import atomic_write
+from dnnlib.files import atomic_write
 from inverse.json_files import JsonFileError, read_json
 from inverse.report_input import LoadedImage, ReportError, check_record, get, load_images, number, read_png
 

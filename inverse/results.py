@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.util import atomic_write, write_json
+from dnnlib.files import atomic_write, write_json
 from inverse.json_files import JsonFileError, read_json
 from inverse.operator_base import Operator
 from inverse.solve import Solution

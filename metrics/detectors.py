@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnnlib.util import file_sha256
+from dnnlib.files import file_sha256
 from metrics.specs import KINDS
 from metrics.weights import DetectorError, find_weights
 
@@ -161,7 +161,7 @@ def save_demo_classifier(path: str | Path, classifier: DemoClassifier, facts: di
     """Write the classifier as safetensors with its training facts as metadata, atomically."""
     from safetensors.torch import save
 
-    from dnnlib.util import atomic_write
+    from dnnlib.files import atomic_write
 
     metadata = {
         "detector": classifier.name,

@@ -102,7 +102,7 @@ def load_dinov2(
     """
     import safetensors.torch
 
-    from dnnlib.util import file_sha256
+    from dnnlib.files import file_sha256
 
     try:
         from transformers import Dinov2Config, Dinov2Model

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.util import atomic_write, file_sha256, open_url
+from dnnlib.download import open_url
+from dnnlib.files import atomic_write, file_sha256
 from metrics.collect import Collected
 from torch_utils import safe_pickle
 

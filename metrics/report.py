@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from dnnlib.util import write_json
+from dnnlib.files import write_json
 from metrics.compute import MetricValue
 from metrics.references import Reference
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 
 
 @click.command(context_settings={"show_default": True})

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dnnlib.util import DownloadError, cache_path, file_sha256, open_url
+from dnnlib.download import DownloadError, cache_path, open_url
+from dnnlib.files import file_sha256
 
 FOLDER_VARIABLE = "NCVSD_DETECTORS"
 

@@ -28,7 +28,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dnnlib.util import atomic_path, open_url
+from dnnlib.download import open_url
+from dnnlib.files import atomic_path
 from networks.architecture import check_init_kwargs, check_number, kwargs_of_part, merge_parts
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder, encoder_from_config

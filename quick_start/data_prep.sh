@@ -47,7 +47,7 @@ check_call() {
 import sys
 
 from dataset_tool import convert, make_encoder
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 
 
 def check(resolution, **_):

@@ -14,7 +14,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.util import atomic_write  # noqa: E402
+from dnnlib.files import atomic_write  # noqa: E402
 
 
 @dataclass

@@ -9,9 +9,11 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dnnlib.download import DownloadError, open_url
+from dnnlib.files import atomic_write, file_sha256
 from dnnlib.remote import ask
-from dnnlib.util import DownloadError, atomic_write, file_sha256, format_bytes, open_url
-from torch_utils.user_errors import user_errors
+from dnnlib.text import format_bytes
+from torch_utils.errors import user_errors
 
 
 @click.command()

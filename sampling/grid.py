@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dnnlib.util import atomic_write
+from dnnlib.files import atomic_write
 
 if TYPE_CHECKING:
     import torch

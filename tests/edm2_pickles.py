@@ -6,8 +6,6 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from dnnlib.util import EasyDict
-
 
 class _Global:
     """A global that need not exist here."""
@@ -23,6 +21,10 @@ class _Object:
         self.content = dict(type="class", version=6, module_src="", class_name=class_name, state=state)
 
 
+class _EasyDict(dict):
+    """An instance of EDM2's `dnnlib.util.EasyDict`."""
+
+
 class _Pickler(pickle._Pickler):
     def save(self, obj, save_persistent_id=True):
         if isinstance(obj, _Global):
@@ -31,6 +33,13 @@ class _Pickler(pickle._Pickler):
             self.save(_Global("torch_utils.persistence", "_reconstruct_persistent_obj"))
             self.save((obj.content,))
             self.write(pickle.REDUCE)
+        elif isinstance(obj, _EasyDict):
+            self.save(_Global("dnnlib.util", "EasyDict"))
+            self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.MARK)
+            for key, value in obj.items():
+                self.save(key)
+                self.save(value)
+            self.write(pickle.SETITEMS)
         else:
             super().save(obj, save_persistent_id)
 
@@ -58,4 +67,4 @@ def write_edm2_pickle(path, net: nn.Module, encoder: str = "rgb", vae: str = "st
         state = dict(vae_name=vae, scale=scale.numpy(), bias=bias.numpy(), batch_size=8, _vae=None)
         described = _Object("StabilityVAEEncoder", dict(state, _init_args=(), _init_kwargs={}))
     with open(path, "wb") as file:
-        _Pickler(file, protocol=4).dump(EasyDict(encoder=described, ema=_module(net, net.init_kwargs)))
+        _Pickler(file, protocol=4).dump(_EasyDict(encoder=described, ema=_module(net, net.init_kwargs)))

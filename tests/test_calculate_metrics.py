@@ -160,7 +160,7 @@ def test_a_missing_weight_file_is_explained(tmp_path, monkeypatch):
 
 
 def _no_network(*_, **__):
-    from dnnlib.util import DownloadError
+    from dnnlib.download import DownloadError
 
     raise DownloadError("no route to host")
 

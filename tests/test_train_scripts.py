@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import networks
 import train_edm2
 import train_ncvsd
-from dnnlib.util import DownloadError
+from dnnlib.download import DownloadError
 from sampling.grid import read_image
 from sampling.images import generate_images
 from training import loop

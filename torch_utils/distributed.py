@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from torch_utils.user_errors import MainProcessError
+from torch_utils.errors import MainProcessError
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dnnlib.util import atomic_write
+from dnnlib.files import atomic_write
 from toy.check import PROBE_SAMPLES, SCHEDULES
 from toy.mixture import GaussianMixture
 from toy.training import BatchNoise, Student

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dnnlib.util import atomic_path
+from dnnlib.files import atomic_path
 from networks import GenerativeDenoiser
 from networks.posterior import combine_observations
 from toy.mixture import GaussianMixture

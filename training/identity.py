@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dnnlib.util import write_json
+from dnnlib.files import write_json
 from torch_utils import distributed
 from training.presets import TrainingConfig
 from training.state import StateError

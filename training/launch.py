@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from dnnlib.util import parse_duration
-from torch_utils.user_errors import user_errors
+from dnnlib.text import parse_duration
+from torch_utils.errors import user_errors
 from training.presets import TrainingConfig, load_config, preset_names
 from training.stopping import StopRequest
 

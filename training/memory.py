@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from dnnlib.util import format_bytes
+from dnnlib.text import format_bytes
 
 FLOAT32 = 4  # bytes
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dnnlib.util import format_bytes, format_time
+from dnnlib.text import format_bytes, format_time
 from training.optim import total_norm
 from training.records import RunningMeans
 from training.tasks import LossTerms, Phase

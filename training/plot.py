@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 
 if TYPE_CHECKING:
     from PIL import ImageDraw
@@ -167,7 +167,7 @@ def main(run_dirs: tuple[str, ...], out: str | None, keys: str) -> None:
     """Draw what happened in training, several runs over one another. The horizontal axis is images seen."""
     import io
 
-    from dnnlib.util import atomic_write
+    from dnnlib.files import atomic_write
 
     with user_errors():
         runs = {run_dir: read_curves(run_dir) for run_dir in run_dirs}

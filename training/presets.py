@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dnnlib.util import parse_si
+from dnnlib.text import parse_si
 
 PRESET_DIR = Path(__file__).resolve().parent.parent / "presets"
 

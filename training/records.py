@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.util import atomic_write
+from dnnlib.files import atomic_write
 from torch_utils import distributed
 from training.plot import read_entry
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import file_sha256
+from dnnlib.files import file_sha256
 
 _NAME = re.compile(r"training-state-(\d{9,})-([0-9a-f]{8})\.pt")
 _UNFINISHED = ".training-state-*.new"

@@ -135,7 +135,7 @@ def plain_transformer(weights, x, heads=2, layers=2):
 
 
 def test_features_equal_a_transformer_written_out(checkpoint, capfd):
-    from dnnlib.util import file_sha256
+    from dnnlib.files import file_sha256
 
     detector, digest = load_dinov2(checkpoint, architecture=TINY)
     assert capfd.readouterr() == ("", "")
@@ -190,7 +190,7 @@ def test_the_hub_is_asked_for_the_weight_file_alone(checkpoint, monkeypatch):
 
 
 def test_a_folder_of_detectors_comes_before_the_hub(checkpoint, tmp_path, monkeypatch):
-    from dnnlib.util import file_sha256
+    from dnnlib.files import file_sha256
 
     (tmp_path / "dinov2-large").symlink_to(checkpoint)
     monkeypatch.setenv("NCVSD_DETECTORS", str(tmp_path))

@@ -8,7 +8,8 @@ import torch
 
 import metrics.image_quality as image_quality
 import metrics.weights
-from dnnlib.util import DownloadError, file_sha256
+from dnnlib.download import DownloadError
+from dnnlib.files import file_sha256
 from metrics.image_quality import BACKBONE, LPIPS, VGG16, load_lpips, psnr, ssim
 from metrics.weights import FOLDER_VARIABLE, DetectorError
 

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 from click.testing import CliRunner
 
-from dnnlib import util
+from dnnlib import download
 from dnnlib.remote import RemoteFile, ask
 from quick_start import fetch
 from tests.servers import QuietHandler, serving
@@ -79,10 +79,10 @@ def test_what_servers_say(server):
     server.linked = "0123456789abcdef0123456789abcdef01234567"  # of a small file: that of git
     assert ask(f"{server.url}/hub") == RemoteFile(len(CONTENT), None)
     assert ask(f"{server.url}/silent") == RemoteFile(None, None)
-    with pytest.raises(util.DownloadError, match="/missing: the server answers 404"):
+    with pytest.raises(download.DownloadError, match="/missing: the server answers 404"):
         ask(f"{server.url}/missing")
     for url in ("http://127.0.0.1:9/x", "http://[x/", "file:///etc/hostname"):
-        with pytest.raises(util.DownloadError, match="no answer"):
+        with pytest.raises(download.DownloadError, match="no answer"):
             ask(url, timeout=2)
 
 
@@ -141,6 +141,6 @@ def test_a_full_disk(server, dest, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(util.os, "replace", full)
+    monkeypatch.setattr(download.os, "replace", full)
     code, line = get(f"{server.url}/file", dest)
     assert code == 1 and "No space left on device" in line and "NCVSD_CACHE" not in line

@@ -6,9 +6,8 @@ import click
 import pytest
 import torch
 
-from torch_utils import distributed
-from torch_utils import user_errors as user_errors_module
-from torch_utils.user_errors import user_errors
+from torch_utils import distributed, errors
+from torch_utils.errors import user_errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +48,7 @@ def test_defects_and_messages_of_click_pass():
 
 def test_processes_that_follow_the_main_one_say_nothing_and_let_it_speak(monkeypatch, capsys):
     slept = []
-    monkeypatch.setattr(user_errors_module.time, "sleep", slept.append)
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
     with pytest.raises(SystemExit) as error, user_errors():
         raise distributed.MainProcessError("said already")
     assert error.value.code == 1 and capsys.readouterr() == ("", "") and len(slept) == 1
@@ -78,7 +77,7 @@ def test_errors_of_the_system_name_the_file_and_the_reason():
 
 def test_processes_let_the_main_one_speak_first(monkeypatch):
     slept = []
-    monkeypatch.setattr(user_errors_module.time, "sleep", slept.append)
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
     for rank, waits in (("0", []), ("3", [8])):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -90,7 +89,7 @@ def test_processes_let_the_main_one_speak_first(monkeypatch):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_lost_process_is_told_unless_another_tells_why(monkeypatch, grouped):
     slept = []
-    monkeypatch.setattr(user_errors_module.time, "sleep", slept.append)
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
     monkeypatch.setattr(distributed, "in_group", lambda: grouped)
     monkeypatch.setattr(distributed, "collective_device", lambda: torch.device("cuda"))
     with pytest.raises(click.ClickException if grouped else RuntimeError, match="[Cc]onnection"), user_errors():
@@ -102,7 +101,7 @@ def test_errors_without_torch_do_not_import_it():
     code = """
 import sys
 import click
-from torch_utils.user_errors import user_errors
+from torch_utils.errors import user_errors
 try:
     with user_errors():
         raise ValueError("x")

@@ -1,166 +1,23 @@
-"""Number formatting, atomic files and a download cache. Imports no third-party package, so that scripts start fast."""
+"""Downloads into a cache. Imports no third-party package before the first one, so that scripts start fast."""
 
 import hashlib
-import json
-import math
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-_SI_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_CHUNK = 1 << 20  # bytes read from the network or for hashing at a time
+from dnnlib.files import file_sha256
+from dnnlib.text import format_bytes, printable
+
+_CHUNK = 1 << 20  # bytes read from the network at a time
 
 
 class DownloadError(ValueError):
     """A file could not be fetched, or what was fetched is not the expected file."""
-
-
-class EasyDict(dict):
-    """Dictionary whose items are also attributes: `d.key` is `d["key"]`."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-    def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
-def parse_si(text: str | int) -> int:
-    """Parses an integer with an optional suffix: Ki, Mi, Gi are powers of 1024; K, M, G are powers of 1000.
-
-    "64Mi" is 67108864, "0.5Ki" is 512, "2k" is 2000. Upper and lower case are the same.
-    Raises ValueError for anything else, for negative numbers and for fractions that do not come out whole.
-    """
-    match = re.fullmatch(r"(\d{1,18}(?:\.(\d{1,18}))?)([kmg]i?)?", str(text).strip().lower())
-    if match is None:
-        raise ValueError(f"{text!r} is not a count: write a whole number such as 200, 16Ki, 64Mi or 2K")
-    digits, fraction, suffix = match[1].replace(".", ""), match[2] or "", match[3] or ""
-    value, rest = divmod(int(digits) * _SI_FACTORS[suffix], 10 ** len(fraction))
-    if rest:
-        raise ValueError(f"{text!r} is not a whole number")
-    return value
-
-
-def format_time(seconds: float) -> str:
-    """Formats a duration with its two leading units: 42s, 3m 07s, 5h 02m, 2d 04h."""
-    s = max(int(round(seconds)), 0)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m {s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h {s // 60 % 60:02d}m"
-    return f"{s // 86400}d {s // 3600 % 24:02d}h"
-
-
-def parse_duration(text: str) -> float:
-    """Parses a length of time into seconds: "11h30m", "90m", "2d", "1h 5m 30s", or a number of seconds.
-
-    Raises ValueError for anything else.
-    """
-    compact = re.sub(r"\s+", "", str(text).lower())
-    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-    number = r"\d{1,9}(?:\.\d{1,9})?"
-    if re.fullmatch(number, compact):
-        return float(compact)
-    if not compact or not re.fullmatch("".join(f"(?:{number}{unit})?" for unit in units), compact):
-        raise ValueError(f"{text!r} is not a length of time: write days, hours, minutes and seconds, as in 11h30m")
-    return sum(float(value) * units[unit] for value, unit in re.findall(f"({number})([dhms])", compact))
-
-
-def format_bytes(count: float) -> str:
-    """Formats a number of bytes in powers of 1024: 512 B, 1.5 KiB, 2.3 GiB."""
-    if abs(count) < 1024:
-        return f"{int(count)} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if abs(count) < 1024:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} TiB"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Atomic files
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path` that becomes `path` when the block ends without an error.
-
-    The folder is created if missing. The content is flushed to the disk before the rename, so after a crash `path`
-    holds either the old or the new content, entire. On an error the temporary file is removed and `path` untouched; an
-    OSError of the temporary file, or of no named one, names `path`.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.open("xb").close()
-        mode = temporary.stat().st_mode
-        yield temporary
-        os.chmod(temporary, mode)  # some writers leave a file that only its owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary)):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb", **open_kwargs: Any) -> Iterator[IO[Any]]:
-    """Opens a file for writing that replaces `path` when the block ends without an error (see `atomic_path`).
-
-    `mode` is "wb" or "w"; further keyword arguments go to `open`. Raises ValueError for any other mode.
-    """
-    if mode not in ("w", "wb"):
-        raise ValueError(f"atomic_write: mode must be 'w' or 'wb', not {mode!r}")
-    with atomic_path(path) as temporary:
-        with open(temporary, mode, **open_kwargs) as file:
-            yield file
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON data, infinities and NaN as null, into a folder that is made if need be; whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: null instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -231,15 +88,6 @@ def open_url(
     return target
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, as 64 lower-case hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Lets one process at a time into the block, where the platform has file locks."""
@@ -257,11 +105,6 @@ def _discard(part: Path) -> None:
     """Removes a partial download and the note of which version of the remote file it belongs to."""
     part.unlink(missing_ok=True)
     part.with_name(part.name + ".version").unlink(missing_ok=True)
-
-
-def printable(text: object) -> str:
-    """One line of at most 300 characters that a terminal can show."""
-    return "".join(c if c.isprintable() else " " for c in str(text))[:300].strip()
 
 
 @dataclass(frozen=True)

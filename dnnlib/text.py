@@ -1,0 +1,64 @@
+"""Counts, durations and one-line texts. Imports no third-party package, so that scripts start fast."""
+
+import re
+
+_SI_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_si(text: str | int) -> int:
+    """Parses an integer with an optional suffix: Ki, Mi, Gi are powers of 1024; K, M, G are powers of 1000.
+
+    "64Mi" is 67108864, "0.5Ki" is 512, "2k" is 2000. Upper and lower case are the same.
+    Raises ValueError for anything else, for negative numbers and for fractions that do not come out whole.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.(\d{1,18}))?)([kmg]i?)?", str(text).strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a count: write a whole number such as 200, 16Ki, 64Mi or 2K")
+    digits, fraction, suffix = match[1].replace(".", ""), match[2] or "", match[3] or ""
+    value, rest = divmod(int(digits) * _SI_FACTORS[suffix], 10 ** len(fraction))
+    if rest:
+        raise ValueError(f"{text!r} is not a whole number")
+    return value
+
+
+def format_time(seconds: float) -> str:
+    """Formats a duration with its two leading units: 42s, 3m 07s, 5h 02m, 2d 04h."""
+    s = max(int(round(seconds)), 0)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h {s // 60 % 60:02d}m"
+    return f"{s // 86400}d {s // 3600 % 24:02d}h"
+
+
+def parse_duration(text: str) -> float:
+    """Parses a length of time into seconds: "11h30m", "90m", "2d", "1h 5m 30s", or a number of seconds.
+
+    Raises ValueError for anything else.
+    """
+    compact = re.sub(r"\s+", "", str(text).lower())
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    number = r"\d{1,9}(?:\.\d{1,9})?"
+    if re.fullmatch(number, compact):
+        return float(compact)
+    if not compact or not re.fullmatch("".join(f"(?:{number}{unit})?" for unit in units), compact):
+        raise ValueError(f"{text!r} is not a length of time: write days, hours, minutes and seconds, as in 11h30m")
+    return sum(float(value) * units[unit] for value, unit in re.findall(f"({number})([dhms])", compact))
+
+
+def format_bytes(count: float) -> str:
+    """Formats a number of bytes in powers of 1024: 512 B, 1.5 KiB, 2.3 GiB."""
+    if abs(count) < 1024:
+        return f"{int(count)} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if abs(count) < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+def printable(text: object) -> str:
+    """One line of at most 300 characters that a terminal can show."""
+    return "".join(c if c.isprintable() else " " for c in str(text))[:300].strip()
