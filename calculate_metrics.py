@@ -13,20 +13,6 @@ from torch_utils.errors import user_errors
 PUBLISHED_SEED = 123456789  # the first of 50,000
 
 
-def _json_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse, before any work is done, a report that could not be written at the end."""
-    import os
-    from pathlib import Path
-
-    if value is not None:
-        folder = next(parent for parent in Path(value).absolute().parents if parent.exists())  # the rest will be made
-        if Path(value).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise click.BadParameter(f"{value} is a folder, or {folder} cannot be written to: name another .json file")
-        if not value.endswith(".json"):
-            raise click.BadParameter(f"{value}: the report is a .json file")
-    return value
-
-
 def _schedules(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[Any]:
     from sampling.schedules import parse_ts
 
@@ -100,12 +86,13 @@ def cli() -> None:
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bf16", "fp16"]), default="auto", help="Of the U-Nets.")
 @click.option("--save-images", metavar="ZIP", help="Also keep the images, as a data set (one --ts only).")
-@click.option("--out", metavar="JSON", callback=_json_path, help="Write the report here.")
+@click.option("--out", metavar="JSON", help="Write the report here.")
 def gen(device: str, out: str | None, **options: Any) -> None:
     """Draw images with a network and evaluate them."""
     from torch_utils import distributed
 
     with user_errors():
+        _check_output(out, options, "net_path", "gnet_path")
         resolved = distributed.init(device)
         request = distributed.main_first(lambda: _prepare_gen(resolved, **options))
         records = _run_gen(request)
@@ -121,12 +108,13 @@ def gen(device: str, out: str | None, **options: Any) -> None:
     "--num", "--num-images", "num", type=click.IntRange(min=2), help="Size of a random subset.  [default: all images]"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the subset.")
-@click.option("--out", metavar="JSON", callback=_json_path, help="Write the report here.")
+@click.option("--out", metavar="JSON", help="Write the report here.")
 def calc(device: str, out: str | None, **options: Any) -> None:
     """Evaluate images on disk."""
     from torch_utils import distributed
 
     with user_errors():
+        _check_output(out, options, "images_path")
         resolved = distributed.init(device)
         records = _run_calc(*distributed.main_first(lambda: _prepare_calc(resolved, **options)))
         if distributed.is_main():
@@ -143,13 +131,22 @@ def ref(device: str, dest: str, **options: Any) -> None:
     from torch_utils import distributed
 
     with user_errors():
+        _check_output(dest, options, "data_path", suffix=".npz")
         resolved = distributed.init(device)
-        collected = _collect(*distributed.main_first(lambda: _prepare_ref(resolved, dest, **options)))
+        collected = _collect(*distributed.main_first(lambda: _prepare_ref(resolved, **options)))
         if distributed.is_main():
             save_reference(dest, collected)
             counts = ", ".join(f"{name} [{len(part.moments.mean())}]" for name, part in collected.items())
             images = next(iter(collected.values())).moments.count
             click.echo(f"statistics of {images} images in the features of {counts}: {dest}", err=True)
+
+
+def _check_output(out: str | None, options: dict[str, Any], *inputs: str, suffix: str = ".json") -> None:
+    """Refuse a report or statistics that could not be written at the end, or would destroy something."""
+    from dnnlib.files import check_output
+
+    if out is not None:
+        check_output(out, suffix, [options.get(name) for name in (*inputs, "ref_path", "detector_path", "custom")])
 
 
 def _prepare_metrics(
@@ -356,18 +353,10 @@ def _run_calc(
     return [{**facts, **describe(len(dataset), reference, values, warnings)}]
 
 
-def _prepare_ref(
-    device: Any, dest: str, data_path: str, batch: int, quiet: bool, **metric_options: Any
-) -> tuple[Any, ...]:
-    from pathlib import Path
-
+def _prepare_ref(device: Any, data_path: str, batch: int, quiet: bool, **metric_options: Any) -> tuple[Any, ...]:
     from metrics.references import MAX_FEATURES
     from training.dataset import ImageDataset
 
-    if not dest.endswith(".npz"):
-        raise ValueError(f"--dest {dest}: the statistics are an .npz file")
-    if not Path(dest).parent.is_dir() or Path(dest).is_dir():
-        raise ValueError(f"--dest {dest}: no such folder, or a folder itself")
     dataset = ImageDataset(data_path, use_labels=False)
     options = dict(batch=batch, device=device, max_features=MAX_FEATURES, quiet=quiet)
     return dataset, *_prepare_metrics(device, None, **metric_options), options
@@ -385,14 +374,14 @@ def _collect(dataset: Any, metrics: list[Any], detectors: dict[str, Any], option
 
 
 def _report(records: list[dict[str, Any]], out: str | None) -> None:
-    """Print the table, and the warnings once; write the JSON file."""
+    """Write the JSON file, then print the warnings, once each, and the table."""
     from metrics.report import format_table, write_report
 
+    if out is not None:
+        write_report(out, records)
     for warning in dict.fromkeys(w for record in records for w in record["warnings"]):
         click.echo(f"warning: {warning}", err=True)
     click.echo(format_table(records))
-    if out is not None:
-        write_report(out, records)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -12,6 +10,7 @@ from typing import Any
 
 import click
 
+from torch_utils.errors import user_errors
 from toy.settings import ToySettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -48,15 +47,14 @@ def train(out: Path, quiet: bool, **settings: Any) -> None:
     """Distil the exact denoiser into a small network with the losses of image training."""
 
     def work() -> str:
+        from dnnlib.files import check_output
         from toy.check import probe
         from toy.mixture import spiral_arms
         from toy.training import save_student
         from toy.training import train as distil
 
         checked = ToySettings(**settings)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
-            raise ValueError(f"{out.parent} cannot be written to: choose another --out")
+        check_output(out, ".safetensors")
         mixture = spiral_arms()
         log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
         student = distil(mixture, checked, probe=probe(mixture), log=log)
@@ -76,17 +74,17 @@ def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> 
     """Compare the student's draws with the true posterior at eight noise levels; check the score identity and PnP."""
 
     def work() -> str:
-        from dnnlib.files import atomic_write
+        from dnnlib.files import check_output, write_json
         from toy.check import report
         from toy.mixture import spiral_arms
         from toy.report import tables
         from toy.training import load_student
 
+        if out is not None:
+            check_output(out, ".json", [net])
         result = report(spiral_arms(), load_student(net), points=points, samples=samples, seed=seed)
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(out, "w", encoding="utf-8") as file:
-                file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+            write_json(out, result)
         return tables(result)
 
     _run(work)
@@ -100,12 +98,13 @@ def plot(net: Path, seed: int, out: Path) -> None:
     """Draw samples beside the true posterior for four observations, and the course of training."""
 
     def work() -> str:
+        from dnnlib.files import check_output
         from toy.figure import draw_figure
         from toy.mixture import spiral_arms
         from toy.training import load_student
 
+        check_output(out, ".png", [net])
         student = load_student(net)
-        out.parent.mkdir(parents=True, exist_ok=True)
         draw_figure(out, spiral_arms(), student, seed)
         return str(out)
 
@@ -114,12 +113,13 @@ def plot(net: Path, seed: int, out: Path) -> None:
 
 def _run(work: Callable[[], str]) -> None:
     """Print what `work` returns; what the user can put right comes as one line."""
-    from training.optim import DivergenceError
+    with user_errors():
+        from training.optim import DivergenceError
 
-    try:
-        click.echo(work())
-    except (ValueError, OSError, DivergenceError) as error:
-        raise click.ClickException(str(error)) from error
+        try:
+            click.echo(work())
+        except DivergenceError as error:
+            raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -4,13 +4,76 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from dnnlib.text import printable
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _CHUNK = 1 << 20  # bytes read for hashing at a time
+
+
+class OutputError(ValueError):
+    """An output that could not be written, or would take the place of something else."""
+
+
+_BEGINNINGS = {".png": (b"\x89PNG",), ".npz": (b"PK",), ".zip": (b"PK",), ".json": (b"{", b"[")}  # of their files
+
+
+def check_output(
+    path: str | os.PathLike[str],
+    suffix: str,  # the ending that the file must have
+    reads: Iterable[str | os.PathLike[str] | None] = (),  # what the command reads
+) -> None:
+    """Refuse, before any work is done, a file that could not be written at the end or would destroy another.
+
+    A file that is there is replaced only if it is of that kind. Raises OutputError.
+    """
+    text = printable(path)
+    try:
+        reason = _reason_against(Path(path), suffix, reads)
+    except OSError as error:
+        reason = f"{error.strerror or error}: name another file"
+    if reason is not None:
+        raise OutputError(f"{text or 'the output'}: {reason}")
+
+
+def _reason_against(path: Path, suffix: str, reads: Iterable[str | os.PathLike[str] | None]) -> str | None:
+    if path.is_dir() and path.name:
+        return "is a folder: name a file"
+    if not path.name.endswith(suffix) or path.name == suffix:
+        return f"this is to be a {suffix} file: give a name that ends so"
+    folder = next(parent for parent in path.absolute().parents if parent.exists())  # the rest will be made
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} is no folder, or cannot be written to: name another place"
+    with suppress(FileNotFoundError):
+        path.lstat()
+        if any(other is not None and os.path.exists(other) and os.path.samefile(path, other) for other in reads):
+            return "is read by this command: name another file for the output"
+        if not _is_kind(path, suffix):
+            return f"exists and is no {suffix} file: name another one, or remove it"
+        if path.name == "dataset.json":
+            return "has the name of a data set's labels: name another file"
+    return None
+
+
+def _is_kind(path: Path, suffix: str) -> bool:
+    """Whether a file begins as those of that ending do; an empty one may become anything."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if suffix == ".safetensors":
+        return not head or head[8:9] == b"{"
+    return not head or head.lstrip().startswith(_BEGINNINGS[suffix])
 
 
 @contextmanager
@@ -19,25 +82,55 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The folder is created if missing. The content is flushed to the disk before the rename, so after a crash `path`
     holds either the old or the new content, entire. On an error the temporary file is removed and `path` untouched; an
-    OSError of the temporary file, or of no named one, names `path`.
+    OSError of the temporary file, or of no named one, names `path`. What killed processes left of earlier attempts is
+    removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    prefix = f".{path.name[:100]}."
+    remove_leftovers(path.parent, prefix)
+    temporary = path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.open("xb").close()
-        mode = temporary.stat().st_mode
-        yield temporary
-        os.chmod(temporary, mode)  # some writers leave a file that only its owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _locked(temporary):
+            mode = temporary.stat().st_mode
+            yield temporary
+            os.chmod(temporary, mode)  # some writers leave a file that only its owner can read
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove temporary files of `atomic_path` whose process is gone: nobody holds their lock."""
+    if fcntl is None:
+        return
+    pattern = re.compile(re.escape(prefix) + r"\d+-[0-9a-f]{8}\.tmp")
+    for name in os.listdir(folder):
+        if not pattern.fullmatch(name):
+            continue
+        with suppress(OSError), open(folder / name, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(folder / name)
+
+
+@contextmanager
+def _locked(temporary: Path) -> Iterator[None]:
+    """Makes the file, and holds a lock on it for as long as this process lives and the block lasts."""
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(temporary, "xb"))
+            if fcntl is not None:
+                with suppress(OSError):  # file systems without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            if temporary.exists():  # nobody took it for a leftover before it was locked
+                break
+        yield
 
 
 @contextmanager

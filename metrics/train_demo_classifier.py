@@ -22,10 +22,12 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
     import torch.nn.functional as F
     from tqdm import tqdm
 
+    from dnnlib.files import check_output
     from metrics.detectors import DemoClassifier, save_demo_classifier
     from training.dataset import ImageDataset
 
     with user_errors():
+        check_output(out, ".safetensors", [data])
         dataset = ImageDataset(data, cache=True)
         if not dataset.has_onehot_labels or held_out + batch > len(dataset) or dataset.num_channels != 1:
             raise ValueError(f"{data} needs grey images with class labels, at least {held_out + batch} of them")

@@ -168,9 +168,43 @@ def _no_network(*_, **__):
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(reference, tmp_path):
     assert "is a folder" in gen(reference, tmp_path, fails=True)
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in gen(reference, tmp_path / "file" / "o.json", fails=True)
+    assert "cannot be written to" in gen(reference, tmp_path / "file" / "o.json", fails=True)
     before = reference.read_bytes()
-    assert "the report is a .json file" in gen(reference, reference, fails=True) and reference.read_bytes() == before
+    assert "this is to be a .json file" in gen(reference, reference, fails=True) and reference.read_bytes() == before
+
+
+def test_a_data_sets_labels_and_what_is_read_are_not_replaced(reference, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "00000").mkdir(parents=True)
+    labels = folder / "dataset.json"
+    labels.write_text('{"labels": null}')
+    for out in (labels, tmp_path / "link.json"):
+        if out != labels:
+            out.symlink_to(labels)
+        output = call("calc", "--images", folder, "--ref", reference, "--metrics", "fd_demo", "--out", out, fails=True)
+        assert f"{out}: " in output and labels.read_text() == '{"labels": null}', output
+    call("ref", "--data", reference, "--dest", reference, *QUIET, fails=True)
+    assert np.load(reference)["num_images"] > 0
+
+
+def test_a_full_disk_behind_the_output_costs_no_report(reference, tmp_path):
+    out = tmp_path / "o.json"
+    command = [
+        sys.executable,
+        "calculate_metrics.py",
+        "gen",
+        "--net",
+        STUDENT,
+        "--ref",
+        reference,
+        "--metrics",
+        "fd_demo",
+    ]
+    command += ["--num", "8", "--device", "cpu", "--out", out]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads(out.read_text())["results"][0]["num_images"] == 8
 
 
 def test_a_reference_of_another_size_is_refused_before_any_work(tmp_path, monkeypatch):

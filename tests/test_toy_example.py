@@ -77,10 +77,10 @@ def test_what_is_wrong_comes_in_one_line(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_stops_a_training_before_it_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr("toy_example.os.access", lambda path, mode: False)
+    monkeypatch.setattr("dnnlib.files.os.access", lambda path, mode: False)
     monkeypatch.setattr("toy.training.train", lambda *_, **__: pytest.fail("trained"))
     result = run("train", "--out", tmp_path / "a.safetensors", *TINY)
-    assert result.exit_code == 1 and result.output == f"Error: {tmp_path} cannot be written to: choose another --out\n"
+    assert result.exit_code == 1 and "cannot be written to: name another place" in result.output
 
 
 def test_student_in_the_repository_samples_the_true_posterior():

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dnnlib.streams import LastingStream, lasting_streams
+
 
 class MainProcessError(ValueError):
     """The main process failed, and has said or will say why; raised in the others, so that they end too."""
@@ -26,7 +28,9 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
 
     failed = True
     try:
-        yield
+        with lasting_streams() as output:
+            yield
+        _check_told(output)
         failed = False
     except MainProcessError:
         _let_others_speak()
@@ -39,7 +43,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise click.ClickException(f"out of memory: try a smaller {batch_option} ({reason})") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError, RecursionError) as error:
         if os.environ.get("RANK", "0") != "0":
             _let_others_speak()
         raise click.ClickException(_text(error)) from error
@@ -52,9 +56,24 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
                 distributed.destroy()
 
 
-def _text(error: ValueError | OSError) -> str:
+def _check_told(output: LastingStream) -> None:
+    """Where the output could not be written: all else is done, but the exit code must tell."""
+    import click
+
+    if isinstance(output.error, BrokenPipeError):
+        sys.exit(1)  # who closed it knows
+    if output.error is not None:
+        reason = output.error.strerror or output.error
+        raise click.ClickException(f"standard output cannot be written ({reason}); all files are complete")
+
+
+def _text(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OverflowError):
+        return f"a number is too large to compute with ({error})"
+    if isinstance(error, RecursionError):
+        return "something is nested too deeply"
     return str(error)
 
 

@@ -167,14 +167,15 @@ def main(run_dirs: tuple[str, ...], out: str | None, keys: str) -> None:
     """Draw what happened in training, several runs over one another. The horizontal axis is images seen."""
     import io
 
-    from dnnlib.files import atomic_write
+    from dnnlib.files import atomic_write, check_output
 
     with user_errors():
+        path = Path(out) if out else Path(run_dirs[0]) / "curves.png"
+        check_output(path, ".png")
         runs = {run_dir: read_curves(run_dir) for run_dir in run_dirs}
         picture = draw(runs, keys.split(","))
         data = io.BytesIO()
         picture.save(data, format="PNG")
-        path = Path(out) if out else Path(run_dirs[0]) / "curves.png"
         with atomic_write(path) as file:
             file.write(data.getvalue())
         click.echo(str(path))

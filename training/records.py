@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dnnlib.files import atomic_write
+from dnnlib.streams import lead_nowhere
 from torch_utils import distributed
 from training.plot import read_entry
 
@@ -143,10 +144,7 @@ class Recorder:
             sys.stdout.flush()
         except OSError:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    null = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(null, stream.fileno())
-                    os.close(null)
+                lead_nowhere(stream)
 
     def _append(self, name: str, data: bytes) -> bool:
         """Write to the end of a file, all or nothing. Whether that worked."""

@@ -1,9 +1,16 @@
 import errno
 import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from dnnlib.files import atomic_path, atomic_write
+from dnnlib.files import OutputError, atomic_path, atomic_write, check_output
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_atomic_write(tmp_path):
@@ -41,3 +48,63 @@ def test_errors_of_atomic_files_name_the_file_itself(tmp_path):
     with pytest.raises(OSError, match="no image"), atomic_write(tmp_path / "x"):
         raise OSError("no image")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_are_writing_is_not(tmp_path):
+    script = (
+        "import os, signal, sys\nfrom dnnlib.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = tmp_path / "r.json"
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".r.json.mine.tmp").write_text("not ours")
+    with atomic_write(tmp_path / "other") as file:  # another file's leftovers stay
+        assert left.exists()
+        file.write(b"other")
+    with atomic_write(path) as outer:
+        assert not left.exists()
+        with atomic_write(path) as inner:
+            inner.write(b"inner")
+        outer.write(b"outer")
+    assert path.read_bytes() == b"outer"
+    assert sorted(os.listdir(tmp_path)) == [".r.json.mine.tmp", "other", "r.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "message"),
+    [
+        ("stats.jsonl", ".png", "this is to be a .png file"),
+        (".json", ".json", "this is to be a .json file"),
+        ("", ".json", "this is to be a .json file"),
+        ("x" * 300 + ".json", ".json", "File name too long"),
+        ("folder.json", ".json", "is a folder"),
+        ("file/sub/r.json", ".json", "file is no folder"),
+        ("input.json", ".json", "is read by this command"),
+        ("link.json", ".json", "is read by this command"),
+        ("picture.json", ".json", "is no .json file"),
+        ("pipe.json", ".json", "is no .json file"),
+        ("dataset.json", ".json", "a data set's labels"),
+        ("network.safetensors", ".safetensors", "is no .safetensors file"),
+    ],
+)
+def test_outputs_that_would_destroy_something_are_refused(tmp_path, name, suffix, message):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "input.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("input.json")
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    (tmp_path / "picture.json").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "network.safetensors").write_text("a long text without a header")
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(OutputError, match=re.escape(message)):
+        check_output(f"{tmp_path}/{name}" if name else "", suffix, [None, "https://host/x", tmp_path / "input.json"])
+
+
+def test_outputs_that_may_be_written(tmp_path):
+    (tmp_path / "r.json").write_text(' {"results": []}')
+    (tmp_path / "empty.png").write_text("")
+    for name, suffix in (("r.json", ".json"), ("empty.png", ".png"), ("new/deep/x.npz", ".npz")):
+        check_output(tmp_path / name, suffix, [tmp_path / "input.json"])
+    assert not (tmp_path / "new").exists()

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,10 @@ except click.ClickException:
     sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_values_that_are_too_large_or_too_deep_are_told():
+    with pytest.raises(click.ClickException, match="^a number is too large to compute with"), user_errors():
+        math.exp(1000)
+    with pytest.raises(click.ClickException, match="^something is nested too deeply$"), user_errors():
+        raise RecursionError("maximum recursion depth exceeded")
