@@ -178,11 +178,8 @@ def test_a_data_sets_labels_and_what_is_read_are_not_replaced(reference, tmp_pat
     (folder / "00000").mkdir(parents=True)
     labels = folder / "dataset.json"
     labels.write_text('{"labels": null}')
-    for out in (labels, tmp_path / "link.json"):
-        if out != labels:
-            out.symlink_to(labels)
-        output = call("calc", "--images", folder, "--ref", reference, "--metrics", "fd_demo", "--out", out, fails=True)
-        assert f"{out}: " in output and labels.read_text() == '{"labels": null}', output
+    output = call("calc", "--images", folder, "--ref", reference, "--metrics", "fd_demo", "--out", labels, fails=True)
+    assert "the name of a data set's labels" in output and labels.read_text() == '{"labels": null}'
     call("ref", "--data", reference, "--dest", reference, *QUIET, fails=True)
     assert np.load(reference)["num_images"] > 0
 

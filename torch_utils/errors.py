@@ -35,6 +35,10 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     except MainProcessError:
         _let_others_speak()
         sys.exit(1)  # one message is enough
+    except (ValueError, OSError, OverflowError, RecursionError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            _let_others_speak()
+        raise click.ClickException(_text(error)) from error
     except (MemoryError, RuntimeError) as error:
         if _lost_another_process(error):
             _let_others_speak()
@@ -43,10 +47,6 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise click.ClickException(f"out of memory: try a smaller {batch_option} ({reason})") from error
-    except (ValueError, OSError, OverflowError, RecursionError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            _let_others_speak()
-        raise click.ClickException(_text(error)) from error
     finally:
         if "torch" in sys.modules:  # without it no group was joined
             from torch_utils import distributed

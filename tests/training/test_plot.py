@@ -115,6 +115,6 @@ def test_mistakes_end_in_one_line(tmp_path):
 def test_statistics_are_not_replaced_by_a_picture(tmp_path):
     stats = tmp_path / "stats.jsonl"
     stats.write_text('{"nimg": 64, "Loss/score": 1.0}\n')
-    result = CliRunner().invoke(plot.main, [str(tmp_path), "--out", str(stats)])
+    result = CliRunner().invoke(main, [str(tmp_path), "--out", str(stats)])
     assert result.exit_code == 1 and "this is to be a .png file" in result.output
     assert stats.read_text().startswith("{")
