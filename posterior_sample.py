@@ -163,6 +163,7 @@ def _prepare(
 
     import networks
     from dnnlib.files import file_sha256
+    from dnnlib.text import redact
     from inverse.inputs import ImageFolder, InputError, MeasurementFolder, read_mask
     from inverse.operators import get_operator
     from inverse.pnp import resolve_likelihood
@@ -230,7 +231,7 @@ def _prepare(
         source.check()
         options = {
             "task": task.to_dict(),
-            "net": net_path,
+            "net": redact(net_path),
             "net_sha256": file_sha256(loaded.path),
             "data": data_path,
             "measurements": measurements,

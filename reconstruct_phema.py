@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from dnnlib.text import parse_si
+from dnnlib.text import parse_si, redact
 from torch_utils.errors import user_errors
 
 
@@ -60,7 +60,9 @@ def _reconstruct(paths, widths, end, outdir, dtype, quiet):
         for name, p in net.named_parameters():
             p.copy_(weights[name])
         sources = {s.path.name: float(c) for s, c in zip(plan.snapshots, column, strict=True)}
-        facts = dict(images_seen=plan.nimg, ema_std=std, command=sys.argv, reconstructed_from=sources)
+        facts = dict(
+            images_seen=plan.nimg, ema_std=std, command=[redact(part) for part in sys.argv], reconstructed_from=sources
+        )
         facts["profile_error"] = float(error)
         path = Path(outdir) / f"phema-{plan.nimg:09d}-{std:.3f}.safetensors"
         kernels = torch.float16 if dtype == "fp16" else torch.float32

@@ -1,33 +1,79 @@
-"""Downloads into a cache. Imports no third-party package before the first one, so that scripts start fast."""
+"""Downloads: continued, checked, cached. `requests` is imported with the first one, so that scripts start fast."""
 
 import hashlib
+import io
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dnnlib.files import file_sha256
-from dnnlib.text import format_bytes, printable
+from dnnlib.text import format_bytes, format_time, printable, redact
 
-_CHUNK = 1 << 20  # bytes read from the network at a time
+_CHUNK = 1 << 18  # bytes read from the network at a time, at most
+_NUMBER = "([0-9]{1,18})"
+_VERSION = "[ -~]{1,200}"
+_HTML = rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?(<!doctype html|<(html|head|body|title|meta|script)[\s>])"
+_PAGE = "a web page came in place of a file: log in to the network, or check the address"
 
 
 class DownloadError(ValueError):
     """A file could not be fetched, or what was fetched is not the expected file."""
 
 
+class _Failure(Exception):
+    """A try that failed; whether another one would too."""
+
+    def __init__(self, reason: str, permanent: bool = False) -> None:
+        super().__init__(printable(reason))
+        self.permanent = permanent
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a download is given up."""
+
+    attempts: int = 5  # tries in a row that bring less than `timeout` seconds bring at `min_rate`
+    timeout: float = 30.0  # seconds without an answer before a try counts as failed
+    backoff: float = 1.0  # seconds before the second try, doubled for each further one
+    min_rate: float = 1024.0  # bytes per second, mean over `timeout` seconds; a slower try counts as failed
+    max_seconds: float = 86400.0  # for all tries together
+    max_bytes: int = 64 << 30  # larger files are refused
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """Length in bytes and SHA-256 (lower-case hexadecimal digits) of a file; None = the server does not say."""
+
+    size: int | None
+    sha256: str | None
+
+
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The download cache: `cache_dir`, else the environment variable NCVSD_CACHE, else ~/.cache/ncvsd."""
-    return Path(cache_dir or os.environ.get("NCVSD_CACHE") or Path.home() / ".cache" / "ncvsd").expanduser()
+    folder = Path(cache_dir or os.environ.get("NCVSD_CACHE") or "~/.cache/ncvsd")
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise DownloadError(f"{folder}: no home folder is known; set NCVSD_CACHE to a folder for downloads") from None
 
 
 def cache_path(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Where `open_url` keeps what it downloads from `url`."""
-    base = re.sub(r"[^\w.-]+", "_", url.split("?")[0].split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
+    base = re.sub(r"[^\w.-]+", "_", redact(url).split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
     return cache_folder(cache_dir) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
 
 
@@ -36,19 +82,15 @@ def open_url(
     cache_dir: str | os.PathLike[str] | None = None,
     sha256: str | None = None,
     quiet: bool = False,
-    *,
-    attempts: int = 5,  # tries in a row that bring no new byte before giving up
-    timeout: float = 30.0,  # seconds without an answer before a try counts as failed
-    backoff: float = 1.0,  # seconds before the second try, doubled for each further one
-    max_bytes: int = 64 << 30,  # larger files are refused
+    limits: Limits = LIMITS,
 ) -> Path:
     """Returns a local path for a local file or an http(s) URL, downloading into the cache when needed.
 
     A download goes to a `.part` file, is resumed where it stopped (also by a later call) if the server says which
     version of the file it sends, is compared with `sha256` (64 hexadecimal digits) where given, and only then gets its
-    name in the cache. A file with the wrong hash is removed if it came from the network; one whose length the server
-    does not tell is refused without a hash, since nothing would show that it was cut off. Raises DownloadError (a
-    ValueError) with one line that says what to do.
+    name in the cache. Without a hash, web pages are refused, and files whose length the server does not tell, since
+    nothing would show that they were cut off. Redirects never lead from https to http. Raises DownloadError (a
+    ValueError) with one line that says what to do and shows neither password nor query of the URL.
     """
     text = os.fspath(url_or_path)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -60,32 +102,50 @@ def open_url(
         if sha256 is not None and file_sha256(path) != sha256.lower():
             raise DownloadError(f"{text}: the SHA-256 differs from the expected {sha256}; this is another file")
         return path
+    shown = printable(redact(re.sub(r"[^!-~]", "_", text)))
     if not re.match(r"https?://[^/]", text, re.IGNORECASE):
-        raise DownloadError(f"{printable(text)}: only http:// and https:// URLs can be downloaded")
+        raise DownloadError(f"{shown}: only http:// and https:// URLs can be downloaded")
     if not re.fullmatch(r"[!-~]+", text):
-        raise DownloadError(f"{printable(text)}: a URL is printable ASCII; write other characters as %XX")
-
+        raise DownloadError(f"{shown}: a URL is printable ASCII; write other characters as %XX")
     target = cache_path(text, cache_dir)
+    part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(target.name + ".lock")):
-            if target.is_file():
-                if sha256 is None or file_sha256(target) == sha256.lower():
-                    return target
-                target.unlink()
-            part = target.with_name(target.name + ".part")
-            request = _Request(text, part, sha256 is not None, quiet, timeout, max_bytes)
-            _download(request, attempts=attempts, backoff=backoff)
-            if sha256 is not None and (found := file_sha256(part)) != sha256.lower():
+            if target.is_file() and (file_sha256(target) == sha256.lower() if sha256 else not _is_page(target)):
+                return target
+            _download(text, part, sha256 is not None, quiet, limits)
+            found = sha256 and file_sha256(part)
+            if found != (sha256 and sha256.lower()) or (not found and _is_page(part)):
                 _discard(part)
-                raise DownloadError(f"{text}: wrong SHA-256 {found}, expected {sha256}; the download was removed")
+                reason = f"wrong SHA-256 {found}, expected {sha256}" if sha256 else _PAGE
+                raise DownloadError(f"{shown}: {reason}; the download was removed")
             os.replace(part, target)
             _discard(part)
     except OSError as error:
         place, advice = (target.parent, "") if cache_dir else (f"the cache {target.parent}", "; set NCVSD_CACHE")
-        reason = f"cannot write to {place} ({printable(error)}){advice}"
-        raise DownloadError(f"{text}: {reason}") from error
+        raise DownloadError(f"{shown}: cannot write to {place} ({printable(error)}){advice}{_kept(part)}") from error
     return target
+
+
+def ask(url: str, timeout: float = LIMITS.timeout) -> RemoteFile:
+    """Length and hash of the file behind an http(s) URL, from the headers that a HEAD request brings.
+
+    Raises DownloadError, in one line, where there is no answer.
+    """
+    try:
+        with _request("HEAD", url, timeout, hash_known=False) as response:
+            sha256 = _linked_hash(response)
+            size = response.headers.get("X-Linked-Size" if sha256 else "Content-Length", "")
+    except _Failure as error:
+        raise DownloadError(f"{printable(redact(url))}: {error}") from None
+    return RemoteFile(int(size) if re.fullmatch(_NUMBER, size) else None, sha256)
+
+
+def _linked_hash(response: Any) -> str | None:
+    """SHA-256 of the file that an answer of the Hugging Face Hub leads to."""
+    match = re.fullmatch('"?([0-9a-f]{64})"?', response.headers.get("X-Linked-ETag", ""))
+    return match[1] if match else None
 
 
 @contextmanager
@@ -101,138 +161,183 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
+def _is_page(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return re.match(_HTML, file.read(4096), re.IGNORECASE | re.DOTALL) is not None
+
+
+def _note(part: Path) -> Path:
+    """Holds the server's name for the version of the file that `part` belongs to."""
+    return part.with_name(part.name + ".version")
+
+
+def _received(part: Path) -> tuple[int, str]:
+    """Bytes of `part` that can be continued, and the version they belong to."""
+    version = _note(part).read_text(errors="replace") if _note(part).is_file() and part.is_file() else ""
+    return (part.stat().st_size, version) if re.fullmatch(_VERSION, version) else (0, "")
+
+
+def _kept(part: Path) -> str:
+    return " (the part received is kept and will be continued)" if _received(part)[0] else ""
+
+
 def _discard(part: Path) -> None:
-    """Removes a partial download and the note of which version of the remote file it belongs to."""
     part.unlink(missing_ok=True)
-    part.with_name(part.name + ".version").unlink(missing_ok=True)
+    _note(part).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Request:
-    url: str
-    part: Path  # where the content goes; continued if it exists and the file is still the same
-    hash_known: bool  # whether a file cut off unnoticed will be noticed later
-    quiet: bool
-    timeout: float
-    max_bytes: int
-
-    @property
-    def note(self) -> Path:
-        """Holds the server's name for the version that `part` belongs to."""
-        return self.part.with_name(self.part.name + ".version")
-
-
-def _download(request: _Request, *, attempts: int, backoff: float) -> None:
-    """Fetches the file, trying again where that can help."""
-    import http.client
-    import ssl
-    import urllib.error
-
-    part, failures = request.part, 0
+def _download(url: str, part: Path, hash_known: bool, quiet: bool, limits: Limits) -> None:
+    """Completes `part`, trying again where that can help. Only a try that brings it well forward starts a new count."""
+    end = limits.clock() + limits.max_seconds
+    longest, failures = _received(part)[0], 0
     while True:
-        size_before = part.stat().st_size if part.exists() else 0
-        reason, permanent = "", False
         try:
-            if _fetch(request):
-                return
-            reason = "the connection was cut"
-        except urllib.error.HTTPError as error:
-            error.close()
-            reason = f"the server answers {error.code} {error.reason}"
-            permanent = 400 <= error.code < 500 and error.code not in (408, 416, 425, 429)
-            if error.code == 416:  # what is here does not belong to the remote file: start over
-                _discard(part)
-        except urllib.error.URLError as error:
-            reason = str(error.reason)
-        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            reason = str(error) or type(error).__name__
-        except DownloadError:
-            raise
-        except ValueError as error:  # UnicodeError among others, from addresses and headers that make no sense
-            reason, permanent = f"the address or the answer is not valid ({error})", True
-        size_after = part.stat().st_size if part.exists() else 0
-        failures = 0 if size_after > size_before else failures + 1
-        if permanent or failures >= attempts:
-            kept = " (the part received is kept and will be continued)" if size_after and request.note.exists() else ""
-            raise DownloadError(f"{request.url}: download failed: {printable(reason)}{kept}")
-        time.sleep(backoff * 2 ** max(failures - 1, 0))
+            return _attempt(url, part, hash_known, quiet, limits, end)
+        except _Failure as failure:
+            error = failure
+        size = _received(part)[0]
+        failures = 0 if size - longest >= max(limits.min_rate * limits.timeout, 1) else failures + 1
+        longest = max(longest, size)
+        wait = limits.backoff * 2 ** min(max(failures - 1, 0), 6)
+        if error.permanent or failures >= limits.attempts or limits.clock() + wait > end:
+            raise DownloadError(f"{redact(url)}: download failed: {error}{_kept(part)}")
+        limits.sleep(wait)
 
 
-def _version(headers: Any) -> str:
-    """What tells this version of a file from others: a strong ETag or a date; empty if there is neither."""
-    version = headers.get("ETag", "")
-    if not version or version.startswith("W/"):
-        version = headers.get("Last-Modified", "")
-    return version if re.fullmatch(r"[ -~]{1,200}", version) else ""
+def _attempt(url: str, part: Path, hash_known: bool, quiet: bool, limits: Limits, end: float) -> None:
+    """One request, after which `part` is complete. Raises _Failure where it is not."""
+    from tqdm import tqdm
 
-
-def _fetch(request: _Request) -> bool:
-    """One request. Returns whether the file is now complete."""
-    import urllib.error
-    import urllib.request
-
-    from dnnlib.remote import http_opener
-
-    part, note = request.part, request.note
-    if not note.exists():
-        part.unlink(missing_ok=True)
-    start = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "ncvsd", "Accept-Encoding": "identity"}
-    if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": note.read_text()}
-    try:
-        response = http_opener().open(urllib.request.Request(request.url, headers=headers), timeout=request.timeout)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range", "").strip() == f"bytes */{start}":
-            error.close()
-            return True
-        raise
-
-    with response:
-        number, version = r"([0-9]{1,18})", _version(response.headers)
-        content_range = re.fullmatch(f"bytes {number}-{number}/{number}", response.headers.get("Content-Range", ""))
-        if response.status == 206 and content_range and int(content_range[1]) == start > 0:
-            total = int(content_range[3])
-            if version and version != note.read_text():
-                _discard(part)
-                return False
-        elif response.status == 200:  # the server sends all of it: it knows no ranges, or the file has changed
-            start = 0
-            length = re.fullmatch(number, response.headers.get("Content-Length", ""))
-            total = int(length[1]) if length else None
-            if total is None and not (response.chunked or request.hash_known):  # the end of chunks is marked
-                raise DownloadError(
-                    f"{request.url}: the server does not say how long the file is, so that a cut would go unnoticed: "
-                    "give its SHA-256 (URL#sha256=HEX for a network)"
-                )
-            note.write_text(version) if version else note.unlink(missing_ok=True)
-        else:
-            _discard(part)
-            return False
-
-        received = start
-        with open(part, "ab" if start else "wb") as file, _progress(request, start, total) as advance:
-            while max(total or 0, received) <= request.max_bytes and (chunk := response.read(_CHUNK)):
+    start, version = _received(part)
+    headers = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
+    with _request("GET", url, limits.timeout, hash_known, headers) as response:
+        if start and response.headers.get("Content-Range", "").strip() == f"bytes */{start}":
+            return
+        start, total = _begin(response, part, hash_known)
+        received, since, mark = start, limits.clock(), start
+        name = redact(url).rsplit("/", 1)[-1][:40]
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=quiet)
+        with open(part, "ab") as file, bar:
+            while max(total or 0, received) <= limits.max_bytes and (chunk := _read(response, limits.timeout)):
                 file.write(chunk)
                 received += len(chunk)
-                advance(len(chunk))
-    if max(total or 0, received) > request.max_bytes:
+                bar.update(len(chunk))
+                now = limits.clock()
+                if now > end:
+                    raise _Failure(f"not complete after {format_time(limits.max_seconds)}", permanent=True)
+                if now - since >= limits.timeout:
+                    if received - mark < limits.min_rate * (now - since):
+                        raise _Failure(f"it comes slower than {format_bytes(limits.min_rate)}/s")
+                    since, mark = now, received
+    if received < (total or 0) <= limits.max_bytes:
+        raise _Failure("the connection was cut")
+    if (too_large := max(total or 0, received) > limits.max_bytes) or received > (total or received):
         _discard(part)
-        raise DownloadError(f"{request.url}: larger than the limit of {format_bytes(request.max_bytes)}")
-    if total is not None and received > total:
-        _discard(part)
-        return False
-    return total is None or received == total
+        limit = f"larger than the limit of {format_bytes(limits.max_bytes)}"
+        raise _Failure(limit if too_large else "the server sends more than it told", permanent=too_large)
+
+
+def _begin(response: Any, part: Path, hash_known: bool) -> tuple[int, int | None]:
+    """Makes `part` what the body continues. Returns its length so far, and that of the whole file where it is told."""
+    headers, (start, version) = response.headers, _received(part)
+    told = headers.get("ETag", "")
+    if not told or told.startswith("W/"):  # only a strong tag names these very bytes
+        told = headers.get("Last-Modified", "")
+    if response.status_code == 206:
+        span = re.fullmatch(f"bytes {_NUMBER}-{_NUMBER}/{_NUMBER}", headers.get("Content-Range", ""))
+        if start and span and int(span[1]) == start and told in ("", version):
+            return start, int(span[3])
+    _discard(part)
+    if response.status_code != 200:
+        raise _Failure("what is here does not belong to the server's file")
+    length = re.fullmatch(_NUMBER, headers.get("Content-Length", ""))
+    if length is None and not hash_known and not _is_chunked(response):  # the end of chunks is marked
+        reason = "the server does not say how long the file is, so that a cut would go unnoticed: give its SHA-256"
+        raise _Failure(f"{reason} (URL#sha256=HEX for a network)", permanent=True)
+    if re.fullmatch(_VERSION, told):
+        _note(part).write_text(told)
+    return 0, int(length[1]) if length else None
+
+
+def _is_chunked(response: Any) -> bool:
+    return response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+
+
+def _read(response: Any, timeout: float) -> bytes:
+    """What has arrived, once something has; empty at the end."""
+    read = partial(response.raw.read1, _CHUNK, decode_content=False)
+    try:
+        return _within(timeout, read) if _is_chunked(response) else read()  # lines between chunks may trickle in
+    except FutureTimeout:
+        response.raw.shutdown()
+        raise
+
+
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """The function's result. Raises concurrent.futures.TimeoutError where it takes longer, however it blocks."""
+    result: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(function())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return result.result(seconds)
 
 
 @contextmanager
-def _progress(request: _Request, start: int, total: int | None) -> Iterator[Any]:
-    """Yields a function to call with each number of bytes received."""
-    if request.quiet:
-        yield lambda count: None
-        return
-    from tqdm import tqdm
+def _request(
+    method: str, url: str, timeout: float, hash_known: bool, headers: Mapping[str, str] | None = None
+) -> Iterator[Any]:
+    """Yields the `requests.Response` that brings the file, its body still to be read; it may be 416 to a Range.
 
-    name = request.url.rsplit("/", 1)[-1][:40]
-    with tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=name) as bar:
-        yield bar.update
+    Whatever goes wrong with the network, in the block too, becomes a _Failure; errors of the disk pass.
+    """
+    import http.client
+
+    import requests
+    import urllib3
+
+    def settle(response: Any, **_: Any) -> None:
+        if response.url.startswith("https:"):
+            session.adapters.pop("http://", None)  # no way back to http
+        if method == "HEAD" and _linked_hash(response):
+            response.headers.pop("Location", None)  # the Hub has told what is asked
+            response.status_code = 200
+        if response.is_redirect:
+            response.close()
+            response.raw = urllib3.HTTPResponse(io.BytesIO())  # its own body may be endless
+
+    try:
+        with requests.Session() as session:
+            session.headers.update({"User-Agent": "ncvsd", "Accept-Encoding": "identity"})
+            session.hooks["response"], session.max_redirects = [settle], 10
+            send = partial(session.request, method, url, headers=headers, timeout=timeout, stream=True)
+            with _within(4 * timeout, partial(send, allow_redirects=True)) as response:
+                code = response.status_code
+                if code not in (200, 206, 416):
+                    reason = f"the server answers {code} {http.client.responses.get(code, '')}"
+                    raise _Failure(reason, permanent=400 <= code < 500 and code not in (408, 425, 429))
+                kind = response.headers.get("Content-Type", "").lower()
+                if code != 416 and not hash_known and re.match(r"text/html|application/xhtml", kind):
+                    raise _Failure(_PAGE, permanent=True)
+                yield response
+    except (OSError, ValueError, urllib3.exceptions.HTTPError, FutureTimeout) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        if isinstance(error, ValueError):
+            reason = "no answer: the address, or one that it redirects to, is not valid or leads from https to http"
+            raise _Failure(reason, permanent=True) from None
+        raise _Failure(f"no answer: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of the network comes from, without the texts of `requests`, which quote the URL."""
+    for inner in (error.__cause__, getattr(error, "reason", None), *error.args[-1:]):
+        if isinstance(inner, BaseException):
+            return _reason(inner)
+    if isinstance(error, (TimeoutError, FutureTimeout)):
+        return "timed out"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else type(error).__name__

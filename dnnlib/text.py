@@ -62,3 +62,12 @@ def format_bytes(count: float) -> str:
 def printable(text: object) -> str:
     """One line of at most 300 characters that a terminal can show."""
     return "".join(c if c.isprintable() else " " for c in str(text))[:300].strip()
+
+
+def redact(text: object) -> str:
+    """The text, its URLs without user name, password, query and fragment (but `#sha256=`), to be shown and kept."""
+    user = r"(?:[^\s/?#]*@|[^\s/?#@:\[]*:(?!\d*(?:[/?#\s]|$))[^\s@]*@)?"  # a password may hold unescaped / ? #
+    rest = (
+        r"""(?:[?#](?!(?<=#)sha256=)[^\s#]*?(?=[:;,.)'"]*(?:[\s#]|$)))*"""  # but for the marks of the sentence around
+    )
+    return re.sub(rf"(\w://){user}([^\s?#]*){rest}", r"\1\2", str(text))

@@ -19,6 +19,7 @@ import numpy as np
 
 from dnnlib.download import open_url
 from dnnlib.files import atomic_write, file_sha256
+from dnnlib.text import redact
 from metrics.collect import Collected
 from torch_utils import safe_pickle
 
@@ -86,7 +87,7 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
         _check(path, name, value)
     if count is not None and count < 2:
         raise ReferenceFileError(f"{path}: num_images is {count}; a covariance needs at least 2")
-    return Reference(statistics, count, os.fspath(source), file_sha256(path))
+    return Reference(statistics, count, redact(os.fspath(source)), file_sha256(path))
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Statistics], int | None]:

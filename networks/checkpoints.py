@@ -30,6 +30,7 @@ import torch
 
 from dnnlib.download import open_url
 from dnnlib.files import atomic_path
+from dnnlib.text import redact
 from networks.architecture import check_init_kwargs, check_number, kwargs_of_part, merge_parts
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder, encoder_from_config
@@ -144,7 +145,7 @@ def load(
         raise CheckpointError(f"{prefix}{error}") from None
     model = net.model if isinstance(net, GenerativeDenoiser) else net
     config = {**contents.config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
-    return LoadedNetwork(net, encoder, {**config, "source": os.fspath(source)}, path)
+    return LoadedNetwork(net, encoder, {**config, "source": redact(os.fspath(source))}, path)
 
 
 def _split_hash(text: str, sha256: str | None) -> tuple[str, str | None]:
@@ -153,9 +154,9 @@ def _split_hash(text: str, sha256: str | None) -> tuple[str, str | None]:
     if not mark:
         return text, sha256
     if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-        raise CheckpointError(f"{_show(text)}: after #sha256= must come 64 hexadecimal digits")
+        raise CheckpointError(f"{_show(redact(text))}: after #sha256= must come 64 hexadecimal digits")
     if sha256 is not None and sha256.lower() != digest.lower():
-        raise CheckpointError(f"{_show(text)}: differs from the SHA-256 given besides, {_show(sha256)}")
+        raise CheckpointError(f"{_show(redact(text))}: differs from the SHA-256 given besides, {_show(sha256)}")
     return source, digest
 
 
@@ -164,14 +165,14 @@ def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
         return open_url(text, sha256=sha256, quiet=quiet)
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([\w./-]+))?", text)
     if match is None:
-        raise CheckpointError(f"{text}: write hf://owner/repository/path/to/file or the same with @revision")
+        raise CheckpointError(f"{redact(text)}: write hf://owner/repository/path/to/file or the same with @revision")
     import huggingface_hub
 
     try:
         path = huggingface_hub.hf_hub_download(match[1], match[2], revision=match[3])
     except Exception as error:  # the Hub's client, its HTTP library and its cache have no common error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{text}: cannot fetch this from the Hugging Face Hub: {reason}") from None
+        raise CheckpointError(f"{text}: cannot fetch this from the Hugging Face Hub: {redact(reason)}") from None
     return open_url(path, sha256=sha256)
 
 

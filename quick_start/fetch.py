@@ -9,9 +9,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.download import DownloadError, open_url
+from dnnlib.download import DownloadError, ask, open_url
 from dnnlib.files import atomic_write, file_sha256
-from dnnlib.remote import ask
 from dnnlib.text import format_bytes
 from torch_utils.errors import user_errors
 

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from dnnlib import download
-from dnnlib.remote import RemoteFile, ask
+from dnnlib.download import RemoteFile, ask
 from quick_start import fetch
 from tests.servers import QuietHandler, serving
 

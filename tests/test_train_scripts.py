@@ -84,12 +84,14 @@ def test_every_documented_option_is_there():
     assert "-n, --dry-run" in text and "fashion16-teacher" not in text  # a teacher's preset is none of this script's
 
 
-def test_a_dry_run_writes_nothing(tmp_path, distil):
+def test_a_dry_run_writes_nothing(tmp_path, distil, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_ncvsd.py", "--net=https://me:secret@host/t.pkl?token=secret"])
     result = run(train_ncvsd, *distil, "-n", "--duration", "2Ki", "--preset", "img64-s", "--gamma", "0.3")
     assert result.exit_code == 0, result.output
     settings = json.loads(next(line for line in result.output.splitlines() if line.startswith("settings"))[8:])
     assert settings["duration"] == 2048 and settings["gamma"] == 0.3 and settings["batch"] == 8
     assert settings["ref_batches"] == 35000  # of the preset
+    assert "command   train_ncvsd.py --net=https://host/t.pkl\n" in result.output
     assert "dry run" in result.output and not (tmp_path / "run").exists()
 
 

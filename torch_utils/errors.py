@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dnnlib.streams import LastingStream, lasting_streams
+from dnnlib.text import redact
 
 
 class MainProcessError(ValueError):
@@ -38,7 +39,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     except (ValueError, OSError, OverflowError, RecursionError) as error:
         if os.environ.get("RANK", "0") != "0":
             _let_others_speak()
-        raise click.ClickException(_text(error)) from error
+        raise click.ClickException(redact(_text(error))) from error
     except (MemoryError, RuntimeError) as error:
         if _lost_another_process(error):
             _let_others_speak()

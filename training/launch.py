@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dnnlib.text import parse_duration
+from dnnlib.text import parse_duration, redact
 from torch_utils.errors import user_errors
 from training.presets import TrainingConfig, load_config, preset_names
 from training.stopping import StopRequest
@@ -170,7 +170,7 @@ def _run(
         device,
         options["seed"],
         options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda"),
-        {"command": shlex.join(sys.argv), "git_commit": git_commit()},
+        {"command": shlex.join(map(redact, sys.argv)), "git_commit": git_commit()},
         options["quiet"],
         force_resume=options["force_resume"],
         stop=stop,
@@ -248,7 +248,7 @@ def _description(config: TrainingConfig, options: dict[str, Any], task: Any, dat
         ema_on_host=options["ema_device"] == "cpu" and device.type != "cpu",
     )
     return [
-        f"command   {shlex.join(sys.argv)}",
+        f"command   {shlex.join(map(redact, sys.argv))}",
         f"data      {options['data']}: {json.dumps(dataset.facts())}",
         *(f"{p.name:9s} {sum(w.numel() for w in p.net.parameters()):,} parameters" for p in task.phases),
         *plan.lines(),

@@ -3,71 +3,7 @@ import hashlib
 import pytest
 
 from dnnlib import download
-from tests.servers import QuietHandler, serving
-
-CONTENT = bytes(range(256)) * 8192  # 2 MiB
-
-
-class Handler(QuietHandler):
-    """Serves CONTENT. The server's `cut` gives how many bytes each coming answer may send before the line is cut."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        server = self.server
-        server.requests.append(self.headers.get("Range"))
-        if server.raw:
-            self.wfile.write(server.raw)
-            self.close_connection = True
-            return
-        if self.path.startswith("/missing"):
-            self.send_error(404)
-            return
-        if self.path.startswith("/busy") and len(server.requests) < 3:
-            self.send_error(503)
-            return
-        if self.path.startswith("/redirect"):
-            self.send_response(302)
-            self.send_header("Location", server.redirect)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start, wanted = 0, self.headers.get("Range")
-        if wanted and server.ranges and self.headers.get("If-Range", server.etag) == server.etag:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        if start >= len(server.content) and start:
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(server.content)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        body = server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
-        self.end_headers()
-        if server.cut:
-            self.wfile.write(body[: server.cut.pop(0)])
-            self.close_connection = True
-        else:
-            self.wfile.write(body)
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving(Handler) as server:
-        server.requests, server.cut, server.ranges = [], [], True
-        server.content, server.etag, server.redirect = CONTENT, '"one"', ""
-        server.raw = b""  # the whole of every answer
-        yield server
-
-
-def fetch(server, cache, name="file.bin", **kwargs):
-    return download.open_url(f"{server.url}/{name}", cache_dir=cache, quiet=True, backoff=0.01, **kwargs)
+from tests.dnnlib.file_server import CONTENT, fetch
 
 
 def test_download_is_cached(server, tmp_path):
@@ -239,7 +175,7 @@ def test_redirects_stay_on_http(server, tmp_path):
 
 def test_nobody_answers(tmp_path):
     with pytest.raises(download.DownloadError, match="download failed"):
-        download.open_url("http://127.0.0.1:9/x", cache_dir=tmp_path, attempts=1, timeout=2)
+        download.open_url("http://127.0.0.1:9/x", cache_dir=tmp_path, limits=download.Limits(attempts=1))
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://host/x", "data://x", "http:///x"])

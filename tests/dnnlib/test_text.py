@@ -45,3 +45,28 @@ def test_lengths_of_time(text, seconds):
 def test_what_is_no_length_of_time(text):
     with pytest.raises(ValueError, match="as in 11h30m"):
         formats.parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:secret@host:80/a/b.pkl?token=secret#secret", "https://host:80/a/b.pkl"),
+        ("https://me:secret@host", "https://host"),
+        ("https://secret@host/?secret", "https://host/"),
+        ("http://me:se/cr?et#@host/x", "http://host/x"),
+        ("http://me:p@secret@host/x", "http://host/x"),
+        ("https://host/x.pkl?token=secret#sha256=00ff", "https://host/x.pkl#sha256=00ff"),
+        ("https://host/x.pkl?sha256=secret", "https://host/x.pkl"),
+        ("https://host:8080/@me/net@1.pkl", "https://host:8080/@me/net@1.pkl"),
+        ("http://[::1]:80/a@b", "http://[::1]:80/a@b"),
+        ("hf://owner/repo/file@rev", "hf://owner/repo/file@rev"),
+        (
+            "run '--net=http://h/x?secret' --ref HTTP://a:secret@h/y?secret, ok?",
+            "run '--net=http://h/x' --ref HTTP://h/y, ok?",
+        ),
+        ("http://h/x?secret: no such file", "http://h/x: no such file"),
+        ("what? a#b user@host", "what? a#b user@host"),
+    ],
+)
+def test_secrets_of_urls_are_left_out(text, shown):
+    assert formats.redact(text) == shown
