@@ -1,7 +1,6 @@
 """Downloads: continued, checked, cached. `requests` is imported with the first one, so that scripts start fast."""
 
 import hashlib
-import io
 import os
 import re
 import threading
@@ -9,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,13 +111,11 @@ def open_url(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.with_name(target.name + ".lock")):
-            if target.is_file() and (file_sha256(target) == sha256.lower() if sha256 else not _is_page(target)):
+            if target.is_file() and not _fault(target, sha256):
                 return target
             _download(text, part, sha256 is not None, quiet, limits)
-            found = sha256 and file_sha256(part)
-            if found != (sha256 and sha256.lower()) or (not found and _is_page(part)):
+            if reason := _fault(part, sha256):
                 _discard(part)
-                reason = f"wrong SHA-256 {found}, expected {sha256}" if sha256 else _PAGE
                 raise DownloadError(f"{shown}: {reason}; the download was removed")
             os.replace(part, target)
             _discard(part)
@@ -161,9 +158,13 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_page(path: Path) -> bool:
+def _fault(path: Path, sha256: str | None) -> str:
+    """Why a file is not what was asked for; empty if it may be."""
+    if sha256 is not None:
+        found = file_sha256(path)
+        return "" if found == sha256.lower() else f"wrong SHA-256 {found}, expected {sha256}"
     with open(path, "rb") as file:
-        return re.match(_HTML, file.read(4096), re.IGNORECASE | re.DOTALL) is not None
+        return _PAGE if re.match(_HTML, file.read(4096), re.IGNORECASE | re.DOTALL) else ""
 
 
 def _note(part: Path) -> Path:
@@ -173,7 +174,8 @@ def _note(part: Path) -> Path:
 
 def _received(part: Path) -> tuple[int, str]:
     """Bytes of `part` that can be continued, and the version they belong to."""
-    version = _note(part).read_text(errors="replace") if _note(part).is_file() and part.is_file() else ""
+    both = os.path.isfile(part) and os.path.isfile(_note(part))
+    version = _note(part).read_text(errors="replace") if both else ""
     return (part.stat().st_size, version) if re.fullmatch(_VERSION, version) else (0, "")
 
 
@@ -269,7 +271,8 @@ def _read(response: Any, timeout: float) -> bytes:
     try:
         return _within(timeout, read) if _is_chunked(response) else read()  # lines between chunks may trickle in
     except FutureTimeout:
-        response.raw.shutdown()
+        with suppress(OSError, ValueError, RuntimeError):
+            response.raw.shutdown()  # ends the reading, which closing would wait for
         raise
 
 
@@ -307,8 +310,7 @@ def _request(
             response.headers.pop("Location", None)  # the Hub has told what is asked
             response.status_code = 200
         if response.is_redirect:
-            response.close()
-            response.raw = urllib3.HTTPResponse(io.BytesIO())  # its own body may be endless
+            response.close()  # its body, which would be read, may be endless
 
     try:
         with requests.Session() as session:

@@ -40,7 +40,8 @@ class Handler(QuietHandler):
         if self.path.startswith("/endless"):  # a redirect with a body that does not come to its end
             self.send_response(302)
             self.send_header("Location", "/file.bin")
-            self.send_header("Content-Length", str(1 << 60))
+            chunked = self.path.endswith("chunks")
+            self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(1 << 60))))
             self.end_headers()
             self.server.over.wait()
             return

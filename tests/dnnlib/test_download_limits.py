@@ -38,7 +38,8 @@ def test_a_redirect_never_leads_from_https_to_http(server, tmp_path, monkeypatch
 
 
 def test_the_body_of_a_redirect_is_not_read(server, tmp_path):
-    assert fetch(server, tmp_path, "endless").read_bytes() == CONTENT
+    for name in ("endless", "endless-chunks"):
+        assert fetch(server, tmp_path, name).read_bytes() == CONTENT
 
 
 def test_a_byte_per_connection_is_no_progress(server, tmp_path):
