@@ -104,14 +104,19 @@ def test_everything_is_written_and_the_numbers_are_those_of_the_files(finished):
     assert page.count("data:image/png;base64") >= 3 * 7 and "<script" not in page
 
 
-def test_a_second_call_finishes_what_is_missing_and_refuses_other_options(finished, nets, data, task, tmp_path):
+def test_a_second_call_finishes_what_is_missing_and_refuses_other_options(
+    finished, nets, data, task, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     before = contents(out, "*.png", "*.npz", "metrics.json")
     (out / "records" / "00000-img00000001.json").unlink()
     kept = (out / "samples/run_0/00000-img00000000.png").stat().st_mtime_ns
     command = ["--net", nets / "plain", "--task", task, "--data", data, "--outdir", out]
+    monkeypatch.setattr("networks.checkpoints.open_url", lambda url, **_: nets / "plain")
+    command[1] = "https://me:secret@host/net?secret"
     assert "2 were finished before" in run(*command, "--batch", 5)
+    assert json.loads((out / "options.json").read_text())["net"] == "https://host/net"
     after = contents(out, "*.png", "*.npz", "metrics.json")
     assert after.keys() == before.keys() and (out / "samples/run_0/00000-img00000000.png").stat().st_mtime_ns == kept
     pngs = [name for name in before if name.endswith(".png")]

@@ -40,6 +40,12 @@ def test_what_users_can_mend_is_told_in_one_line(action, message):
     assert message in error.value.message and "\n" not in error.value.message
 
 
+def test_messages_hold_no_password():
+    with pytest.raises(click.ClickException) as error, user_errors():
+        raise ValueError("https://me:secret@host/net.pkl?token=secret: works on latents")
+    assert error.value.message == "https://host/net.pkl: works on latents"
+
+
 def test_defects_and_messages_of_click_pass():
     for error in (RuntimeError("shapes differ"), KeyError("x"), click.BadParameter("--ts")):
         with pytest.raises(type(error)) as found, user_errors():
