@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-MAX_INSTRUCTIONS = 1_000_000  # the largest published checkpoints need about a fifth of this
+MAX_STEPS = 1_000_000  # instructions and entries looked at; the largest published checkpoints need about a fifth
+_MAX_KEY = 1 << 16
 
-_SCALARS = (str, int, float, bool, type(None))
 _MARK = object()
 _LITERALS = frozenset(
     "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
@@ -104,7 +104,8 @@ class Machine:
         self.position = 0  # byte at which the current instruction stands
         self._budget = 4 * size + (1 << 16)  # bytes that functions may still allocate
         self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
+        self._memo: list[Any] = []  # in order, as every pickler numbers; chosen numbers could make a dictionary slow
+        self.steps = 0
 
     def run(self) -> Any:
         """Reads up to the end of one pickle and returns its value."""
@@ -112,8 +113,7 @@ class Machine:
             self.position = position or 0
             if count == 0 and (opcode.name != "PROTO" or not 2 <= argument <= 5):
                 raise ValueError("does not begin as a pickle of protocol 2 to 5")
-            if count > MAX_INSTRUCTIONS:
-                raise UnsafeCheckpointError(f"has more than {MAX_INSTRUCTIONS} instructions")
+            self.work(1)
             if opcode.name == "STOP":
                 (result,) = self._pop(1)
                 if self._stack:
@@ -128,6 +128,12 @@ class Machine:
         if self._budget < 0:
             raise UnsafeCheckpointError("unfolds to much more data than the file holds")
 
+    def work(self, count: int) -> None:
+        """Accounts for `count` steps about to be taken: parts of a file may be shared, and looked at many times."""
+        self.steps += count
+        if self.steps > MAX_STEPS:
+            raise UnsafeCheckpointError(f"needs more than {MAX_STEPS} steps to be read")
+
     def _step(self, opcode: str, argument: Any) -> None:
         push = self._stack.append
         if opcode in _LITERALS:
@@ -141,9 +147,9 @@ class Machine:
         elif opcode in ("BINGET", "LONG_BINGET"):
             push(self._memo[argument])
         elif opcode in ("BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = self._top()
+            self._memoize(argument)
         elif opcode == "MEMOIZE":
-            self._memo[len(self._memo)] = self._top()
+            self._memoize(len(self._memo))
         elif opcode == "MARK":
             push(_MARK)
         elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
@@ -182,6 +188,11 @@ class Machine:
             push(self.persistent(*self._pop(1)))
         else:
             raise UnsafeCheckpointError(f"uses the instruction {opcode}, which no known checkpoint needs")
+
+    def _memoize(self, index: int) -> None:
+        if index > len(self._memo):
+            raise ValueError("values are not numbered in order")
+        self._memo[index : index + 1] = [self._top()]
 
     def _top(self, kind: type = object) -> Any:
         top = self._stack[-1]
@@ -233,13 +244,14 @@ class Machine:
         elif type(target) is Record:
             if target.state:
                 raise UnsafeCheckpointError(f"sets the state of {target} twice")
-            target.state = attributes(state)
+            target.state = attributes(self, state)
         elif type(target) is not dict or state not in (None, {}):
             raise UnsafeCheckpointError(f"sets the state of a {type(target).__name__}")
 
 
-def attributes(state: Any) -> dict[str, Any]:
+def attributes(machine: Machine, state: Any) -> dict[str, Any]:
     """The instance dictionary of an object, checked to be one."""
+    machine.work(len(state) if type(state) is dict else 1)
     if type(state) is not dict or not all(type(key) is str for key in state):
         raise UnsafeCheckpointError("sets the state of an object to something other than its attributes")
     return state
@@ -248,11 +260,11 @@ def attributes(state: Any) -> dict[str, Any]:
 def scalar_key(key: Any) -> Any:
     """A dictionary key or set member.
 
-    Only scalars, since the hash of nested tuples can take exponential time, and only short integers: any number of long
-    ones share one hash, and a dictionary of those takes quadratic time.
+    Only text, truth values, None and small numbers: the hash of nested tuples can take exponential time, and numbers
+    can be chosen such that a dictionary of them takes quadratic time.
     """
-    if type(key) not in _SCALARS or (type(key) is int and key.bit_length() > 32):
-        raise ValueError(f"a {'long ' * (type(key) is int)}{type(key).__name__} as dictionary key or set member")
+    if type(key) not in (str, bool, type(None)) and not (type(key) is int and 0 <= key < _MAX_KEY):
+        raise ValueError(f"a {type(key).__name__} as dictionary key or set member that no checkpoint uses")
     return key
 
 

@@ -49,7 +49,7 @@ def load(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_bytes: int = 
         return _run(io.BytesIO(data), len(data), str(getattr(source, "name", "pickle")), max_bytes)
     path = Path(source)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: not a regular file" if path.exists() else f"{path}: no such file")
     with open(path, "rb") as file:
         return _run(file, path.stat().st_size, str(path), max_bytes)
 
@@ -75,7 +75,7 @@ def _persistent_object(machine: Machine, meta: Any) -> Record:
     """Object of a class whose source travels in the file: its name and attributes are kept, the source is dropped."""
     if type(meta) is not dict or meta.get("type") != "class" or type(meta.get("class_name")) is not str:
         raise ValueError("a persistent object is not described as one")
-    return Record(_PERSISTENT.module, meta["class_name"], attributes(meta.get("state")))
+    return Record(_PERSISTENT.module, meta["class_name"], attributes(machine, meta.get("state")))
 
 
 def _ordered_dict(machine: Machine, items: Any = ()) -> dict[Any, Any]:
@@ -228,7 +228,10 @@ def _load_storage(machine: Machine, data: Any) -> _Storage:
         described.append((_STORAGE_TYPES[item[1]], _count(item[4])))
         return described
 
-    system, content, keys = (Machine(stream, len(data), _STORAGE_VOCABULARY, describe).run() for _ in range(3))
+    machine.spend(len(data))
+    parts = [Machine(stream, len(data), _STORAGE_VOCABULARY, describe) for _ in range(3)]
+    system, content, keys = (part.run() for part in parts)
+    machine.work(sum(part.steps for part in parts))
     if content is not described or type(keys) is not list or len(keys) != 1:
         raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
     if type(system) is not dict or system.get("little_endian") is not True:
@@ -236,7 +239,6 @@ def _load_storage(machine: Machine, data: Any) -> _Storage:
     dtype, numel = described[0]
     if int.from_bytes(stream.read(8), "little") != numel or len(data) - stream.tell() != numel * dtype.itemsize:
         raise ValueError("a storage does not have the size it claims")
-    machine.spend(len(data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on typed storages, which are what these files hold
         storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

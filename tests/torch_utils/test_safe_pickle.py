@@ -7,7 +7,6 @@ import pickle
 import random
 import struct
 import sys
-import time
 import zipfile
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from tests.memory_utils import HAS_LIMITS, run_script
+from torch_utils import pickle_machine
 from torch_utils.safe_pickle import CheckpointError, Record, UnsafeCheckpointError, load
 
 DATA = "tests/data/"
@@ -109,6 +109,12 @@ def laughs(levels):
     return b"(" + body + b"t"
 
 
+def shared_attributes(item):
+    """A dictionary of 2,000 attributes and 2,000 times an item that begins with it."""
+    keys = b"".join(text(f"{i}") + b"N" for i in range(2000))
+    return P4 + b"}\x94(" + keys + b"u(" + item * 2000 + b"t\x86" + STOP
+
+
 HONEST = storage(torch.arange(4.0))
 
 # Each makes one file, given a folder in which nothing may appear.
@@ -165,6 +171,11 @@ UNSAFE = {
     "nested file, another class": lambda f: load_from_bytes(HONEST.replace(b"FloatStorage", b"EvilStorages")),
     "payload unfolded again and again": lambda f: P4 + blob(storage(torch.zeros(1 << 20))) + b"\x94"
         + b"(" + call("torch.storage", "_load_from_bytes", b"h\x00") * 100 + b"t\x86" + STOP,
+    "attributes looked at again and again": lambda f: shared_attributes(
+        name("torch.nn.modules.container", "ModuleDict") + b")\x81h\x00b"),
+    "state of a class looked at again and again": lambda f: shared_attributes(
+        call("torch_utils.persistence", "_reconstruct_persistent_obj", b"}(" + text("type") + text("class")
+             + text("class_name") + text("Precond") + text("state") + b"h\x00u")),
     "too many instructions": lambda f: P4 + b"]" * 1_000_010 + STOP,
 }  # fmt: skip
 
@@ -201,6 +212,10 @@ DAMAGED = {
     "long integer as a key": P4 + b"}\x8a\x05" + bytes(4) + b"\x01Ns" + STOP,
     "long negative integer in a set": P4 + b"\x8f(\x8a\x08" + b"\x80" * 8 + b"\x90" + STOP,
     "long integer in a frozen set": P4 + b"(\x8a\x10" + b"\x7f" * 16 + b"\x91" + STOP,
+    "floating-point number as a key": P4 + b"}G" + struct.pack(">d", 2.0**61) + b"Ns" + STOP,
+    "number beyond 16 bits as a key": P4 + b"}" + number(1 << 16) + b"Ns" + STOP,
+    "negative number as a key": P4 + b"}" + number(-1) + b"Ns" + STOP,
+    "memo entries out of order": P4 + b"Nr" + struct.pack("<I", 2**32 - 1) + STOP,
     "list as a key": P4 + b"}]Ns" + STOP,
     "array smaller than its shape": P4 + array(number(9) + b"\x85", bytes(8)) + STOP,
     "array of negative size": P4 + array(number(-1) + b"\x85", bytes(4)) + STOP,
@@ -228,12 +243,10 @@ def untouched(tmp_path):
     load(DATA + PICKLES[0])  # imports what honest files need
     codecs.lookup("raw_unicode_escape")  # and what pickletools needs
     modules, environment = set(sys.modules), dict(os.environ)
-    begin = time.monotonic()
     yield tmp_path
     assert list(tmp_path.iterdir()) == []
     assert set(sys.modules) == modules
     assert {**os.environ, "PYTEST_CURRENT_TEST": ""} == {**environment, "PYTEST_CURRENT_TEST": ""}
-    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.parametrize("case", UNSAFE)
@@ -267,9 +280,16 @@ def test_hostile_pickles_are_cheap():
     run_script(MEMORY)
 
 
-def test_short_integers_are_keys():
-    data = {2**32 - 1: 1, -(2**31): 2, True: 3, 0.5: 4, None: 5}
+def test_small_numbers_are_keys():
+    data = {2**16 - 1: 1, 0: 2, True: 3, "0.5": 4, None: 5}
     assert load(pickle.dumps(data)) == data
+
+
+def test_steps_within_nested_files_count(monkeypatch):
+    monkeypatch.setattr(pickle_machine, "MAX_STEPS", 10_000)
+    again = call("torch.storage", "_load_from_bytes", b"h\x00") * 500  # 3,000 instructions
+    with pytest.raises(UnsafeCheckpointError, match="needs more than 10000 steps"):
+        load(P4 + b"(" + blob(bytes(1 << 20)) + blob(HONEST) + b"\x94" + again + b"t" + STOP)
 
 
 def test_the_offending_name_is_given(untouched):
@@ -292,8 +312,8 @@ def test_deep_nesting(untouched):
     load(P4 + b")" + b"\x85" * 200_000 + STOP)
 
 
-def test_huge_memo_index(untouched):
-    assert load(P4 + b"Nr" + struct.pack("<I", 2**32 - 1) + STOP) is None
+def test_memo_entries_are_replaced():
+    assert load(P4 + b"(K\x01q\x00K\x02q\x01K\x03q\x00h\x00h\x01t" + STOP) == (1, 2, 3, 3, 2)
 
 
 def test_source_code_is_dropped(untouched):
