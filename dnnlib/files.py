@@ -148,6 +148,39 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", **open_kwargs: 
             yield file
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The data in a JSON text. Raises ValueError, with a reason in one line, for anything a text can do wrong: also too
+    deep, or with whole numbers of more than 20 digits, which overflow wherever they are used.
+    """
+    try:
+        return json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("not JSON that can be read: lists within lists, too deep") from None
+    except UnicodeDecodeError:
+        raise ValueError("not a text file in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"not JSON that can be read: a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[str, Any]:
+    """The JSON object in a regular file. Raises ValueError, as one line that names the file, for any other content, and
+    OSError as `read_regular`.
+    """
+    try:
+        content = parse_json(read_regular(path, max_bytes))
+        if not isinstance(content, dict):
+            raise ValueError(f"not a JSON object but a {type(content).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return content
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON data, infinities and NaN as null, into a folder that is made if need be; whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnnlib.files import file_sha256
+from dnnlib.files import file_sha256, parse_json
 from metrics.specs import KINDS
 from metrics.weights import DetectorError, find_weights
 
@@ -185,7 +185,7 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.devic
     if metadata.get("detector") != DemoClassifier.name:
         raise DetectorError(f"{path} is not a {DemoClassifier.name} classifier")
     try:
-        config = json.loads(metadata["config"])
+        config = parse_json(metadata["config"])
         classifier = DemoClassifier(num_classes=len(weights["head.bias"]), resolution=int(config["resolution"]))
         classifier.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

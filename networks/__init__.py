@@ -1,6 +1,6 @@
 """Networks of NCVSD: the EDM2 teacher, the generative denoiser and what trains it."""
 
-from networks.checkpoints import CheckpointError, LoadedNetwork, UnsafeCheckpointError, load, save
+from networks.checkpoints import CheckpointError, LoadedNetwork, NonFiniteError, UnsafeCheckpointError, load, save
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Discriminator",
     "GenerativeDenoiser",
     "LoadedNetwork",
+    "NonFiniteError",
     "Precond",
     "PrecondCondition",
     "UnsafeCheckpointError",

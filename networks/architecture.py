@@ -65,6 +65,13 @@ def kwargs_of_part(state: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: list(value) if type(value) is tuple else value for key, value in merged.items()}
 
 
+def show(value: Any) -> str:
+    """Short printable form of something that a file says; nothing is shown of compound values."""
+    if isinstance(value, (str, int, float, bool, Exception, type(None))):
+        return str(value)[:150].encode("ascii", "backslashreplace").decode().replace("\n", " ").replace("\x1b", "?")
+    return f"a {type(value).__name__}"
+
+
 def _integer(low: int, high: int) -> Check:
     return lambda value: type(value) is int and low <= value <= high
 
@@ -82,7 +89,7 @@ def _optional(check: Check) -> Check:
 
 
 _CHECKS: dict[str, Check] = {
-    "img_resolution": _integer(1, 8192),
+    "img_resolution": _integer(1, 4096),
     "img_channels": _integer(1, 1024),
     "label_dim": _integer(0, 1_000_000),
     "use_fp16": lambda value: type(value) is bool,

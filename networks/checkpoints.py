@@ -29,15 +29,16 @@ import safetensors.torch
 import torch
 
 from dnnlib.download import open_url
-from dnnlib.files import atomic_path
+from dnnlib.files import atomic_path, parse_json
 from dnnlib.text import redact
-from networks.architecture import check_init_kwargs, check_number, kwargs_of_part, merge_parts
+from networks.architecture import check_init_kwargs, check_number, show
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder, encoder_from_config
+from networks.published import Contents, read_pickle
 from torch_utils import safe_pickle
-from torch_utils.safe_pickle import CheckpointError, Record, UnsafeCheckpointError
+from torch_utils.safe_pickle import CheckpointError, UnsafeCheckpointError
 
-__all__ = ["CheckpointError", "LoadedNetwork", "UnsafeCheckpointError", "load", "save"]
+__all__ = ["CheckpointError", "LoadedNetwork", "NonFiniteError", "UnsafeCheckpointError", "load", "save"]
 
 Network = Precond | PrecondCondition | GenerativeDenoiser | Discriminator
 
@@ -45,9 +46,11 @@ _FORMAT_VERSION = 1
 _METADATA_KEY = "ncvsd"
 _MAX_HEADER = 16 * 2**20  # bytes of safetensors header; the largest networks need about 0.3 MiB
 _MODEL_KINDS = {"Precond": Precond, "PrecondCondition": PrecondCondition, "Discriminator": Discriminator}
-_PARTS = ("unet", "ctrl", "enc", "dec")  # of the published networks, which carry architecture arguments too
-_MAX_ENTRIES = 100_000  # weights, buffers and modules of a network; the largest need a few thousand
 _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class NonFiniteError(CheckpointError):
+    """A network file holds weights that are not numbers."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,6 @@ class LoadedNetwork:
     encoder: Encoder  # between pixels and what the network sees
     config: dict[str, Any]  # kind, init_kwargs, gamma, init_sigma, encoder, dataset, provenance, source
     path: Path  # the local file
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What either kind of file holds; unchecked."""
-
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
 
 
 def save(
@@ -115,7 +110,7 @@ def save(
         try:
             safetensors.torch.save_file(tensors, temporary, metadata={_METADATA_KEY: metadata})
         except safetensors.SafetensorError as error:  # of the file system, whose own error it hides
-            raise OSError(f"{path}: cannot be written ({_show(error)})") from None
+            raise OSError(f"{path}: cannot be written ({show(error)})") from None
 
 
 def load(
@@ -124,21 +119,25 @@ def load(
     *,
     sha256: str | None = None,  # expected hash of a file behind a path or URL, 64 hexadecimal digits
     quiet: bool = False,  # no progress bar while downloading
+    check_finite: bool = True,  # refuse weights that are NaN or infinite
 ) -> LoadedNetwork:
     """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`.
 
     Each may end in `#sha256=` and 64 hexadecimal digits, which says the same as the argument `sha256`.
     Reads files written by `save`, EDM2's network pickles and the NCVSD authors' pickles, told apart by their content.
     Nothing in a file is executed. Raises CheckpointError (a ValueError) for files that are damaged, of another kind,
-    or whose weights do not fit their architecture; UnsafeCheckpointError, a kind of CheckpointError, for pickles that
-    hold anything outside the allowed set; and ValueError for failed downloads.
+    or whose weights do not fit their architecture; UnsafeCheckpointError and NonFiniteError, kinds of CheckpointError,
+    for pickles that hold anything outside the allowed set and for weights that are not finite; and ValueError for
+    failed downloads.
     """
     path = _local_path(*_split_hash(os.fspath(source), sha256), quiet)
     try:
         contents = _read(path)
         net = _build(contents, path.stat().st_size, torch.device(device))
+        if check_finite:
+            _check_finite(net, path)
         encoder = _build_encoder(contents.config["encoder"], net.img_channels).to(device)
-    except UnsafeCheckpointError:
+    except (UnsafeCheckpointError, NonFiniteError):
         raise
     except (CheckpointError, OSError) as error:
         prefix = "" if str(error).startswith(str(path)) else f"{path}: "
@@ -154,13 +153,17 @@ def _split_hash(text: str, sha256: str | None) -> tuple[str, str | None]:
     if not mark:
         return text, sha256
     if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-        raise CheckpointError(f"{_show(redact(text))}: after #sha256= must come 64 hexadecimal digits")
+        raise CheckpointError(f"{show(redact(text))}: after #sha256= must come 64 hexadecimal digits")
     if sha256 is not None and sha256.lower() != digest.lower():
-        raise CheckpointError(f"{_show(redact(text))}: differs from the SHA-256 given besides, {_show(sha256)}")
+        raise CheckpointError(f"{show(redact(text))}: differs from the SHA-256 given besides, {show(sha256)}")
     return source, digest
 
 
 def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
+    if os.path.isdir(text):
+        inside = max((name for name in os.listdir(text) if name.endswith((".safetensors", ".pkl"))), default=None)
+        advice = f"a network in it, such as {show(inside)}" if inside else "a file, .safetensors or .pkl"
+        raise CheckpointError(f"{show(text)}: this is a folder: give {advice}")
     if not text.startswith("hf://"):
         return open_url(text, sha256=sha256, quiet=quiet)
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([\w./-]+))?", text)
@@ -176,8 +179,10 @@ def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
     return open_url(path, sha256=sha256)
 
 
-def _read(path: Path) -> _Contents:
+def _read(path: Path) -> Contents:
     size = path.stat().st_size
+    if size > safe_pickle.MAX_BYTES:
+        raise CheckpointError(f"larger than the limit of {safe_pickle.MAX_BYTES} bytes")
     with open(path, "rb") as file:
         start = file.read(9)
     header = int.from_bytes(start[:8], "little")
@@ -186,7 +191,7 @@ def _read(path: Path) -> _Contents:
             raise CheckpointError(f"damaged safetensors file: a header of {header} bytes in a file of {size} bytes")
         return _read_safetensors(path)
     if len(start) == 9 and start[:1] == b"\x80" and 2 <= start[1] <= 5:
-        return _read_pickle(path)
+        return read_pickle(path)
     if start.startswith(b"PK"):
         raise CheckpointError("a ZIP archive (perhaps of torch.save) is not a network file: use .safetensors or .pkl")
     if start.lstrip()[:1] == b"<":
@@ -198,7 +203,7 @@ def _read(path: Path) -> _Contents:
 # The two formats
 
 
-def _read_safetensors(path: Path) -> _Contents:
+def _read_safetensors(path: Path) -> Contents:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get(_METADATA_KEY)
@@ -206,131 +211,33 @@ def _read_safetensors(path: Path) -> _Contents:
                 raise CheckpointError(f"safetensors file without the metadata {_METADATA_KEY!r}: not written by NCVSD")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"damaged safetensors file: {_show(error)}") from None
+        raise CheckpointError(f"damaged safetensors file: {show(error)}") from None
     try:
-        config = json.loads(metadata)
-    except (ValueError, RecursionError):
+        config = parse_json(metadata)
+    except ValueError:
         raise CheckpointError("damaged safetensors file: its description of the network is not JSON") from None
     names = ("kind", "init_kwargs", "gamma", "init_sigma", "encoder", "dataset", "provenance")
     if type(config) is not dict or config.get("format_version") != _FORMAT_VERSION:
         found = config.get("format_version") if type(config) is dict else None
-        raise CheckpointError(f"format version {_show(found)} is not {_FORMAT_VERSION}: written by another NCVSD")
+        raise CheckpointError(f"format version {show(found)} is not {_FORMAT_VERSION}: written by another NCVSD")
     if missing := [name for name in names if name not in config]:
         raise CheckpointError(f"its description of the network lacks {', '.join(missing)}")
     for name in ("dataset", "provenance"):
         if type(config[name]) not in (dict, type(None)):
             raise CheckpointError(f"its {name} is not a JSON object")
-    return _Contents({name: config[name] for name in names}, tensors)
-
-
-def _read_pickle(path: Path) -> _Contents:
-    data = safe_pickle.load(path)
-    if type(data) is not dict or type(data.get("ema")) is not Record:
-        raise CheckpointError("a pickle without a network under 'ema': not a network file of EDM2 or NCVSD")
-    outer = model = data["ema"]
-    generative = outer.qualname == "GenerativeDenoiser"
-    if generative:
-        model = _entries(outer, "_modules").get("model")
-    kinds = ("PrecondCondition",) if generative else ("Precond", "PrecondCondition")
-    if type(model) is not Record or model.qualname not in kinds:
-        name = _show(getattr(model, "qualname", None))
-        raise CheckpointError(f"a network of class {name}; known: {', '.join(kinds)}")
-    modules = {name: part for name, part in _entries(model, "_modules").items() if name in _PARTS}
-    parts = {name: kwargs_of_part(part.state, name) for name, part in modules.items() if type(part) is Record}
-    init_kwargs = merge_parts(kwargs_of_part(model.state, model.qualname), parts)
-    dataset = data.get("dataset_kwargs")
-    config = {
-        "kind": outer.qualname,
-        "init_kwargs": init_kwargs,
-        "gamma": outer.state.get("gamma") if generative else None,
-        "init_sigma": outer.state.get("init_sigma") if generative else None,
-        "encoder": _encoder_config(data.get("encoder"), init_kwargs.get("img_channels")),
-        "dataset": _scalars(dataset) if type(dataset) is dict else None,
-        "provenance": None,
-    }
-    return _Contents(config, _collect_tensors(outer))
-
-
-def _entries(record: Record, name: str) -> dict[str, Any]:
-    entries = record.state.get(name, {})
-    if type(entries) is not dict or not all(type(key) is str and len(key) <= 100 for key in entries):
-        raise CheckpointError(f"damaged: {name} of a {_show(record.qualname)} is not a dictionary of short names")
-    return entries
-
-
-def _collect_tensors(record: Record) -> dict[str, torch.Tensor]:
-    """The state dictionary of an inert module: keys are paths through its submodules."""
-    tensors: dict[str, torch.Tensor] = {}
-    pending: list[tuple[str, Any]] = [("", record)]
-    seen: set[int] = set()
-    entries = 0
-    while pending:
-        prefix, module = pending.pop()
-        if module is None:
-            continue
-        if type(module) is not Record or id(module) in seen or len(prefix) > 1000:
-            raise CheckpointError(f"damaged: the modules at {_show(prefix)} are not a tree")
-        seen.add(id(module))
-        temporary = module.state.get("_non_persistent_buffers_set")
-        skipped = temporary if type(temporary) is set else set()
-        parts = [_entries(module, part) for part in ("_parameters", "_buffers", "_modules")]
-        entries += sum(map(len, parts))  # many modules may share one dictionary, which takes little room in a file
-        if entries > _MAX_ENTRIES:
-            raise CheckpointError(f"damaged: more than {_MAX_ENTRIES} weights and modules")
-        parameters, buffers, children = parts
-        values = parameters | {name: value for name, value in buffers.items() if name not in skipped}
-        for name, value in values.items():
-            if value is None:
-                continue
-            if type(value) is not torch.Tensor:
-                raise CheckpointError(f"damaged: {_show(prefix + name)} is not a tensor")
-            tensors[prefix + name] = value
-        pending += [(f"{prefix}{name}.", child) for name, child in children.items()]
-    return tensors
-
-
-def _encoder_config(encoder: Any, img_channels: int | None) -> dict[str, Any]:
-    if encoder is None and img_channels in (1, 3):
-        return {"type": "rgb"}  # what EDM2 assumes for files that name none
-    name = getattr(encoder, "qualname", None)
-    if name == "StandardRGBEncoder":
-        return {"type": "rgb"}
-    if name != "StabilityVAEEncoder":
-        raise CheckpointError(f"an encoder of class {_show(name)}; known are StandardRGBEncoder, StabilityVAEEncoder")
-    state = encoder.state
-    arrays = {key: state.get(key) for key in ("scale", "bias")}
-    if any(getattr(array, "ndim", None) != 1 or len(array) > 64 for array in arrays.values()):
-        raise CheckpointError("damaged: scale or bias of its encoder is not a short list of numbers")
-    return {
-        "type": "sd-vae",
-        "vae_name": state.get("vae_name"),
-        **{key: array.tolist() for key, array in arrays.items()},
-        "batch_size": state.get("batch_size"),
-    }
-
-
-def _scalars(items: Mapping[Any, Any]) -> dict[str, Any]:
-    """The entries of a dictionary that are simple and short enough to show."""
-    return {
-        key: value
-        for key, value in list(items.items())[:100]
-        if type(key) is str
-        and type(value) in (str, int, float, bool, type(None))
-        and len(key) < 1000
-        and not (type(value) is str and len(value) >= 1000)
-    }
+    return Contents({name: config[name] for name in names}, tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From contents to network
 
 
-def _build(contents: _Contents, file_size: int, device: torch.device) -> Network:
+def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
     """Builds the network without memory, compares it with the tensors, and only then allocates and fills it."""
     kind, kwargs = contents.config["kind"], check_init_kwargs(contents.config["init_kwargs"])
     generative = kind == "GenerativeDenoiser"
     if not generative and (type(kind) is not str or kind not in _MODEL_KINDS):
-        raise CheckpointError(f"a network of unknown kind {_show(kind)}")
+        raise CheckpointError(f"a network of unknown kind {show(kind)}")
     if generative:
         gamma = check_number("gamma", contents.config["gamma"], 0, 100)
         init_sigma = check_number("init_sigma", contents.config["init_sigma"], 1e-3, 1e6)
@@ -340,7 +247,7 @@ def _build(contents: _Contents, file_size: int, device: torch.device) -> Network
             if generative:
                 net = GenerativeDenoiser(net, gamma=gamma, init_sigma=init_sigma)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"its architecture cannot be built: {_show(error)}") from None
+        raise CheckpointError(f"its architecture cannot be built: {show(error)}") from None
 
     expected, found = net.state_dict(), contents.tensors
     count = sum(tensor.numel() for tensor in expected.values())
@@ -362,13 +269,27 @@ def _build(contents: _Contents, file_size: int, device: torch.device) -> Network
     return net
 
 
+def _check_finite(net: Network, path: Path) -> None:
+    """Raises NonFiniteError, naming the first of them, for weights that are NaN or infinite: both show in the extremes.
+
+    One pass, and one exchange with the device.
+    """
+    state = {key: tensor for key, tensor in net.state_dict().items() if tensor.numel()}
+    finite = torch.stack([torch.stack(tensor.aminmax()) for tensor in state.values()]).isfinite().all(dim=1).tolist()
+    if bad := [key for key, good in zip(state, finite, strict=True) if not good]:
+        raise NonFiniteError(
+            f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors, first in {bad[0]}: the file is "
+            "damaged, or of a training that diverged; use an earlier one"
+        )
+
+
 def _build_encoder(config: Any, img_channels: int) -> Encoder:
     if type(config) is not dict or type(config.get("vae_name", "")) is not str:
         raise CheckpointError("the description of its encoder is not a dictionary with the name of an autoencoder")
     try:
         encoder = encoder_from_config(config)
     except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"its encoder cannot be built: {_show(error)}") from None
+        raise CheckpointError(f"its encoder cannot be built: {show(error)}") from None
     if config["type"] == "sd-vae" and len(encoder.scale) != img_channels:
         raise CheckpointError(f"its encoder gives {len(encoder.scale)} channels, its network takes {img_channels}")
     return encoder
@@ -376,11 +297,4 @@ def _build_encoder(config: Any, img_channels: int) -> Encoder:
 
 def _list(names: Iterable[str]) -> str:
     ordered = sorted(names)
-    return ", ".join(_show(name) for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if ordered[3:] else "")
-
-
-def _show(value: Any) -> str:
-    """Short printable form of something that a file says; nothing is shown of compound values."""
-    if isinstance(value, (str, int, float, bool, Exception, type(None))):
-        return str(value)[:150].encode("ascii", "backslashreplace").decode().replace("\n", " ").replace("\x1b", "?")
-    return f"a {type(value).__name__}"
+    return ", ".join(show(name) for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if ordered[3:] else "")

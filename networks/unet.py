@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from networks.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum
 
+_MAX_ATTENTION = 128  # pixels in each direction; EDM2 has 16
+_MAX_FEATURES = 1 << 28  # numbers that a layer holds of one image; EDM2 needs a fiftieth
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -50,11 +53,15 @@ class UNetConfig:
                 f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, "
                 f"once for each level of channel_mult after the first"
             )
+        if any(res * res * max(width, self.img_channels) > _MAX_FEATURES for res, width in self.levels):
+            raise ValueError(f"{self.img_resolution} pixels in {self.model_channels} channels would fill any memory")
         taps = self.resample_filter
         if not taps or len(taps) % 2 or not abs(sum(taps)) > 1e-6:
             raise ValueError(f"resample_filter needs an even number of taps whose sum is not 0, got {list(taps)}")
         for res, width in [level for level in self.levels if level[0] in self.attn_resolutions] + self.levels[-1:]:
             heads = width // self.channels_per_head  # 0 = no attention
+            if heads and res > _MAX_ATTENTION:
+                raise ValueError(f"attention between {res}x{res} pixels, and at most {_MAX_ATTENTION} are possible")
             if heads and width % heads:
                 raise ValueError(
                     f"the {width} channels at {res}x{res} do not divide into {heads} attention heads "

@@ -14,7 +14,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dnnlib.files import atomic_write  # noqa: E402
+from dnnlib.files import atomic_write, read_json  # noqa: E402
 
 
 @dataclass
@@ -46,7 +46,7 @@ def main(
     """Put the demo's reports into one table and one page, with the pictures that stand in OUTDIR."""
     try:
         reports = {"before": before, "after": after, "teacher": teacher, "data": real}
-        records = {k: json.loads(p.read_text(encoding="utf-8"))["results"] for k, p in reports.items() if p is not None}
+        records = {k: read_json(p)["results"] for k, p in reports.items() if p is not None}
         rows = [make_row(key, record, outdir) for key, part in records.items() for record in part]
         facts = describe(records)
         write_sheet_of_data(data, outdir)
@@ -115,8 +115,8 @@ def write_strip(folder: Path, outdir: Path) -> dict[str, Any]:
 
     from sampling.grid import read_image, save_grid
 
-    report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "metrics.json")
+    options = read_json(folder / "options.json")
     names = [image["name"] for image in report["images"]][:12]
     rows = []
     for part in ("truth", "measurements", "samples/run_0", "mean"):

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dnnlib.files import atomic_path
+from dnnlib.files import atomic_path, parse_json
 from networks import GenerativeDenoiser
 from networks.posterior import combine_observations
 from toy.mixture import GaussianMixture
@@ -181,7 +181,7 @@ def load_student(path: str | Path) -> Student:
     """Read a file of `save_student`. Raises ValueError for any other file, OSError where it cannot be read."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("toy", "{}"))
+            facts = parse_json((file.metadata() or {}).get("toy", "{}"))
         if facts.get("format") != FORMAT:
             raise ValueError(f"not written by toy_example.py train ({FORMAT})")
         settings = ToySettings(**facts["settings"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dnnlib.files import parse_json
 from training.zip_files import ZipMembers
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -202,8 +203,8 @@ def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
         return None
     where = source.where("dataset.json")
     try:
-        content = json.loads(source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names)))
-    except (ValueError, RecursionError, MemoryError) as error:
+        content = parse_json(source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names)))
+    except (ValueError, MemoryError) as error:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f"{where}: not valid JSON ({_reason(error)})") from None

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dnnlib.files import write_json
+from dnnlib.files import read_json, write_json
 from torch_utils import distributed
 from training.presets import TrainingConfig
 from training.state import StateError
 
+_MAX_BYTES = 1 << 20  # of run.json
 MAY_CHANGE = (  # on resume
     "duration",
     "status",
@@ -129,9 +130,6 @@ def _short(value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("not a JSON object")
+        return read_json(path, _MAX_BYTES)
     except ValueError as error:
-        raise StateError(f"{path} is damaged ({error}): restore it, or use another --outdir") from None
-    return stored
+        raise StateError(f"{error}: restore it, or use another --outdir") from None

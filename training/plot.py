@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dnnlib.files import parse_json
 from torch_utils.errors import user_errors
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class PlotError(ValueError):
 def read_entry(line: bytes) -> dict[str, Any] | None:
     """What a line of stats.jsonl holds; None for one that was cut off, damaged or holds something else."""
     try:
-        entry = json.loads(line.decode(errors="replace"))
-    except (ValueError, RecursionError):
+        entry = parse_json(line.decode(errors="replace"))
+    except ValueError:
         return None
     known = isinstance(entry, dict) and type(entry.get("nimg")) is int and 0 <= entry["nimg"] < 1 << 63
     return entry if known else None

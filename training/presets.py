@@ -6,7 +6,6 @@ Imports no torch, so that scripts show their help at once.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import typing
 from collections.abc import Callable, Mapping
@@ -14,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dnnlib.files import read_json
 from dnnlib.text import parse_si
 
 PRESET_DIR = Path(__file__).resolve().parent.parent / "presets"
+_MAX_BYTES = 1 << 20
 
 
 class PresetError(ValueError):
@@ -232,9 +233,8 @@ def _kind_name(kind: type) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PresetError(f"cannot read preset {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise PresetError(f"preset {path} is not a JSON object")
-    return data
+        return read_json(path, _MAX_BYTES)
+    except ValueError as error:
+        raise PresetError(f"preset {error}") from None
+    except OSError as error:
+        raise PresetError(f"cannot read preset {path}: {error.strerror or error}") from None

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import networks
-from networks import checkpoints
+from networks import published
 from networks.encoders import RGBEncoder
 from tests.memory_utils import HAS_LIMITS, run_script
 
@@ -245,19 +245,19 @@ def test_unsafe_is_told_apart(case, own, tmp_path):
 
 
 def test_modules_that_contain_themselves():
-    record = checkpoints.Record("torch_utils.persistence", "Precond")
+    record = published.Record("torch_utils.persistence", "Precond")
     record.state = {"_modules": {"unet": record}}
     with pytest.raises(networks.CheckpointError, match="not a tree"):
-        checkpoints._collect_tensors(record)
+        published._collect_tensors(record)
 
 
 @pytest.mark.parametrize("part", ["_parameters", "_buffers", "_modules"])
 def test_modules_that_share_a_large_dictionary(part):
     shared = {f"x{i}": None for i in range(1000)}
-    blocks = {f"b{i}": checkpoints.Record("torch_utils.persistence", "Block", {part: shared}) for i in range(1000)}
-    record = checkpoints.Record("torch_utils.persistence", "Precond", {"_modules": blocks})
+    blocks = {f"b{i}": published.Record("torch_utils.persistence", "Block", {part: shared}) for i in range(1000)}
+    record = published.Record("torch_utils.persistence", "Precond", {"_modules": blocks})
     with pytest.raises(networks.CheckpointError, match="more than 100000 weights and modules"):
-        checkpoints._collect_tensors(record)
+        published._collect_tensors(record)
 
 
 @pytest.mark.parametrize("seed", range(3))
