@@ -33,7 +33,7 @@ from dnnlib.files import atomic_path, parse_json
 from dnnlib.text import redact
 from networks.architecture import check_init_kwargs, check_number, show
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
-from networks.encoders import Encoder, encoder_from_config
+from networks.encoders import Encoder, encoder_from_config, nonfinite_weights
 from networks.published import Contents, read_pickle
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import CheckpointError, UnsafeCheckpointError
@@ -270,16 +270,11 @@ def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
 
 
 def _check_finite(net: Network, path: Path) -> None:
-    """Raises NonFiniteError, naming the first of them, for weights that are NaN or infinite: both show in the extremes.
-
-    One pass, and one exchange with the device.
-    """
-    state = {key: tensor for key, tensor in net.state_dict().items() if tensor.numel()}
-    finite = torch.stack([torch.stack(tensor.aminmax()) for tensor in state.values()]).isfinite().all(dim=1).tolist()
-    if bad := [key for key, good in zip(state, finite, strict=True) if not good]:
+    """Raises NonFiniteError, naming the first of them, for weights that are NaN or infinite."""
+    if bad := nonfinite_weights(net):
         raise NonFiniteError(
-            f"{path}: NaN or infinite weights in {len(bad)} of {len(state)} tensors, first in {bad[0]}: the file is "
-            "damaged, or of a training that diverged; use an earlier one"
+            f"{path}: NaN or infinite weights, first in {bad[0]} ({len(bad)} tensors in all): the file is damaged or of "
+            "a training that diverged; use an earlier one"
         )
 
 

@@ -4,14 +4,22 @@
 standard deviation of the autoencoder's posterior. Latents are float32 with standard deviation about 0.5.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from dnnlib.files import read_json
+from dnnlib.text import printable
+
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
+
+_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of an autoencoder
+_MAX_LAYERS = 16
 
 
 class RGBEncoder:
@@ -229,10 +237,9 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError("the Stable-Diffusion autoencoder needs diffusers: pip install diffusers") from None
-    files = ["config.json", "diffusion_pytorch_model.safetensors"]
     looks_local = vae_name.startswith((".", "/", "~")) or vae_name.count("/") != 1
     advice = (
-        f"put {' and '.join(files)} into a folder (hf download "
+        f"put {' and '.join(_FILES)} into a folder (hf download "
         f"{'stabilityai/sd-vae-ft-mse' if looks_local else vae_name} --local-dir FOLDER) and name that"
     )
     if not os.path.isdir(vae_name) and looks_local:
@@ -240,17 +247,60 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the one-line error below says it all
     try:
-        folder = vae_name if os.path.isdir(vae_name) else snapshot_download(vae_name, allow_patterns=files)
+        folder = vae_name if os.path.isdir(vae_name) else snapshot_download(vae_name, allow_patterns=list(_FILES))
+        _check_folder(Path(folder), AutoencoderKL)
         vae, report = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
         if report["missing_keys"]:
             raise ValueError(f"the file lacks {len(report['missing_keys'])} of its weights")
+        if bad := nonfinite_weights(vae):
+            raise ValueError(f"NaN or infinite weights, first in {bad[0]}")
     except Exception as error:  # network, Hub, file and JSON errors of several libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-        raise ValueError(
-            f"autoencoder {vae_name}: neither a usable folder nor reachable ({reason}); {advice}"
-        ) from None
+        text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        reason = text.splitlines()[0].strip()
+        what = "not a usable folder" if os.path.isdir(vae_name) else "neither a folder nor to be had from the Hub"
+        raise ValueError(f"autoencoder {vae_name}: {what} ({reason[:200]}); {advice}") from None
     finally:
         logging.set_verbosity(verbosity)
     return vae.eval().requires_grad_(False)
+
+
+def _check_folder(folder: Path, kind: Any) -> None:
+    """Compare the description of an autoencoder with what one can be, and with the size of its weights.
+
+    Raises ValueError before diffusers acts on it: it takes memory, other packages or files of the Hub as it is told to.
+    """
+    for name in _FILES:
+        if not (folder / name).is_file():
+            raise ValueError(f"no file named {name} in it")
+    config = read_json(folder / _FILES[0], 1 << 16)
+    if config.get("_class_name") != kind.__name__:
+        raise ValueError(f"its config.json is not that of an {kind.__name__}")
+    known = inspect.signature(kind.__init__).parameters
+    for name, value in config.items():
+        if name not in known and not name.startswith("_"):
+            raise ValueError(f"unknown entry {printable(name)[:60]!r} in config.json")
+        values = value if isinstance(value, list) else [value]
+        limit = _MAX_LAYERS if name == "layers_per_block" else 8192
+        numbers = [v for v in values if isinstance(v, (int, float))]
+        if len(values) > 32 or not all(abs(v) <= limit and (v >= 0 or type(v) is float) for v in numbers):
+            raise ValueError(f"{name} in config.json has a value that no autoencoder uses")
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in kind.from_config(config).parameters())
+    except Exception:  # whatever values of wrong types lead to
+        raise ValueError("its config.json describes nothing that can be built") from None
+    size = (folder / _FILES[1]).stat().st_size
+    if 2 * count > size:
+        raise ValueError(f"its weights file of {size} bytes cannot hold the {count} weights that config.json asks for")
+
+
+def nonfinite_weights(net: torch.nn.Module) -> list[str]:
+    """Names of the weights and buffers that hold NaN or infinities: both show in the extremes.
+
+    One pass, and one exchange with the device.
+    """
+    state = {key: tensor for key, tensor in net.state_dict().items() if tensor.numel()}
+    finite = torch.stack([torch.stack(tensor.aminmax()) for tensor in state.values()]).isfinite().all(dim=1).tolist()
+    return [key for key, good in zip(state, finite, strict=True) if not good]

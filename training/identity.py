@@ -105,8 +105,12 @@ def _check(
 ) -> None:
     path = run_dir / "run.json"
     stored = _read(path) if path.exists() else (state or {}).get("identity")
-    if not isinstance(stored, dict):
+    if stored is None:
         return
+    try:
+        stored = dict(json.loads(json.dumps(stored)))
+    except (TypeError, ValueError, RecursionError):
+        raise StateError(f"the newest training state of {run_dir} is damaged: it does not say whose it is") from None
     differences = _differences(stored, identity)
     if differences and not force:
         raise StateError(

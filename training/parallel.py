@@ -123,6 +123,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     moments = {}
     for i, entry in state["state"].items():
         p = group["params"][i]
+        shapes = {key: list(value.shape) for key, value in entry.items()}
+        if shapes != {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}:
+            raise ValueError(f"moments of parameter {i} are {shapes}, where its shape is {list(p.shape)}")
         mine = id(p) in own  # ZeRO drops the others
         moments[i] = {key: _like(p, value) if mine else value for key, value in entry.items()}
     optimizer.load_state_dict({"state": moments, "param_groups": [settings]})

@@ -147,4 +147,7 @@ class PowerFunctionEMA:
         stored = dict(zip(state["stds"], state["averages"], strict=True))
         for std, share in zip(self.stds, self._shares, strict=True):
             for name, tensor in share.items():
-                tensor.copy_(stored.get(std, self._own)[name])
+                average = stored.get(std, self._own)[name]
+                if average.shape != tensor.shape:
+                    raise ValueError(f"the average of {name} is {list(average.shape)}, not {list(tensor.shape)}")
+                tensor.copy_(average)

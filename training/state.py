@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -155,9 +154,14 @@ def load_state(path: str | Path) -> dict[str, Any]:
 def read_state(path: str | Path) -> dict[str, Any]:
     """Read a state that another process has verified; otherwise as `load_state`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise StateError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged archive or pickle leads to can be of any kind
+        raise StateError(f"{path} is cut off, damaged or no training state") from error
+    if type(state) is not dict or type(state.get("nimg")) is not int:
+        raise StateError(f"{path} is no training state: it holds a {type(state).__name__} without a count of images")
+    return state
 
 
 def find_newest_state(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dnnlib.text import printable
 from torch_utils import distributed
 from training.optim import Health
 from training.parallel import build_optimizer, load_optimizer_state, optimizer_state
@@ -73,11 +74,16 @@ class Trained:
             for p in self.task.phases:
                 p.net.load_state_dict(state["nets"][p.name])
                 load_optimizer_state(self.optimizers[p.name], state["optimizers"][p.name])
-                self.health[p.name] = Health(**state["health"][p.name])
+                self.health[p.name] = Health(**{k: int(v) for k, v in state["health"][p.name].items()})
             self.ema.load_state_dict(state["ema"], force=force)
             self.nimg, self.seconds = int(state["nimg"]), float(state["seconds"])
             self.snapshot_seconds = float(state.get("snapshot_seconds", 0))
             if self.nimg < 0:
                 raise ValueError(f"nimg is {self.nimg}")
-        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise StateError(f"the training state does not fit this run ({str(error).splitlines()[0]})") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            reason = (
+                f"no {error} in it" if isinstance(error, KeyError) else "something else stands where a part should be"
+            )
+            raise StateError(f"the training state does not fit this run ({printable(reason)})") from error
+        except (RuntimeError, ValueError) as error:
+            raise StateError(f"the training state does not fit this run ({printable(error)})") from error

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from dnnlib.files import OutputError, atomic_path, atomic_write, check_output, file_sha256, open_regular, read_regular
+from dnnlib.files import (
+    OutputError,
+    atomic_path,
+    atomic_write,
+    check_output,
+    file_sha256,
+    open_regular,
+    read_json,
+    read_regular,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,3 +153,30 @@ def test_no_more_is_read_than_the_open_file_held(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fstat", grows)
     assert len(read_regular(path, 100)) < path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "lists within lists, too deep"),
+        ('{"a":' * 100_000, "lists within lists, too deep"),
+        ('{"a": %s}' % ("1" * 400), "a whole number of 400 digits"),
+        ("{", "not JSON: Expecting property name"),
+        ("", "not JSON: Expecting value"),
+        ("[1]", "not a JSON object but a list"),
+        (b"\xff\xfe\x00", "not a text file in UTF-8"),
+    ],
+)  # fmt: skip
+def test_json_of_users_is_read_or_refused_in_one_line(text, message, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_json_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 12345678901234567890}')
+    assert read_json(tmp_path / "a.json") == {"a": 12345678901234567890}
+    with pytest.raises(OSError, match="too large: 27 bytes"):
+        read_json(tmp_path / "a.json", 20)

@@ -73,6 +73,10 @@ def write(path, tensors, description):
         ({"model_channels": 1e300}, "model_channels has a value"),
         ({"label_dim": -1}, "label_dim has a value"),
         ({"img_resolution": 2**40}, "img_resolution has a value"),
+        ({"img_resolution": 8192}, "img_resolution has a value"),
+        ({"img_resolution": 4096}, "attention between 2048x2048 pixels"),
+        ({"img_resolution": 1024, "channel_mult": [1] * 5, "model_channels": 512}, "1024 pixels in 512 channels"),
+        ({"img_resolution": 1024, "channel_mult": [1] * 5, "img_channels": 1024}, "would fill any memory"),
         ({"channel_mult": []}, "cannot be built"),
         ({"channel_mult": [1, [2, [3]]]}, "channel_mult has a value"),
         ({"channel_mult": [1] * 1000}, "channel_mult has a value"),
@@ -130,6 +134,49 @@ def test_safetensors_of_somebody_else(own, tmp_path):
     save_file(own[0], tmp_path / "net", metadata={"format": "pt"})
     with pytest.raises(networks.CheckpointError, match="not written by NCVSD"):
         networks.load(tmp_path / "net")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("key", ["unet.out_gain", "unet.out_conv.weight", "unet.emb_fourier.freqs"])
+def test_weights_that_are_not_finite(value, key, own, tmp_path):
+    tensors, description, _ = own
+    spoilt = tensors[key].clone().double()
+    spoilt.view(-1)[-1] = value  # 1e300 becomes infinite in float32
+    path = write(tmp_path / "net", {**tensors, key: spoilt}, description)
+    with pytest.raises(networks.NonFiniteError, match=f"first in {key} .1 tensors in all.") as caught:
+        networks.load(path)
+    assert str(caught.value).startswith(f"{path}: NaN or infinite weights") and "\n" not in str(caught.value)
+    found = networks.load(path, check_finite=False).net.state_dict()[key]
+    assert not found.isfinite().all()
+
+
+def test_the_largest_numbers_of_float16_are_finite(own, tmp_path):
+    tensors = {k: torch.full(v.shape, 65504.0, dtype=torch.float16) for k, v in own[0].items()}
+    networks.load(write(tmp_path / "net", tensors, own[1]))
+
+
+def test_published_weights_that_are_not_finite(tmp_path):
+    data = bytearray(open(EDM2, "rb").read())
+    weights = networks.load(EDM2).net.state_dict()["unet.out_conv.weight"].half().numpy().tobytes()
+    at = bytes(data).find(weights[:64])
+    if at < 0:
+        weights = networks.load(EDM2).net.state_dict()["unet.out_conv.weight"].numpy().tobytes()
+        at = bytes(data).find(weights[:64])
+        data[at : at + 4] = struct.pack("<f", float("nan"))
+    else:
+        data[at : at + 2] = b"\xff\x7f"
+    (tmp_path / "net.pkl").write_bytes(data)
+    with pytest.raises(networks.NonFiniteError, match="first in unet.out_conv.weight"):
+        networks.load(tmp_path / "net.pkl")
+
+
+def test_a_folder_instead_of_a_file(own, tmp_path):
+    with pytest.raises(networks.CheckpointError, match="this is a folder: give a file, .safetensors or .pkl"):
+        networks.load(tmp_path)
+    for name in ("network-snapshot-000000008-0.100.safetensors", "network-snapshot-000000016-0.100.safetensors"):
+        write(tmp_path / name, *own[:2])
+    with pytest.raises(networks.CheckpointError, match="give a network in it, such as network-snapshot-000000016"):
+        networks.load(tmp_path)
 
 
 def test_weights_that_are_not_floats(own, tmp_path):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from networks.encoders import load_autoencoder
 from training.encoders import RGBEncoder, StabilityVAEEncoder, encoder_from_config
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 GOLDEN = Path(__file__).parents[1] / "data" / "schedules.npz"
 
 
@@ -172,6 +174,50 @@ def test_missing_autoencoder_is_one_clear_line(vae, tmp_path, monkeypatch):
     assert "lacks" in message(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", _unreachable)
     assert "no network" in message("stabilityai/sd-vae-ft-mse")
+
+
+BROKEN = {  # of config.json, as text or as changed entries -> what is said
+    "cut off": ("{", "config.json: not JSON"),
+    "brackets": ("[" * 60_000, "config.json: not JSON that can be read: lists within lists, too deep"),
+    "too large": (" " * 100_000, "too large: 100000 bytes"),
+    "a list": ('["owner/repository"]', "config.json: not a JSON object but a list"),
+    "another class": ({"_class_name": "UNet2DModel"}, "its config.json is not that of an AutoencoderKL"),
+    "other packages": ({"quantization_config": {"quant_method": "x"}}, "unknown entry 'quantization_config'"),
+    "wide": ({"block_out_channels": [8, 8_000_000]}, "block_out_channels in config.json has a value"),
+    "wider than the file": ({"block_out_channels": [8, 8192]}, "cannot hold the"),
+    "deep": ({"layers_per_block": 10**9}, "layers_per_block in config.json has a value"),
+    "long": ({"down_block_types": ["DownEncoderBlock2D"] * 1000}, "down_block_types in config.json has a value"),
+    "negative": ({"latent_channels": -1}, "latent_channels in config.json has a value"),
+    "text": ({"latent_channels": "x"}, "describes nothing that can be built"),
+    "unknown blocks": ({"down_block_types": ["os.system"] * 2}, "describes nothing that can be built"),
+    "not a number": ({"scaling_factor": float("nan")}, "scaling_factor in config.json has a value"),
+    "other shapes": ({"latent_channels": 3}, "expected shape"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_descriptions_of_an_autoencoder_are_told_in_one_line(case, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _unreachable)
+    change, expected = BROKEN[case]
+    whole = json.loads((vae / "config.json").read_text())
+    text = change if isinstance(change, str) else json.dumps({**whole, **change})
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / WEIGHTS).write_bytes((vae / WEIGHTS).read_bytes())
+    with pytest.raises(ValueError, match="not a usable folder") as info:
+        load_autoencoder(str(tmp_path))
+    message = str(info.value)
+    assert expected in message and str(tmp_path) in message and "\n" not in message and len(message) < 700
+
+
+def test_an_autoencoder_with_weights_that_are_no_numbers(vae, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(vae / WEIGHTS)
+    weights["decoder.conv_in.bias"][1] = float("nan")
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((vae / "config.json").read_text())
+    with pytest.raises(ValueError, match="NaN or infinite weights, first in decoder.conv_in.bias"):
+        load_autoencoder(str(tmp_path))
 
 
 def _unreachable(*_, **__):

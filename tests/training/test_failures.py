@@ -24,6 +24,7 @@ from tests.training.tiny_runs import (
 )
 from torch_utils import distributed
 from training import loop, parallel, state
+from training.dataset import ImageDataset
 from training.state import StateError, list_states, load_newest_state
 from training.writer import StateWriter
 
@@ -213,6 +214,49 @@ def test_a_forced_resume_that_fails_leaves_the_run(trained, tmp_path, dataset, t
     with pytest.raises(StateError, match="does not fit this run"):
         run_training(task, dataset, other, folder, force_resume=True)
     assert (folder / "run.json").read_text() == before
+
+
+def first_moments(state):
+    return next(iter(state["optimizers"]["gen"]["state"].values()))
+
+
+SPOILT = {  # what a state may hold besides its own parts -> what is said
+    "nets are a list": (lambda s: s.update(nets=[1]), "something else stands where a part should be"),
+    "a network is a tensor": (lambda s: s["nets"].update(gen=torch.zeros(3)), "something else"),
+    "nets are missing": (lambda s: s.pop("nets"), "no 'nets' in it"),
+    "moments are a list": (lambda s: s["optimizers"]["gen"].update(state=[1]), "something else"),
+    "moments of another shape": (lambda s: first_moments(s).update(exp_avg=torch.zeros(2)), "moments of parameter"),
+    "moments are missing": (lambda s: first_moments(s).pop("exp_avg"), "moments of parameter"),
+    "averages of another shape": (
+        lambda s: s["ema"].update(averages=[dict.fromkeys(a, torch.zeros([])) for a in s["ema"]["averages"]]),
+        "the average of",
+    ),
+    "averages are numbers": (lambda s: s["ema"].update(averages=[1.0, 2.0]), "something else"),
+    "health is text": (lambda s: s["health"]["gen"].update(streak="ill"), "invalid literal"),
+    "endless time": (lambda s: s.update(seconds=10**400), "something else"),
+    "identity is a tensor": (lambda s: s.update(identity=torch.zeros(2)), "does not say whose it is"),
+    "identity holds tensors": (lambda s: s["identity"].update(gamma=torch.zeros(2)), "does not say whose it is"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory, tiny_data, tiny_teacher):
+    folder = tmp_path_factory.mktemp("spoilt") / "run"
+    run_training(make_task(NCVSD, tiny_teacher), ImageDataset(tiny_data), NCVSD, folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_states_with_something_else_in_them_are_refused_in_one_line(case, a_run, tmp_path, dataset, tiny_teacher):
+    change, message = SPOILT[case]
+    content = load_newest_state(a_run)
+    change(content)
+    (tmp_path / "run").mkdir()
+    state.save_state(tmp_path / "run", content, 8)
+    longer = dataclasses.replace(NCVSD, duration=16)
+    with pytest.raises(StateError, match=message) as error:
+        run_training(make_task(longer, tiny_teacher), dataset, longer, tmp_path / "run")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_state_that_the_disk_does_not_give_is_passed_over(trained, monkeypatch):

@@ -17,6 +17,7 @@ from training.state import (
     list_states,
     load_newest_state,
     load_state,
+    read_state,
     remove_unfinished,
     save_state,
     state_bytes,
@@ -138,12 +139,31 @@ def test_hostile_states_are_refused_and_leave_no_mark(tmp_path, kind):
     else:
         buffer.write(b"not a state")
     path = named_by_content(tmp_path, 500, buffer.getvalue())
-    with pytest.raises(StateError, match="cannot be read") as error:
+    with pytest.raises(StateError, match="is cut off, damaged or no training state") as error:
         load_state(path)
     assert "\n" not in str(error.value)
     good = save_state(tmp_path, state_at(100), 100)
     assert same(load_newest_state(tmp_path, warn=lambda message: None), state_at(100))
     assert not mark.exists() and list_states(tmp_path) == [good]
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"nets": {}}, {"nimg": torch.tensor(3)}, None])
+def test_files_that_hold_something_else_are_told_and_passed_over(tmp_path, content):
+    good = save_state(tmp_path, state_at(100), 100)
+    path = save_state(tmp_path, content, 500)
+    with pytest.raises(StateError, match="is no training state: it holds a") as error:
+        load_state(path)
+    assert "\n" not in str(error.value)
+    assert load_newest_state(tmp_path, warn=lambda message: None)["nimg"] == 100 and list_states(tmp_path) == [good]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_cut_off_state_is_called_so(tmp_path, share):
+    data = save_state(tmp_path, state_at(1000), 1000).read_bytes()
+    path = named_by_content(tmp_path, 2000, data[: int(len(data) * share)])
+    with pytest.raises(StateError) as error:
+        read_state(path)
+    assert str(error.value) == f"{path} is cut off, damaged or no training state"
 
 
 def test_some_states_are_kept_for_good(tmp_path):
