@@ -235,6 +235,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, _MAX_BYTES)
     except ValueError as error:
-        raise PresetError(f"preset {error}") from None
+        raise PresetError(f"cannot read preset {error}") from None
     except OSError as error:
         raise PresetError(f"cannot read preset {path}: {error.strerror or error}") from None
