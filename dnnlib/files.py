@@ -155,16 +155,16 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text, parse_int=_whole_number)
     except RecursionError:
-        raise ValueError("not JSON that can be read: lists within lists, too deep") from None
+        raise ValueError("lists within lists, too deep") from None
     except UnicodeDecodeError:
-        raise ValueError("not a text file in UTF-8") from None
+        raise ValueError("no text in UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(str(error)) from None
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > 20:
-        raise ValueError(f"not JSON that can be read: a whole number of {len(digits)} digits")
+        raise ValueError(f"a whole number of {len(digits)} digits")
     return int(digits)
 
 
@@ -174,10 +174,10 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[st
     """
     try:
         content = parse_json(read_regular(path, max_bytes))
-        if not isinstance(content, dict):
-            raise ValueError(f"not a JSON object but a {type(content).__name__}")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object but a {type(content).__name__}")
     return content
 
 

@@ -36,7 +36,7 @@ def _check_values(kwargs: dict[Any, Any]) -> None:
         if name not in _CHECKS:
             raise CheckpointError(f"unknown architecture argument {ascii(name)[:60]}")
         if not _CHECKS[name](value):
-            raise CheckpointError(f"architecture argument {name} has a value that no network uses")
+            raise CheckpointError(f"architecture argument {name} has a value that no network uses: {show(value)}")
 
 
 def merge_parts(kwargs: dict[str, Any], parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

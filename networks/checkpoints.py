@@ -273,8 +273,8 @@ def _check_finite(net: Network, path: Path) -> None:
     """Raises NonFiniteError, naming the first of them, for weights that are NaN or infinite."""
     if bad := nonfinite_weights(net):
         raise NonFiniteError(
-            f"{path}: NaN or infinite weights, first in {bad[0]} ({len(bad)} tensors in all): the file is damaged, or "
-            "of a training that diverged; use an earlier one"
+            f"{path}: NaN or infinite weights in {bad[0]}{f' and {len(bad) - 1} more' if bad[1:] else ''}: the file is "
+            "damaged, or of a training that diverged; use an earlier one"
         )
 
 

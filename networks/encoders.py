@@ -255,7 +255,7 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
         if report["missing_keys"]:
             raise ValueError(f"the file lacks {len(report['missing_keys'])} of its weights")
         if bad := nonfinite_weights(vae):
-            raise ValueError(f"NaN or infinite weights, first in {bad[0]}")
+            raise ValueError(f"NaN or infinite weights in {bad[0]}")
     except Exception as error:  # network, Hub, file and JSON errors of several libraries
         text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         reason = text.splitlines()[0].strip()

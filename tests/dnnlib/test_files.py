@@ -161,10 +161,10 @@ def test_no_more_is_read_than_the_open_file_held(tmp_path, monkeypatch):
         ("[" * 100_000, "lists within lists, too deep"),
         ('{"a":' * 100_000, "lists within lists, too deep"),
         ('{"a": %s}' % ("1" * 400), "a whole number of 400 digits"),
-        ("{", "not JSON: Expecting property name"),
-        ("", "not JSON: Expecting value"),
+        ("{", "not valid JSON .Expecting property name"),
+        ("", "not valid JSON .Expecting value"),
         ("[1]", "not a JSON object but a list"),
-        (b"\xff\xfe\x00", "not a text file in UTF-8"),
+        (b"\xff\xfe\x00", "not valid JSON .no text in UTF-8"),
     ],
 )  # fmt: skip
 def test_json_of_users_is_read_or_refused_in_one_line(text, message, tmp_path):
