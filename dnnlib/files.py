@@ -149,11 +149,12 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", **open_kwargs: 
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The data in a JSON text. Raises ValueError, with a reason in one line, for anything a text can do wrong: also too
-    deep, or with whole numbers of more than 20 digits, which overflow wherever they are used.
+    """The data in a JSON text. Raises ValueError, with a reason in one line, for any other text and for too deep ones.
+
+    Whole numbers of more than 20 digits, which would overflow wherever they are used, become floating-point ones.
     """
     try:
-        return json.loads(text, parse_int=_whole_number)
+        return json.loads(text, parse_int=_number)
     except RecursionError:
         raise ValueError("lists within lists, too deep") from None
     except UnicodeDecodeError:
@@ -162,10 +163,8 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(str(error)) from None
 
 
-def _whole_number(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"a whole number of {len(digits)} digits")
-    return int(digits)
+def _number(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 20 else float(digits)
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_preset_of_ones_own(tmp_path):
         ('{"kind": "edm2"}', "is no preset for this script"),
         ("{}", "is no preset for this script"),
         ("[" * 100_000, "mine.json: not valid JSON .lists within lists, too deep"),
-        ('{"kind": "ncvsd", "ref_lr": %s}' % ("1" * 400), "a whole number of 400 digits"),
+        ('{"kind": "ncvsd", "ref_lr": %s}' % ("1" * 400), "ref_lr must be finite"),
         (" " * (2 << 20), "too large"),
         ("[1]", "not a JSON object"),
         ('{"kind": "ncvsd", ', "cannot read preset"),
