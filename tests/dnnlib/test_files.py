@@ -176,7 +176,7 @@ def test_json_of_users_is_read_or_refused_in_one_line(text, message, tmp_path):
 
 
 def test_whole_numbers_never_overflow():
-    text = '{"a": 18446744073709551615, "b": -%s, "c": %s}' % ("1" * 30, "9" * 400)  # fmt: skip
+    text = f'{{"a": 18446744073709551615, "b": -{"1" * 30}, "c": {"9" * 400}}}'
     found = parse_json(text)
     assert found == {"a": 2**64 - 1, "b": -float("1" * 30), "c": float("inf")} and type(found["a"]) is int
 
