@@ -9,6 +9,7 @@ import click
 
 from metrics.specs import parse_metrics
 from torch_utils.errors import user_errors
+from torch_utils.options import SEED
 
 PUBLISHED_SEED = 123456789  # the first of 50,000
 
@@ -76,7 +77,7 @@ def cli() -> None:
 @click.option("--ref", "ref_path", metavar="FILE|URL", required=True, help="Reference: .npz, or EDM2's .pkl.")
 @common_options
 @click.option("--num", "--num-images", "num", type=click.IntRange(min=2), default=50000, help="Images.")
-@click.option("--seed", type=click.IntRange(min=0), default=PUBLISHED_SEED, help="First seed; one seed per image.")
+@click.option("--seed", type=SEED, default=PUBLISHED_SEED, help="First seed; one seed per image.")
 @click.option("--ts", "schedules", metavar="LIST", multiple=True, callback=_schedules, help="Indices; repeatable.")
 @click.option("--zeta", type=click.FloatRange(0, 1), default=1.0, help="With --ts: share of fresh noise between steps.")
 @click.option("--sampler", type=click.Choice(["few-step", "heun"]), help="[default: by the network's kind]")
@@ -107,7 +108,7 @@ def gen(device: str, out: str | None, **options: Any) -> None:
 @click.option(
     "--num", "--num-images", "num", type=click.IntRange(min=2), help="Size of a random subset.  [default: all images]"
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the subset.")
+@click.option("--seed", type=SEED, default=0, help="Of the subset.")
 @click.option("--out", metavar="JSON", help="Write the report here.")
 def calc(device: str, out: str | None, **options: Any) -> None:
     """Evaluate images on disk."""
@@ -230,7 +231,7 @@ def _prepare_gen(
         if few_step and (steps is not None or guidance != 1):
             raise ValueError("--steps and --guidance apply to teachers only")
         sampling |= dict(gnet=None if gnet is None else gnet.net, class_idx=class_idx, device=device, dtype=compute)
-        generate_images(loaded.net, loaded.encoder, seeds=[seed], **sampling)  # checks the request
+        generate_images(loaded.net, loaded.encoder, seeds=[seed, seed + num - 1], **sampling)  # checks the request
         settings.append(sampling)
     reference = load_reference(ref_path, quiet=quiet)
     metrics, detectors = _prepare_metrics(device, reference, **metric_options)

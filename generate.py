@@ -11,6 +11,7 @@ import click
 
 from sampling.images import DEFAULT_STEPS, count_evaluations, generate_images, image_path
 from torch_utils.errors import user_errors
+from torch_utils.options import FOLDER
 
 __all__ = ["generate_images", "main"]
 
@@ -37,7 +38,7 @@ def _parsed(parse: str) -> Callable[[click.Context, click.Parameter, str | None]
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--net", "net_path", metavar=NETWORK, required=True, help="Student or teacher; #sha256 checks the file.")
-@click.option("--outdir", metavar="DIR", required=True, help="Where to write the images, one SEED.png each.")
+@click.option("--outdir", type=FOLDER, required=True, help="Where to write the images, one SEED.png each.")
 @click.option("--seeds", metavar="LIST", default="0-15", callback=_parsed("seeds"), help="One image each: 1,2,5-10.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Largest batch per process.")

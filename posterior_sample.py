@@ -12,6 +12,7 @@ import click
 
 from inverse.tasks import LIKELIHOODS, load_task, task_names
 from torch_utils.errors import user_errors
+from torch_utils.options import FOLDER, SEED
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 OVERRIDES = (  # options that replace a setting of the task
@@ -57,12 +58,12 @@ def _parse_class(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option(
     "--measurements", metavar="DIR|ZIP", help="Real measurements instead of --data: .npz (array y), .npy, or images."
 )
-@click.option("--outdir", metavar="DIR", required=True, help="Results; a second call finishes what is missing.")
+@click.option("--outdir", type=FOLDER, required=True, help="Results; a second call finishes what is missing.")
 @click.option("--num", type=click.IntRange(min=1), help="The first so many images.  [default: all]")
 @click.option("--resize", is_flag=True, help="Crop the centre of images of another size and resize it.")
 @click.option("--mask", "mask_path", metavar="IMAGE", help="Inpainting: black pixels are removed; replaces the task's.")
 @click.option("--class", "class_idx", metavar="INT|data", callback=_parse_class, help="Of conditional networks.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of measurement noise and samples.")
+@click.option("--seed", type=SEED, default=0, help="Of measurement noise and samples.")
 @click.option("--runs", type=click.IntRange(min=1), help="Samples per image.  [default: the task's]")
 @click.option("--batch", type=click.IntRange(min=1), default=16, help="Samples at once, per process.")
 @click.option("--ts", metavar="LIST", callback=_parse_ts, help="Few-step prior steps: grid indices, as 10,22,39.")
@@ -174,8 +175,6 @@ def _prepare(
 
     if (data_path is None) == (measurements is None):
         raise click.UsageError("give either --data, images to measure, or --measurements, real ones")
-    if not outdir.strip():
-        raise click.UsageError("--outdir is empty: name a folder")
     parameters = {name: value for name, value in task.operator.items() if name != "name"}
     if mask_path is not None:
         if task.operator["name"] != "inpainting":

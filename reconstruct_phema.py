@@ -6,12 +6,13 @@ import click
 
 from dnnlib.text import parse_si, redact
 from torch_utils.errors import user_errors
+from torch_utils.options import FOLDER
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.argument("snapshots", metavar="DIR|FILE ...", nargs=-1, required=True)
 @click.option("--std", "stds", metavar="LIST", required=True, help="Relative widths of the wanted averages: 0.05,0.1.")
-@click.option("--outdir", metavar="DIR", required=True, help="Where to write phema-IMAGES-STD.safetensors.")
+@click.option("--outdir", type=FOLDER, required=True, help="Where to write phema-IMAGES-STD.safetensors.")
 @click.option("--nimg", metavar="COUNT", help="Snapshot at which they end, such as 32Mi.  [default: the last]")
 @click.option("--dtype", type=click.Choice(("fp16", "float32")), default="fp16", help="Of kernels in the files.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -38,7 +39,6 @@ def main(snapshots: tuple[str, ...], stds: str, outdir: str, nimg: str | None, d
 
 
 def _reconstruct(paths, widths, end, outdir, dtype, quiet):
-    import os
     from pathlib import Path
 
     import torch
@@ -47,10 +47,6 @@ def _reconstruct(paths, widths, end, outdir, dtype, quiet):
     import networks
     from training.reconstruction import find_snapshots, plan_reconstruction, reconstruct
 
-    folder = Path(outdir).absolute()
-    base = next(parent for parent in (folder, *folder.parents) if parent.exists())  # the rest will be made
-    if not base.is_dir() or not os.access(base, os.W_OK):
-        raise ValueError(f"--outdir {outdir}: {base} is a file or cannot be written to: name another folder")
     plan = plan_reconstruction(find_snapshots(paths), widths, end)
     with tqdm(total=len(plan.snapshots), unit="file", disable=quiet) as bar:
         results, last = reconstruct(plan, progress=lambda snapshot: bar.update())

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.options import SEED
 from toy.settings import ToySettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -68,7 +69,7 @@ def train(out: Path, quiet: bool, **settings: Any) -> None:
 @click.option("--net", type=FILE, default=STUDENT, help="A student that `train` wrote.")
 @click.option("--points", type=click.IntRange(2), default=64, help="Observations y per noise level.")
 @click.option("--samples", type=click.IntRange(8), default=256, help="Draws per observation.")
-@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=12345, help="Of observations and draws.")
+@click.option("--seed", type=SEED, default=12345, help="Of observations and draws.")
 @click.option("--out", type=FILE, help="Also write all numbers as JSON.")
 def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> None:
     """Compare the student's draws with the true posterior at eight noise levels; check the score identity and PnP."""
@@ -92,7 +93,7 @@ def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> 
 
 @main.command()
 @click.option("--net", type=FILE, default=STUDENT, help="A student that `train` wrote.")
-@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=1, help="Of the draws.")
+@click.option("--seed", type=SEED, default=1, help="Of the draws.")
 @click.option("--out", type=FILE, required=True, help="The figure, a PNG.")
 def plot(net: Path, seed: int, out: Path) -> None:
     """Draw samples beside the true posterior for four observations, and the course of training."""

@@ -12,7 +12,9 @@ from training.presets import EDM2Config, config_options
 def main(**options) -> None:
     """Train a denoiser on a data set with the EDM2 loss.
 
-    Running the same command again resumes from the newest valid state in OUTDIR.
+    Running the same command again resumes from the newest valid state in OUTDIR. The exit code is 0 at the end, and
+    where --max-time, SIGTERM, SIGUSR1 or a closed terminal stopped training with its state saved; 130 after Ctrl-C,
+    which saves too (pressed twice, it aborts); 1 or 2 after an error.
 
     \b
     python train_edm2.py --preset fashion16-teacher --data assets/fashion16.zip --outdir training-runs/teacher

@@ -14,7 +14,9 @@ from training.presets import NCVSDConfig, config_options
 def main(**options) -> None:
     """Train a generative denoiser G(y, sigma), a sampler of p(x0 | y), from a teacher.
 
-    Running the same command again resumes from the newest valid state in OUTDIR.
+    Running the same command again resumes from the newest valid state in OUTDIR. The exit code is 0 at the end, and
+    where --max-time, SIGTERM, SIGUSR1 or a closed terminal stopped training with its state saved; 130 after Ctrl-C,
+    which saves too (pressed twice, it aborts); 1 or 2 after an error.
 
     \b
     python train_ncvsd.py --preset fashion16 --net assets/demo/teacher.safetensors --data assets/fashion16.zip \\

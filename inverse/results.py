@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.files import atomic_write, write_json
+from dnnlib.locks import lock_folder
 from inverse.json_files import JsonFileError, read_json
 from inverse.operator_base import Operator
 from inverse.solve import Solution
@@ -43,12 +44,21 @@ class ResultsFolder:
         self.path = Path(path)
 
     def begin(self, options: dict[str, Any], operator: Operator, size: tuple[int, int]) -> None:
-        """Create the folder, or check that it holds results of the same options, or none yet.
+        """Create the folder, or check that it holds results of the same options, or none yet; keep other processes out
+        as long as this object lives.
 
-        Raises ResultsError, naming what differs, where it does not.
+        Raises ResultsError, naming what differs, where it does not, and FolderInUseError where another process does so.
         """
-        file = self.path / "options.json"
         options = json.loads(json.dumps(options))
+        self._check(options)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._held = lock_folder(self.path)
+        self._check(options)  # of a process that ended meanwhile
+        write_json(self.path / "options.json", options)
+        self._write_operator(operator, size)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        file = self.path / "options.json"
         if self.path.exists() and not self.path.is_dir():
             raise ResultsError(f"{self.path} is a file: give a folder")
         if file.exists():
@@ -61,9 +71,6 @@ class ResultsFolder:
                 raise ResultsError(f"{self.path} holds results of other options ({'; '.join(differing)}): use another")
         elif self._has(*_OF_IMAGES, *_OF_OPERATORS):
             raise ResultsError(f"{self.path} holds results without options.json: use another folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(file, options)
-        self._write_operator(operator, size)
 
     def _has(self, *names: str) -> bool:
         return any((self.path / name).exists() for name in names)

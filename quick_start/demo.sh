@@ -4,6 +4,7 @@
 # About ten minutes on two cores, plus the installation where no suitable environment is active.
 #   bash quick_start/demo.sh                     results in out/demo
 #   OUT=out/short DURATION=6400 NUM=500 bash quick_start/demo.sh    a shorter run
+# Ctrl-C ends it; in training the state is saved first, and the same command goes on from there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source quick_start/env.sh
@@ -18,13 +19,15 @@ DTYPE=float32
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then DTYPE=bf16; fi # elsewhere bf16 is emulated, slowly
 
 run() {
-    printf '\n+ %s\n' "$(printf '%q ' "$@" | sed "s|^$PYTHON|python|")"
+    printf '\n+ python %s\n' "$(printf '%q ' "${@:2}")"
     "$@"
 }
 start=$SECONDS
 
 run "$PYTHON" train_ncvsd.py --preset fashion16 --net "$TEACHER" --data "$DATA" --outdir "$OUT/run" --dtype "$DTYPE" \
     --seed 0 --device cpu ${DURATION:+--duration "$DURATION"}
+[[ "$(tail -n 1 "$OUT/run/log.txt")" == *" finished at "* ]] ||
+    fail "training was stopped early: the same command goes on, and draws and measures when it has finished"
 BEFORE="$OUT/run/network-snapshot-000000000-0.050.safetensors"
 AFTER="$(ls "$OUT"/run/network-snapshot-*-0.050.safetensors | tail -n 1)"
 

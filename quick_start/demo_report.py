@@ -15,6 +15,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.files import atomic_write, read_json  # noqa: E402
+from torch_utils.options import FOLDER  # noqa: E402
 
 
 @dataclass
@@ -39,18 +40,19 @@ REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--real", type=REPORT, required=True, help="Report on images of the data set itself.")
 @click.option("--data", metavar="DIR|ZIP", required=True, help="The data set, for a sheet of real images.")
 @click.option("--solved", type=click.Path(path_type=Path), multiple=True, help="Output folders of posterior_sample.py.")
-@click.option("--outdir", type=click.Path(path_type=Path), required=True, help="For results.json and index.html.")
+@click.option("--outdir", type=FOLDER, required=True, help="For results.json and index.html.")
 def main(
-    before: Path | None, after: Path, teacher: Path, real: Path, data: str, solved: tuple[Path, ...], outdir: Path
+    before: Path | None, after: Path, teacher: Path, real: Path, data: str, solved: tuple[Path, ...], outdir: str
 ) -> None:
     """Put the demo's reports into one table and one page, with the pictures that stand in OUTDIR."""
+    folder = Path(outdir)
     try:
         reports = {"before": before, "after": after, "teacher": teacher, "data": real}
         records = {k: read_json(p)["results"] for k, p in reports.items() if p is not None}
-        rows = [make_row(key, record, outdir) for key, part in records.items() for record in part]
+        rows = [make_row(key, record, folder) for key, part in records.items() for record in part]
         facts = describe(records)
-        write_sheet_of_data(data, outdir)
-        problems = [write_strip(folder, outdir) for folder in solved]
+        write_sheet_of_data(data, folder)
+        problems = [write_strip(path, folder) for path in solved]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise click.ClickException(f"these reports cannot be used: {error}") from error
     table = format_table(rows)
@@ -63,7 +65,7 @@ def main(
         ("results.json", json.dumps(results, indent=2) + "\n"),
         ("index.html", page(rows, facts, problems)),
     ):
-        with atomic_write(outdir / name, "w", encoding="utf-8") as file:
+        with atomic_write(folder / name, "w", encoding="utf-8") as file:
             file.write(text)
 
 

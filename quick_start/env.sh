@@ -4,6 +4,8 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+trap 'exit 130' INT # Ctrl-C ends a script once what it runs has ended, whatever exit code that chose
+
 NEEDED_RUN="torch>=2.5 numpy>=1.26 click>=8.1 pillow>=10.1 tqdm>=4.66 safetensors>=0.4 huggingface_hub>=0.26
             diffusers>=0.31 accelerate>=0.34 tensorboard>=2.16 pyyaml>=6.0 jinja2>=3.1
             requests>=2.31 urllib3>=2.3"

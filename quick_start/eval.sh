@@ -34,8 +34,9 @@ newest_snapshot() {
     [ -d "$1" ] || return 0
     for name in "*$2*/network-snapshot-*.safetensors" "*/network-snapshot-*.safetensors"; do
         while IFS= read -r file; do
+            file="$1/${file#./}"
             if [ -z "$newest" ] || [ "$file" -nt "$newest" ]; then newest="$file"; fi
-        done < <(find "$1" -type f -path "$1/$name" | sort)
+        done < <(cd "$1" && find . -type f -path "./$name" | sort) # so that no folder's name is taken for a pattern
         [ -z "$newest" ] || break
     done
     [ -n "$newest" ] || return 0

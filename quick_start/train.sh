@@ -35,8 +35,9 @@ request_stop() {
 }
 
 # supervise COMMAND ...: run it, and hand requests to stop on to the processes that train: they finish their step, save
-# and end with code 0. torchrun itself, sent a signal, would end them with an error, after 30 seconds by force. A request
-# is repeated, since those processes may not have started yet, and SIGUSR1 is ignored until they handle it.
+# and end with code 0; after Ctrl-C this one ends with 130. torchrun itself, sent a signal, would end them with an error,
+# after 30 seconds by force. A request is repeated, since those processes may not have started yet, and SIGUSR1 is ignored
+# until they handle it.
 supervise() {
     local child="" messenger="" requested="" code=0 interrupts=0
     trap request_stop TERM USR1 HUP
@@ -54,6 +55,7 @@ supervise() {
     trap '' TERM USR1 HUP INT
     wait "$child" || code=$?
     [ -z "$messenger" ] || wait "$messenger" || true
+    [ "$interrupts" -eq 0 ] || code=130 # also where the processes were told by another signal
     return "$code"
 }
 

@@ -99,8 +99,8 @@ def generate_images(
         raise ValueError(f"class {class_idx} is not available: the network {known}")
     if batch < 1:
         raise ValueError(f"the batch size must be at least 1, not {batch}")
-    if any(seed < 0 for seed in seeds):
-        raise ValueError(f"seeds must not be negative, as {min(seeds)} is")
+    if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 1 << 63:
+        raise ValueError(f"seeds must lie between 0 and 2^63 - 1, not from {min(seeds)} to {max(seeds)}")
     if outdir is not None and Path(outdir).exists() and not Path(outdir).is_dir():
         raise ValueError(f"{outdir} is a file: give a folder to write images to")
     device = next(net.parameters()).device if device is None else torch.device(device)

@@ -325,3 +325,15 @@ def test_png_of_an_image_is_read_back(tmp_path):
     (tmp_path / "in" / "a.webp").write_bytes(stream.getvalue())
     run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "out")
     assert np.array_equal(pixels_of(tmp_path / "out")[0][0], image)
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+def test_two_conversions_to_one_destination_leave_one_whole_data_set(tmp_path, dest):
+    image_folder(tmp_path / "in", [(16, 16)] * 40)
+    command = [sys.executable, str(ROOT / "dataset_tool.py"), "convert", "--source", str(tmp_path / "in"), "--dest"]
+    both = [subprocess.Popen([*command, str(tmp_path / dest)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert min(process.returncode for process in both) == 0, said
+    for process, text in zip(both, said, strict=True):
+        assert process.returncode in (0, 1) and "Traceback" not in text, text
+    assert len(ImageDataset(tmp_path / dest)) == 40

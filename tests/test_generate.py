@@ -166,3 +166,14 @@ def test_help_is_quick():
         best = min(best, time.perf_counter() - start)
     assert result.returncode == 0 and "--zeta" in result.stdout
     assert best < 0.5
+
+
+def test_two_processes_with_one_folder_leave_the_images_of_one(tmp_path, nets):
+    options = ["--net", nets["student"], "--seeds", "0-31", "--grid", "--batch", "4", "--device", "cpu", "--quiet"]
+    command = [sys.executable, str(ROOT / "generate.py"), *options, "--outdir"]
+    both = [subprocess.Popen([*command, str(tmp_path / "both")], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert run(*options, "--outdir", tmp_path / "one").exit_code == 0
+    one, found = images(tmp_path / "one"), images(tmp_path / "both")
+    assert list(one) == list(found) and all(np.array_equal(one[name], found[name]) for name in one)
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == sorted([*one, "grid.png"])

@@ -212,8 +212,16 @@ def processes(run_dir, group):
     return found
 
 
-@pytest.mark.parametrize("moment", ["torchrun starts", "a second later", "training"])
-def test_sigterm_to_the_launcher_saves_and_ends_with_code_0(moment, prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        ("torchrun starts", signal.SIGTERM, 0),
+        ("a second later", signal.SIGTERM, 0),
+        ("training", signal.SIGTERM, 0),
+        ("training", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_to_the_launcher_saves_and_the_exit_code_tells(moment, number, code, prepared, tmp_path):
     out = tmp_path / "run"
     options = ["--batch=8", "--batch-gpu=4", "--duration=8000", "--status=8", "--checkpoint=8000", "--quiet"]
     command = ["bash", str(ROOT / "quick_start/train-img64-s.sh"), "2", *options]
@@ -229,8 +237,8 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_code_0(moment, prepared, tm
         while not reached() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(moment == "a second later")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=100) == 0
+        process.send_signal(number)
+        assert process.wait(timeout=100) == code
     assert processes(out, process.pid) == []
     if moment == "training":
         assert 0 < load_newest_state(out)["nimg"] < 8000

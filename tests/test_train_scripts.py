@@ -95,6 +95,71 @@ def test_a_dry_run_writes_nothing(tmp_path, distil, monkeypatch):
     assert "dry run" in result.output and not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, distil):
+    folder = tmp_path / "run"
+    for given, message in (
+        (["--eval-metric=x"], "no metric 'x'"),
+        (["--eval-metric=fd_demo"], r"fd_demo takes uint8 images \[N,1,16,16\]"),  # of 8x8 images
+        (["--eval-metric=kid:x"], "kid:x"),
+    ):
+        told = [mistake(train_ncvsd, *distil, *given, *dry) for dry in ([], ["-n"])]
+        assert told[0] == told[1] and re.search(message, told[0]), told
+        assert not folder.exists()
+    assert run(train_ncvsd, *distil).exit_code == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    other = [mistake(train_ncvsd, *distil, "--g-lr-scaling=0.5", *dry) for dry in ([], ["-n"])]
+    assert other[0] == other[1] and "g_lr_scaling is 0.01, now 0.5" in other[0]
+    result = run(train_ncvsd, *distil, "-n", "--duration=16")
+    assert result.exit_code == 0 and "it would resume at 8 images" in result.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+    state = next(folder.glob("training-state-*"))
+    state.write_bytes(b"damaged")
+    assert "no valid training state is left" in mistake(train_ncvsd, *distil, "-n")
+    assert state.read_bytes() == b"damaged"
+
+
+def test_a_short_run_of_a_small_preset_changes_the_student(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "GRID_SEEDS", range(2))
+    paths = ["--net", ROOT / "assets/demo/teacher.safetensors", "--data", ROOT / "assets/fashion16.zip"]
+    arguments = [*paths, "--outdir", tmp_path, "--preset", "fashion16", "--duration"]
+    result = run(train_ncvsd, *arguments, "256", "--eval-ts=20,39")
+    assert result.exit_code == 0 and "warning" not in result.output, result.output
+    first, last = (networks.load(tmp_path / f"network-snapshot-000000{n}-0.050.safetensors") for n in ("000", "256"))
+    weights = [loaded.net.state_dict() for loaded in (first, last)]
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_run_whose_generator_never_learns_says_so(tmp_path, distil):
+    for dry in (["-n"], []):
+        result = run(train_ncvsd, *distil, "--g-delay-kimg=1", *dry)
+        assert result.exit_code == 0 and "warning   the generator never learns" in result.output
+    assert "warning   the generator never learns" in (tmp_path / "run/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".lock", r"Error: .*\.lock: Is a directory"),
+        ("run.json", r"Error: .*run\.json: Is a directory"),
+        ("log.txt", r"log\.txt could not be written \(Is a directory\)"),
+        ("stats.jsonl", r"stats\.jsonl could not be written \(Is a directory\)"),
+        (
+            "network-snapshot-000000000-0.050.safetensors",
+            r"snapshot at 0 images could not be written \(Is a directory\)",
+        ),
+        ("grid-000000000-1step.png", r"snapshot at 0 images could not be written \(Is a directory\)"),
+        ("training-state-000000008-00000000.pt", r"Error: no valid training state is left .*Is a directory"),
+    ],
+)
+def test_a_folder_where_a_file_should_be_is_told_in_one_line(name, message, tmp_path, distil):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    result = run(train_ncvsd, *distil)
+    assert result.exit_code == (1 if message.startswith("Error") else 0), result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert len([line for line in result.output.splitlines() if re.search(message, line)]) == 1, result.output
+    assert (tmp_path / "run" / name).is_dir()
+
+
 def test_a_distillation_leaves_what_it_should(tmp_path, distil, tiny_data, tiny_teacher):
     result = run(train_ncvsd, *distil, "--eval-ts=30,39", "--duration=24", "--seed=3", "--gan-warmup-kimg=0.008")
     assert result.exit_code == 0, result.output

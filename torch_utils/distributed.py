@@ -16,16 +16,37 @@ import torch.distributed as dist
 from torch_utils.errors import MainProcessError
 
 T = TypeVar("T")
+_ADVICE = "unset RANK and WORLD_SIZE, or start with torchrun"
 
 
 def launched_by_torchrun() -> bool:
-    """Return whether the environment describes a process group (torchrun sets RANK and WORLD_SIZE)."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "0")) > 0
+    """Return whether the environment describes a process group (torchrun sets RANK and WORLD_SIZE).
+
+    Raises ValueError, naming the variable, where it describes none that can be.
+    """
+    if "RANK" not in os.environ or not _number("WORLD_SIZE"):
+        return False
+    if _number("RANK") >= _number("WORLD_SIZE"):
+        raise ValueError(f"{_variable('RANK')}, and WORLD_SIZE is {os.environ['WORLD_SIZE']!r}: {_ADVICE}")
+    _number("MASTER_PORT")
+    return True
 
 
 def local_rank() -> int:
     """Return this process's index on its machine (0 without torchrun)."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK")
+
+
+def _number(name: str) -> int:
+    """Value of a variable of torchrun's, 0 where it is not set. Raises ValueError for what is no whole number."""
+    text = os.environ.get(name, "0")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise ValueError(f"{_variable(name)}, not a whole number: {_ADVICE}")
+    return int(text)
+
+
+def _variable(name: str) -> str:
+    return f"the environment variable {name} is {os.environ[name]!r}"
 
 
 def device_for(name: str | torch.device = "auto") -> torch.device:

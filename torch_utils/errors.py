@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from dnnlib.streams import LastingStream, lasting_streams
 from dnnlib.text import redact
+
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
 
 
 class MainProcessError(ValueError):
@@ -23,7 +27,8 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
 
     Bad input (ValueError, OSError) is told in its own words; where memory runs out, on the GPU or not, the advice names
     `batch_option`. Any other exception is a defect and passes. Raises click.ClickException, or SystemExit in processes
-    that failed only because the main one did. Where several processes meet the same mistake one of them tells it.
+    that failed only because the main one did and, with code 130, after Ctrl-C. Where several processes meet the same
+    mistake one of them tells it.
     """
     import click
 
@@ -36,8 +41,15 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     except MainProcessError:
         _let_others_speak()
         sys.exit(1)  # one message is enough
+    except KeyboardInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again: at once, without a traceback
+        with suppress(OSError):  # of a closed terminal
+            if _rank() == 0:
+                click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError, OverflowError, RecursionError) as error:
-        if os.environ.get("RANK", "0") != "0":
+        if _rank() > 0:
             _let_others_speak()
         raise click.ClickException(redact(_text(error))) from error
     except (MemoryError, RuntimeError) as error:
@@ -78,9 +90,14 @@ def _text(error: Exception) -> str:
     return str(error)
 
 
+def _rank(variable: str = "RANK") -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0  # what is no number is an error of `torch_utils.distributed`
+
+
 def _let_others_speak() -> None:
     """Wait before saying what another process is likely to say too: when that one ends, torchrun ends this one."""
-    time.sleep(5 + int(os.environ.get("LOCAL_RANK", "0")))
+    time.sleep(5 + _rank("LOCAL_RANK"))
 
 
 def _lost_another_process(error: MemoryError | RuntimeError) -> bool:

@@ -33,6 +33,7 @@ def snapshot_metrics(
     run_dir: Path,
     batch: int,  # per process
     schedules: Mapping[str, dict[str, Any]],  # name -> arguments of generate_images, each measured on its own
+    writing: bool = True,  # False = check everything, with two images for the reference, and write nothing
 ) -> Callable[[nn.Module, Any], dict[str, float]]:
     """Function of a network and its encoder that returns metrics by name, METRIC_SCHEDULE. Both are collective.
 
@@ -43,20 +44,21 @@ def snapshot_metrics(
         raise ValueError(f"--eval-num must be at least 2, got {num}")
     detectors = distributed.main_first(lambda: {m.detector: load_detector(m.detector, device=device) for m in metrics})
     if reference is None:
+        if dataset.num_channels not in (1, 3):
+            raise ValueError("the data are latents: give statistics of the images in --eval-ref")
         shown = hashlib.sha256(f"{sorted(m.name for m in metrics)} {dataset.fingerprint()}".encode()).hexdigest()
         path = run_dir / f"eval-reference-{distributed.from_main(shown)[:8]}.npz"  # of these data, for these metrics
-        if not distributed.from_main(path.exists()):
-            if dataset.num_channels not in (1, 3):
-                raise ValueError("the data are latents: give statistics of the images in --eval-ref")
-            rng = np.random.default_rng(0)
-            indices = rng.permutation(len(dataset))[:REFERENCE_IMAGES].tolist()
+        there = distributed.from_main(path.exists())
+        if not there:
+            count = REFERENCE_IMAGES if writing else 2
+            indices = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
             collected = evaluate_dataset(dataset, metrics, detectors, indices=indices, batch=batch, device=device)
-            if distributed.is_main():
+            if writing and distributed.is_main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_reference(path, collected)
             distributed.barrier()
-        reference = str(path)
-    known = distributed.main_first(lambda: _reference(reference, metrics, detectors))
+        reference = str(path) if there or writing else None
+    known = distributed.main_first(lambda: _reference(reference, metrics, detectors) if reference else None)
     seeds = range(FIRST_SEED, FIRST_SEED + num)
 
     def evaluate(net: nn.Module, encoder: Any) -> dict[str, float]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dnnlib.files import read_json, write_json
+from dnnlib.locks import lock_folder
 from torch_utils import distributed
 from training.presets import TrainingConfig
 from training.state import StateError
@@ -41,41 +39,18 @@ def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | No
 
 
 @contextmanager
-def sole_user(run_dir: Path) -> Iterator[None]:
+def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
     """Keep other runs out of a folder, by a lock that ends with the main process at the latest. Collective.
 
-    Raises StateError where another run holds it. File systems without locks are trusted.
+    Raises FolderInUseError where another run holds it; without `create`, a folder without lock is free.
     """
-    held = distributed.main_first(lambda: _lock(run_dir / ".lock") if distributed.is_main() else None)
+    wanted = distributed.is_main() and (create or (run_dir / ".lock").exists())
+    held = distributed.main_first(lambda: lock_folder(run_dir) if wanted else None)
     try:
         yield
     finally:
         if held is not None:
-            os.close(held)
-
-
-def _lock(path: Path) -> int | None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: loader processes do not inherit it
-    except OSError as error:
-        holder = os.read(handle, 200).decode(errors="replace").strip()
-        os.close(handle)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise StateError(
-                f"{path.parent} is in use by another run ({holder or 'unknown'}): stop it, or use another --outdir"
-            ) from None
-        return None
-    try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    except OSError:  # a full disk: the lock holds without a name
-        pass
-    return handle
+            held.close()
 
 
 def check_identity(

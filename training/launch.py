@@ -17,6 +17,7 @@ import click
 
 from dnnlib.text import parse_duration, redact
 from torch_utils.errors import user_errors
+from torch_utils.options import FOLDER
 from training.presets import TrainingConfig, load_config, preset_names
 from training.stopping import StopRequest
 
@@ -28,7 +29,7 @@ def common_options(kind: type[TrainingConfig]) -> Callable:
     """Click decorator with the options that every training script has."""
     names = ", ".join(preset_names(kind))
     options = [
-        click.option("--outdir", metavar="DIR", required=True, help="Run folder: snapshots, statistics, states."),
+        click.option("--outdir", type=FOLDER, required=True, help="Run folder: snapshots, statistics, states."),
         click.option("--data", metavar="DIR|ZIP", required=True, help="Training images or latents."),
         click.option("--preset", metavar="NAME|FILE", help=f"Settings to start from: {names}, or a .json file."),
         click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, help="Of weights, order and noise."),
@@ -94,8 +95,6 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     settings = {f.name: options.pop(f.name) for f in dataclasses.fields(kind)}
     config = load_config(kind, options["preset"], settings)
     run_dir = Path(options["outdir"])
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"--outdir {run_dir} is a file: name a folder")
 
     if options["deterministic"]:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else replicas remark on what `parallel` wants of them
@@ -106,6 +105,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     from training.dataset import DatasetError, one_line
     from training.loop import train
     from training.optim import DivergenceError
+    from training.resuming import dry_run
 
     device = distributed.init(options["device"])
     configure_backends(options["deterministic"])
@@ -119,13 +119,12 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         set_recompute(net, options["checkpoint_activations"])
     description = _description(config, options, task, dataset, device)
     distributed.print0("\n".join(description), flush=True)
-    if options["dry_run"]:
-        distributed.print0("dry run: nothing is written")
-        return
-
-    distributed.main_first(lambda: run_dir.mkdir(parents=True, exist_ok=True))
     run = _run(config, options, task, dataset, device, stop)
     run.description = description
+    if options["dry_run"]:
+        dry_run(task, dataset.fingerprint(), config, run)
+        return
+    distributed.main_first(lambda: run_dir.mkdir(parents=True, exist_ok=True))
     try:
         train(task, dataset, encoder, config, run)
     except DatasetError as error:
@@ -164,6 +163,7 @@ def _run(
             run_dir=run_dir,
             batch=split_batch(config, distributed.world_size())[0],
             schedules=task.schedules,
+            writing=not options["dry_run"],
         )
     return Run(
         run_dir,
@@ -254,4 +254,5 @@ def _description(config: TrainingConfig, options: dict[str, Any], task: Any, dat
         *plan.lines(),
         f"device    {device}, {distributed.world_size()} process(es), dtype {options['dtype']}",
         f"settings  {json.dumps(dataclasses.asdict(config))}",
+        *(f"warning   {text}" for text in config.warnings()),
     ]

@@ -17,16 +17,15 @@ from sampling.seeds import stream_seed
 from torch_utils import distributed
 from training import monitor, parallel, stopping
 from training.dataset import ImageDataset, InfiniteSampler
-from training.identity import check_identity, run_identity, sole_user, write_identity
+from training.identity import sole_user, write_identity
 from training.memory import memory_plan
 from training.noise import training_noise
 from training.optim import DivergenceError, check_weights, learning_rate, update_network
 from training.parallel import accumulate, replicate
 from training.presets import TrainingConfig
 from training.records import Recorder, RunningMeans
-from training.state import StateError, find_newest_state, read_state, remove_unfinished
+from training.resuming import take_up
 from training.tasks import Batch, Phase, Task, draw
-from training.trained import Trained
 from training.writer import StateWriter
 
 GRID_SEEDS = range(64)
@@ -55,9 +54,9 @@ def train(task: Task, dataset: ImageDataset, encoder: Any, config: TrainingConfi
 
     An iteration runs every phase on a fresh batch and counts as `config.batch` images. The noise of an image depends
     on the seed and on its position in the run's image sequence alone. A signal or the deadline ends training after
-    the iteration that is going on, with its state written. Raises ValueError where batch sizes do not fit the number of
-    processes, the state belongs to another run or another run is using the folder, DivergenceError if gradients stay
-    non-finite, OSError if states cannot be written.
+    the iteration that is going on, with its state written; after Ctrl-C KeyboardInterrupt is raised then. Raises
+    ValueError where batch sizes do not fit the number of processes, the state belongs to another run or another run is
+    using the folder, DivergenceError if gradients stay non-finite, OSError if states cannot be written.
     """
     with run.stop, sole_user(run.run_dir):
         trainer = Trainer(task, dataset, encoder, config, run)
@@ -89,12 +88,9 @@ class Trainer:
         for p in task.phases:
             p.net.eval().requires_grad_(False)  # but for the one whose turn it is
         warnings: list[str] = []
-        self.identity = run_identity(config, run.seed, dataset.fingerprint(), task.teacher_digest)
-        self.trained = Trained(task, config, run.seed, run.device, shard=run.shard, ema_device=run.ema_device)
-        self.resumed, state = _newest_state(run.run_dir, warnings.append)
-        check_identity(run.run_dir, self.identity, state, force=run.force_resume, log=warnings.append)
-        if state is not None:
-            self.trained.load_state_dict(state, force=run.force_resume)
+        begun = take_up(task, dataset.fingerprint(), config, run, warnings.append)
+        self.trained, self.resumed, self.identity = begun
+        self.interrupted = False  # by Ctrl-C, in any process
         if self.main:
             write_identity(run.run_dir, self.identity)
         self.callables = {p.name: replicate(p.net) for p in task.phases}  # what is called in training
@@ -119,7 +115,9 @@ class Trainer:
         return self.trained.nimg >= self.config.duration
 
     def train(self) -> None:
-        """Train to the end, or until a stop is requested. Raises ValueError where time was too short for one step."""
+        """Train to the end, or until a stop is requested. Raises ValueError where time was too short for one step, and
+        KeyboardInterrupt where Ctrl-C was that request.
+        """
         first = self.trained.nimg
         reason = self.agree()
         if not reason and (self.resumed is None or self.snapshot_is_missing()):
@@ -147,6 +145,8 @@ class Trainer:
             raise ValueError(message) if self.main else distributed.MainProcessError(message)
         outcome = "finished" if self.done else f"stopped ({reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
+        if self.interrupted and not self.done:
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         """End what would keep the process alive: loader processes, which ignore signals. Finish the progress bar."""
@@ -201,11 +201,12 @@ class Trainer:
         """
         snapshot = self.trained.snapshot_seconds if self.crosses(self.config.snapshot) else 0
         reason = self.run.stop.reason(self.writer.reserve + snapshot)
-        own = parallel.FAIL if self.writer.exhausted else parallel.STOP if reason else parallel.GO_ON
-        verdict = parallel.gravest(own, self.run.device)
+        wish = parallel.INTERRUPT if reason == "SIGINT" else parallel.STOP if reason else parallel.GO_ON
+        verdict = parallel.gravest(parallel.FAIL if self.writer.exhausted else wish, self.run.device)
         if verdict == parallel.FAIL:
             raise self.writer.error() if self.main else distributed.MainProcessError("states cannot be written")
-        return (reason or "another process was told to") if verdict == parallel.STOP else None
+        self.interrupted = verdict == parallel.INTERRUPT
+        return None if verdict == parallel.GO_ON else reason or "another process was told to"
 
     def crossed(self, interval: int) -> bool:
         """Whether the last iteration passed a multiple of so many images."""
@@ -335,25 +336,3 @@ def _batches(dataset: ImageDataset, batch_gpu: int, run: Run, start: int) -> Ite
 def _encode(encoder: Any, raw: Tensor, noise: Any) -> Tensor:
     latents = encoder.encode(raw.to(noise.device), randn_like=noise.randn_like)
     return latents.contiguous(memory_format=torch.channels_last)
-
-
-def _newest_state(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:
-    """Newest valid state. The main process verifies files and sets damaged ones aside; the others read the same.
-
-    Raises StateError in a process that does not see that file. Collective.
-    """
-
-    def find() -> tuple[Path | None, dict[str, Any] | None]:
-        if not distributed.is_main():
-            return None, None
-        remove_unfinished(run_dir)
-        return find_newest_state(run_dir, warn)
-
-    path, state = distributed.main_first(find)
-    name = distributed.from_main(path.name if path else None)
-    if path is None and name is not None:
-        path = run_dir / name
-        if not path.is_file():
-            raise StateError(f"process {distributed.rank()} does not see {path}: all machines must share that folder")
-        state = read_state(path)
-    return path, state

@@ -17,7 +17,7 @@ from training.state import to_host
 Name = TypeVar("Name", str, int)
 
 ADAM_BETAS = (0.9, 0.99)
-GO_ON, STOP, FAIL = 0, 1, 2  # verdicts of a process on how training should proceed
+GO_ON, STOP, INTERRUPT, FAIL = range(4)  # verdicts of a process on how training should proceed
 
 
 class Replica(DistributedDataParallel):
@@ -61,7 +61,7 @@ def accumulate(net: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def gravest(verdict: int, device: torch.device) -> int:
-    """The gravest verdict (GO_ON, STOP or FAIL) of any process. Collective."""
+    """The gravest verdict (GO_ON to FAIL) of any process. Collective."""
     if distributed.world_size() == 1:
         return verdict
     shared = torch.tensor(verdict, dtype=torch.int32, device=device)

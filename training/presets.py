@@ -74,6 +74,23 @@ class TrainingConfig:
         if self.nonfinite not in ("zero", "skip"):
             raise PresetError(f"nonfinite must be 'zero' or 'skip', got {self.nonfinite!r}")
 
+    def warnings(self) -> list[str]:
+        """What is likely to be a mistake: parts of a run that take longer than it, and networks that never learn."""
+        told = []
+        if (self.rampup_mimg + self.cooldown_mimg) * 1e6 > self.duration:
+            told.append(
+                f"the learning rate never reaches its full value: rampup_mimg {self.rampup_mimg:g} and cooldown_mimg "
+                f"{self.cooldown_mimg:g} take more than the run's {self.duration:,} images"
+            )
+        if self.rampup_mimg > 0 and self.last_update == 0:
+            told.append("no network learns: the run has one update, and a ramp-up begins with learning rate 0")
+        return told
+
+    @property
+    def last_update(self) -> int:
+        """Images before the last update."""
+        return (self.duration - 1) // self.batch * self.batch
+
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
             if getattr(self, name) < 0:
@@ -125,6 +142,17 @@ class NCVSDConfig(TrainingConfig):
         if self.sigma_steps < 2:
             raise PresetError(f"sigma_steps must be at least 2, got {self.sigma_steps}")
 
+    def warnings(self) -> list[str]:
+        told = super().warnings()
+        for name, what in (
+            ("g_delay_kimg", "the generator never learns, and the student stays as it begins"),
+            ("gan_warmup_kimg", "the adversarial loss never begins"),
+        ):
+            start = getattr(self, name)
+            if start * 1e3 > self.last_update and (name == "g_delay_kimg" or self.gan_loss_scaling > 0):
+                told.append(f"{what}: {name} {start:g} is not below the run's {self.duration:,} images")
+        return told
+
 
 @dataclass(frozen=True)
 class EDM2Config(TrainingConfig):
@@ -160,7 +188,9 @@ def preset_names(kind: type) -> list[str]:
 def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
     """Settings of `kind` from a preset, a name in presets/ or a path, with overrides (None = not given).
 
-    Raises PresetError for an unknown preset or setting and for values of the wrong type.
+    Settings that the preset names in "scale_with_duration" are shares of its run: they keep their proportion to the
+    duration where only that is given. Raises PresetError for an unknown preset or setting and for values of the wrong
+    type.
     """
     values: dict[str, Any] = {}
     if preset is not None:
@@ -173,13 +203,23 @@ def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, A
         if values.pop("kind", None) != _kind_name(kind):
             raise PresetError(f'{path} is no preset for this script: its "kind" is not {_kind_name(kind)!r}')
         values.pop("description", None)
-    values.update({k: v for k, v in (overrides or {}).items() if v not in (None, ())})
+    shares = values.pop("scale_with_duration", [])
+    own = values.get("duration")
+    given = {k: v for k, v in (overrides or {}).items() if v not in (None, ())}
+    values.update(given)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise PresetError(f"unknown setting {unknown[0]!r} in preset {preset}: known are {', '.join(fields)}")
     types = typing.get_type_hints(kind)
-    return kind(**{k: convert(k, types[k], fields[k].metadata["si"], v) for k, v in values.items()})
+    settings = {k: convert(k, types[k], fields[k].metadata["si"], v) for k, v in values.items()}
+    if shares:
+        reference = 0 if own is None else convert("duration", int, True, own)
+        if not reference or not isinstance(shares, list) or not all(types.get(str(k)) is float for k in shares):
+            raise PresetError(f'"scale_with_duration" in preset {preset} must list float settings, beside a "duration"')
+        kept = {k: v for k, v in settings.items() if k in shares and k not in given}
+        settings |= {k: v * settings["duration"] / reference for k, v in kept.items()}
+    return kind(**settings)
 
 
 def convert(name: str, kind: Any, si: bool, value: Any) -> Any:

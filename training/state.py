@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -165,24 +166,24 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def find_newest_state(
-    run_dir: str | Path, warn: Callable[[str], None] = print
+    run_dir: str | Path, warn: Callable[[str], None] = print, *, set_aside: bool = True
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """Newest valid state of a run with its path, or (None, None) if it has none yet.
 
-    A damaged one is set aside as *.damaged with a warning, and one that the system cannot read is left out. Raises
-    StateError if states are there and none is valid: starting afresh would overwrite the run.
+    A damaged one is set aside as *.damaged (unless `set_aside` is off) with a warning, and one that the system cannot
+    read is left out. Raises StateError if states are there and none is valid: starting afresh would overwrite the run.
     """
     reasons = []
     for path in list_states(run_dir):
         try:
             return path, load_state(path)
         except StateError as error:
-            aside = path.with_suffix(".damaged")
-            try:
-                os.replace(path, aside)
-                reasons.append(f"{error}; it is set aside as {aside.name}")
-            except OSError:
-                reasons.append(f"{error}; the one before is used")
+            aside, outcome = path.with_suffix(".damaged"), "the one before is used"
+            if set_aside:
+                with contextlib.suppress(OSError):
+                    os.replace(path, aside)
+                    outcome = f"it is set aside as {aside.name}"
+            reasons.append(f"{error}; {outcome}")
         except OSError as error:
             reasons.append(f"{path} cannot be read ({error.strerror or error}); the one before is used")
         warn(reasons[-1])

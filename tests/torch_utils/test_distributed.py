@@ -69,3 +69,19 @@ def test_two_processes_form_a_gloo_group(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["main of 2: 3"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (dict(RANK="x", WORLD_SIZE="1"), "RANK is 'x', not a whole number"),
+        (dict(RANK="0", WORLD_SIZE="two"), "WORLD_SIZE is 'two', not a whole number"),
+        (dict(RANK="0", WORLD_SIZE="1", MASTER_PORT="p"), "MASTER_PORT is 'p', not a whole number"),
+        (dict(RANK="2", WORLD_SIZE="2"), "RANK is '2', and WORLD_SIZE is '2'"),
+    ],
+)
+def test_environments_of_no_group_name_the_variable(variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.init("cpu")

@@ -1,4 +1,5 @@
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,13 @@ def test_values_that_are_too_large_or_too_deep_are_told():
         math.exp(1000)
     with pytest.raises(click.ClickException, match="^something is nested too deeply$"), user_errors():
         raise RecursionError("maximum recursion depth exceeded")
+
+
+def test_ctrl_c_ends_with_130(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as error, user_errors():
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert error.value.code == 130 and capsys.readouterr().err == "interrupted\n"

@@ -100,9 +100,47 @@ def test_a_preset_of_ones_own(tmp_path):
     assert config == NCVSDConfig(batch=8, batch_gpu=4, duration=2048)
 
 
+def test_shares_of_the_run_scale_with_its_duration_unless_they_are_given():
+    whole, short = load_config(NCVSDConfig, "fashion16"), load_config(NCVSDConfig, "fashion16", {"duration": "6400"})
+    for name in ("rampup_mimg", "cooldown_mimg", "g_delay_kimg", "gan_warmup_kimg"):
+        assert getattr(short, name) == pytest.approx(getattr(whole, name) / 8) and getattr(whole, name) > 0, name
+    assert (short.batch, short.snapshot, short.ref_lr) == (whole.batch, whole.snapshot, whole.ref_lr)
+    given = load_config(NCVSDConfig, "fashion16", {"duration": 6400, "g_delay_kimg": "3"})
+    assert (given.g_delay_kimg, given.gan_warmup_kimg) == (3, 2)
+    teacher = load_config(EDM2Config, "fashion16-teacher", {"duration": "1280000"})
+    assert (teacher.ref_batches, teacher.rampup_mimg, teacher.cooldown_mimg) == (4000, 0.04, 0.4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets_stay_absolute(name):
+    whole, short = load_config(NCVSDConfig, name), load_config(NCVSDConfig, name, {"duration": "1Mi"})
+    assert dataclasses.replace(short, duration=whole.duration) == whole
+
+
+def test_runs_whose_parts_are_longer_than_they_are_have_warnings():
+    for preset in preset_names(NCVSDConfig):
+        assert load_config(NCVSDConfig, preset).warnings() == []
+    assert load_config(NCVSDConfig, "fashion16", {"duration": 6400}).warnings() == []
+    small = dict(duration=640, batch=64, rampup_mimg=0)
+    assert NCVSDConfig(**small, gan_warmup_kimg=0.576, g_delay_kimg=0.576).warnings() == []  # the last update's
+    (told,) = NCVSDConfig(**small, gan_warmup_kimg=0, g_delay_kimg=0.577).warnings()
+    assert "the generator never learns" in told and "g_delay_kimg 0.577" in told
+    (told,) = NCVSDConfig(**small, gan_warmup_kimg=1).warnings()
+    assert "the adversarial loss never begins" in told
+    assert NCVSDConfig(**small, gan_warmup_kimg=1, gan_loss_scaling=0).warnings() == []
+    (told,) = EDM2Config(**small, cooldown_mimg=0.00065).warnings()
+    assert "never reaches its full value" in told and "640 images" in told
+    assert any("no network learns" in told for told in EDM2Config(duration=64, batch=64).warnings())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"kind": "ncvsd", "scale_with_duration": ["gamma"], "gamma": 1}', 'beside a "duration"'),
+        ('{"kind": "ncvsd", "scale_with_duration": ["gamma"], "duration": 0}', 'beside a "duration"'),
+        ('{"kind": "ncvsd", "scale_with_duration": ["batch"], "duration": 1}', "must list float settings"),
+        ('{"kind": "ncvsd", "scale_with_duration": [{}], "duration": 1}', "must list float settings"),
+        ('{"kind": "ncvsd", "scale_with_duration": "gamma", "duration": 1}', "must list float settings"),
         ('{"kind": "edm2"}', "is no preset for this script"),
         ("{}", "is no preset for this script"),
         ("[" * 100_000, "mine.json: not valid JSON .lists within lists, too deep"),
