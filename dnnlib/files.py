@@ -1,14 +1,16 @@
 """Files that are written whole or not at all, and hashes. Imports no third-party package: scripts start fast."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 _CHUNK = 1 << 20  # bytes read for hashing at a time
 
@@ -70,10 +72,43 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading in binary mode. Links are followed; nothing waits for the other end of a pipe.
+
+    Raises OSError, with `strerror` and `filename`, where it cannot be opened and for pipes, devices and folders.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    except OSError:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Reads a regular file: as many bytes as it holds when it is opened, however it grows.
+
+    Raises OSError as `open_regular`, and for files larger than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            reason = f"too large: {size} bytes, and at most {max_bytes} are read"
+            raise OSError(errno.EFBIG, reason, os.fspath(path))
+        return file.read(size)
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, as 64 lower-case hexadecimal digits."""
+    """SHA-256 of a regular file's content, as 64 lower-case hexadecimal digits. Raises OSError as `open_regular`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
+    with open_regular(path) as file:
+        left = os.fstat(file.fileno()).st_size
+        while chunk := file.read(min(left, _CHUNK)):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
