@@ -4,6 +4,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from PIL import Image
 
 import dataset_tool
 from tests.image_utils import picture
+from tests.memory_utils import HAS_LIMITS, run_script
 from training.dataset import ImageDataset
 from training.dataset_convert import transform_image
 
@@ -191,6 +195,63 @@ def test_idx_errors(tmp_path):
     assert "file beside it" in run("convert", "--source", tmp_path / "cut", *json_labels, code=1)
 
 
+IDX_BOMBS = """
+import gzip, pathlib, struct, sys
+from tests.memory_utils import refuse_all
+from training.dataset_convert import convert_dataset
+
+folder = pathlib.Path(sys.argv[1])
+files = {}
+for name, shape, content in [
+    ("many", (1 << 22, 28, 28), bytes(999)),
+    ("large", (1, 1 << 16, 1 << 16), bytes(300 << 20)),
+    ("labels", (1 << 28, 1, 1), b""),
+    ("cut", (1 << 28, 1, 1), bytes(99)),
+]:
+    (folder / name).mkdir()
+    files[name] = folder / name / "train-images-idx3-ubyte.gz"
+    files[name].write_bytes(gzip.compress(struct.pack(">4i", 0x803, *shape) + content, 1))
+    count = shape[0] + (name == "labels")
+    labels = gzip.compress(struct.pack(">2i", 0x801, count) + bytes(300 << 20), 1)
+    (folder / name / "train-labels-idx1-ubyte.gz").write_bytes(labels)
+convert = lambda path: convert_dataset(str(path), str(folder / "out"))
+try:
+    convert(files["cut"])  # imports what is needed
+except ValueError:
+    pass
+refuse_all(convert, files)
+"""
+
+
+@pytest.mark.skipif(not HAS_LIMITS, reason="needs Linux")
+def test_idx_bombs_are_cheap(tmp_path):
+    run_script(IDX_BOMBS, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_reads_nothing_but_regular_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    images = np.zeros([3, 8, 8], dtype=np.uint8)
+    for target in (tmp_path / "pipe", Path("/dev/zero")):
+        for name in ("x/a.png", "x/dataset.json", "x/train-images-idx3-ubyte.gz", "x/train-labels-idx1-ubyte"):
+            idx_files(tmp_path / "x", images, None if "labels" in name else [0, 1, 2], suffix="")
+            save(tmp_path / "x" / "b.png", picture(8, 8))
+            if "labels" not in name:
+                (tmp_path / "x" / "train-images-idx3-ubyte").unlink()
+            (tmp_path / name).symlink_to(target)
+            line = run("convert", "--source", tmp_path / "x", "--dest", tmp_path / "out", code=1)
+            assert f"{tmp_path / name}: cannot be read (not a regular file)" in line
+            shutil.rmtree(tmp_path / "x")
+
+
+@pytest.mark.parametrize("transform", ["none", "center-crop-dhariwal"])
+def test_scaling_makes_no_giants_of_narrow_pictures(tmp_path, transform):
+    save(tmp_path / "in" / "a.png", np.zeros([1, 500_000, 1], dtype=np.uint8))
+    options = ["--transform", transform, "--resolution", 256]
+    line = run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "out", *options, code=1)
+    assert f"{tmp_path / 'in' / 'a.png'}: 1x500000 scaled to " in line and "too many pixels" in line
+
+
 def test_convert_errors_leave_nothing(tmp_path):
     image_folder(tmp_path / "in", [(16, 16)] * 4)
 
@@ -226,6 +287,35 @@ def test_convert_errors_leave_nothing(tmp_path):
     (tmp_path / "in" / "dataset.json").unlink()
     save(tmp_path / "in" / "loose.png", picture(16, 16))
     assert "loose.png" in message("--labels", "folders")
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_convert_stopped_by_a_signal_leaves_nothing_for_the_next_run(tmp_path, dest, number):
+    image_folder(tmp_path / "in", [(16, 16)] * 4)
+    stop = f"""
+import os, signal
+from training import dataset_convert
+encode, encoded = dataset_convert.encode_png, []
+
+def stop(*args):
+    encoded.append(0)
+    if len(encoded) == 3:
+        os.kill(os.getpid(), {int(number)})
+    return encode(*args)
+
+dataset_convert.encode_png = stop
+"""
+    arguments = ["convert", "--source", str(tmp_path / "in"), "--dest", str(tmp_path / dest)]
+    code = f"{stop}\nimport dataset_tool\ndataset_tool.cli({arguments})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if number == signal.SIGKILL:
+        assert result.returncode == -number and len(os.listdir(tmp_path)) == 2
+    else:
+        assert result.returncode == 128 + number and os.listdir(tmp_path) == ["in"], result.stderr
+        assert "Traceback" not in result.stderr and f"Error: stopped by {number.name}" in result.stderr
+    run(*arguments)
+    assert sorted(os.listdir(tmp_path)) == ["in", dest] and len(ImageDataset(tmp_path / dest)) == 4
 
 
 def test_existing_destination_is_kept(tmp_path):

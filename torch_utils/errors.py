@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from types import FrameType
 
 from dnnlib.streams import LastingStream, lasting_streams
 from dnnlib.text import redact
@@ -21,33 +22,30 @@ class MainProcessError(ValueError):
     """The main process failed, and has said or will say why; raised in the others, so that they end too."""
 
 
+class _Stopped(BaseException):
+    """A signal asks this process to end."""
+
+
 @contextmanager
 def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     """Turn errors that the user can mend into one line and exit code 1, and leave the process group at the end.
 
     Bad input (ValueError, OSError) is told in its own words; where memory runs out, on the GPU or not, the advice names
     `batch_option`. Any other exception is a defect and passes. Raises click.ClickException, or SystemExit in processes
-    that failed only because the main one did and, with code 130, after Ctrl-C. Where several processes meet the same
-    mistake one of them tells it.
+    that failed only because the main one did. Where several processes meet the same mistake one of them tells it.
+    Ctrl-C, SIGTERM and SIGHUP end in one line and exit code 128 + number, after temporary files have been removed.
     """
     import click
 
     failed = True
     try:
-        with lasting_streams() as output:
+        with lasting_streams() as output, _stopped_by_signals():
             yield
         _check_told(output)
         failed = False
     except MainProcessError:
         _let_others_speak()
         sys.exit(1)  # one message is enough
-    except KeyboardInterrupt:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again: at once, without a traceback
-        with suppress(OSError):  # of a closed terminal
-            if _rank() == 0:
-                click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
     except (ValueError, OSError, OverflowError, RecursionError) as error:
         if _rank() > 0:
             _let_others_speak()
@@ -67,6 +65,33 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
             # After an error, leaving a group of GPUs could wait for processes that are still at work.
             if not failed or distributed.collective_device().type == "cpu":
                 distributed.destroy()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    owner, before = os.getpid(), {}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if os.getpid() == owner:
+            raise _Stopped(number)
+        os.kill(os.getpid(), number)  # of a child, which inherited this
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, _Stopped) as error:
+        number = signal.Signals(error.args[0] if isinstance(error, _Stopped) else signal.SIGINT)
+        if _rank() == 0:
+            line = f"Error: stopped by {number.name}"
+            print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_told(output: LastingStream) -> None:
