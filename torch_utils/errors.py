@@ -15,8 +15,6 @@ from types import FrameType
 from dnnlib.streams import LastingStream, lasting_streams
 from dnnlib.text import redact
 
-INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
-
 
 class MainProcessError(ValueError):
     """The main process failed, and has said or will say why; raised in the others, so that they end too."""
