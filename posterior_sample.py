@@ -15,6 +15,8 @@ from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER, SEED
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
+BATCH = """Samples at once, per process. With 1 an image is the same, bit for bit, whatever else is drawn; more round
+otherwise: float32 by less than a grey level (more where beta is far below 2·noise²), bf16 and fp16 by several."""
 OVERRIDES = (  # options that replace a setting of the task
     "beta",
     "ema_decay",
@@ -65,7 +67,7 @@ def _parse_class(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--class", "class_idx", metavar="INT|data", callback=_parse_class, help="Of conditional networks.")
 @click.option("--seed", type=SEED, default=0, help="Of measurement noise and samples.")
 @click.option("--runs", type=click.IntRange(min=1), help="Samples per image.  [default: the task's]")
-@click.option("--batch", type=click.IntRange(min=1), default=16, help="Samples at once, per process.")
+@click.option("--batch", type=click.IntRange(min=1), default=16, help=BATCH)
 @click.option("--ts", metavar="LIST", callback=_parse_ts, help="Few-step prior steps: grid indices, as 10,22,39.")
 @click.option("--zeta", type=click.FloatRange(0, 1), help="With --ts: share of fresh noise between steps.")
 @click.option("--noise", type=click.FloatRange(0), help="Task: standard deviation of simulated measurement noise.")

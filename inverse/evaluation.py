@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dnnlib.files import atomic_write, write_json
 from inverse.inputs import pixels_to_image
+from inverse.report_input import ReportError, read_png
 from inverse.results import ResultsFolder
 from metrics.image_quality import SSIM_WINDOW, psnr, ssim
-from sampling.grid import read_image
 
 QUALITIES = ("psnr", "ssim", "lpips")
 
@@ -94,8 +94,13 @@ def _evaluate_image(outdir: Path, record: dict[str, Any], lpips: Any) -> dict[st
 
 @torch.no_grad()
 def _qualities(files: Sequence[Path], truth_file: Path, lpips: Any) -> list[dict[str, float]]:
-    x = pixels_to_image(np.stack([read_image(file) for file in files]))
-    truth = pixels_to_image(read_image(truth_file))[None].expand_as(x)
+    pixels = read_png(truth_file)
+    images = [read_png(file, pixels.shape[1:]) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != pixels.shape:
+            raise ReportError(f"{file}: {image.shape[0]} channels, and {truth_file} has {pixels.shape[0]}")
+    x = pixels_to_image(np.stack(images))
+    truth = pixels_to_image(pixels)[None].expand_as(x)
     values: dict[str, Tensor] = {"psnr": psnr(x, truth)}
     if min(x.shape[2:]) >= SSIM_WINDOW:
         values["ssim"] = ssim(x, truth)

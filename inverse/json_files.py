@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from dnnlib.files import parse_json, read_regular
 
 _MAX_BYTES = 1 << 28
 
@@ -16,16 +17,12 @@ class JsonFileError(ValueError):
 def read_json(path: Path, advice: str) -> dict[str, Any]:
     """Return the object in a JSON file. Raises JsonFileError, which ends in `advice`, where it cannot be had."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise JsonFileError(f"{path}: larger than such a file can be; {advice}")
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_regular(path, _MAX_BYTES))
     except FileNotFoundError:
         raise JsonFileError(f"{path}: missing; {advice}") from None
     except OSError as error:
-        raise JsonFileError(f"{path}: cannot be read ({error.strerror})") from None
-    except JsonFileError:
-        raise
-    except (ValueError, RecursionError) as error:
+        raise JsonFileError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    except ValueError as error:
         raise JsonFileError(f"{path}: damaged, not JSON ({str(error)[:100]}); {advice}") from None
     if not isinstance(content, dict):
         raise JsonFileError(f"{path}: damaged, must hold a JSON object, not {type(content).__name__}; {advice}")

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from inverse.resize import mirror
 
 MAX_SEED = (1 << 32) - 1  # of NumPy's legacy generator
+_MAX_SIZE = 2048  # of a kernel, in pixels
 
 
 def gaussian_kernel(
@@ -22,9 +23,9 @@ def gaussian_kernel(
     As scipy.ndimage.gaussian_filter computes it: sampled, cut at 4 standard deviations, mirrored at the borders.
     Raises ValueError for a size below 1 or a std that is not positive.
     """
-    size = check_whole(size, "kernel_size", 1)
-    if not (np.isfinite(std) and std > 0):
-        raise ValueError(f"std of a Gaussian kernel must be a positive number of pixels, not {std}")
+    size = check_whole(size, "kernel_size", 1, _MAX_SIZE)
+    if not 0 < std <= _MAX_SIZE:
+        raise ValueError(f"std of a Gaussian kernel must be a positive number of pixels up to {_MAX_SIZE}, not {std}")
     radius = int(4 * std + 0.5)
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (offsets / std) ** 2)
@@ -45,7 +46,7 @@ def motion_kernel(
     NumPy's legacy generator in a fixed order, so that a seed means the same kernel everywhere.
     Raises ValueError for a size below 3, an intensity outside [0, 1] or a seed outside 0..2^32-1.
     """
-    size = check_whole(size, "kernel_size", 3)
+    size = check_whole(size, "kernel_size", 3, _MAX_SIZE)
     if not 0 <= intensity <= 1:
         raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity}")
     rng = np.random.RandomState(check_whole(seed, "seed", 0, MAX_SEED))

@@ -105,7 +105,13 @@ def langevin_step(
 
     limit = energy(x) + ENERGY_PER_DIMENSION * x[0].numel()
     if not limit.isfinite().all():
-        raise ValueError("Langevin cannot start: x, y or A(x) holds numbers that are not finite")
+        reached = ", ".join(
+            f"{n} {v.abs().max().item():.3g}" for n, v in (("x", x), ("A(x)", operator.forward(x)), ("y", y))
+        )
+        raise ValueError(
+            f"Langevin cannot start: |A(x) - y|²/beta is not finite in {x.dtype}, with values up to: {reached}, beta "
+            f"{beta:g}; check the measurements' scale, beta and the operator"
+        )
 
     seeds = randn_like(x[:, :1, :1, :1]).float().cpu().flatten().view(torch.int32).tolist()
     u = _langevin_chain(operator, x, y, beta, rho_sigma, lr, steps, randn_like)

@@ -158,7 +158,7 @@ class SuperResolution(LinearOperator):
     """
 
     def __init__(self, *, factor: int = 4) -> None:
-        self.factor = check_whole(factor, "super_resolution factor", 1)
+        self.factor = check_whole(factor, "super_resolution factor", 1, 1024)
         self._matrices: dict[Any, tuple[Tensor, ...]] = {}
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +22,8 @@ class PhaseRetrieval(Operator):
     measures_images = False
 
     def __init__(self, *, oversample: float = 4.0) -> None:
-        if not (np.isfinite(oversample) and oversample >= 0):
-            raise ValueError(f"phase_retrieval oversample must be a number of at least 0, not {oversample}")
+        if not 0 <= oversample <= 64:
+            raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample}")
         self.oversample = oversample
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -53,8 +52,8 @@ class HighDynamicRange(Operator):
     """
 
     def __init__(self, *, scale: float = 2.0) -> None:
-        if not (np.isfinite(scale) and scale > 0):
-            raise ValueError(f"high_dynamic_range scale must be a positive number, not {scale}")
+        if not 0 < scale <= 1e6:
+            raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale}")
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:

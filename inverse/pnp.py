@@ -69,7 +69,7 @@ def pnp_sample(
     into a running estimate where sigma_i < ema_sigma; then u ~ p(u | x, y) at sigma_{i+1}. The estimate is returned;
     the u after the last x is not needed and not drawn. Noise is drawn on y's device in that order: start, then per
     level the network's own and the likelihood step's. With one random stream per image
-    (`sampling.seeds.SeededNoise`), an image does not depend on the batch it is in.
+    (`sampling.seeds.SeededNoise`), an image does not depend on the batch it is in, up to rounding.
 
     Warns (LangevinWarning) where Langevin chains had to be repeated with a smaller step size. Raises ValueError for
     settings or shapes that do not fit, LangevinDivergenceError if repeating did not help, and ValueError if the
@@ -92,8 +92,7 @@ def pnp_sample(
     estimate = u
     for i, sigma in enumerate(levels[:-1]):
         x = net(u, sigma, labels, ts=ts, zeta=zeta, randn_like=randn_like)
-        if not x.isfinite().all():
-            raise ValueError(f"the network's output at noise level {sigma:.4g} is not finite: try float32")
+        _check_output(net, x, u, sigma, f"y reaches {_reach(y):.3g}, and beta is {beta:g}")
         averaged = i > 0 and sigma < ema_sigma
         estimate = ema_decay * estimate + (1 - ema_decay) * x if averaged else x
         if i < len(levels) - 2:
@@ -112,6 +111,24 @@ def pnp_sample(
             stacklevel=3,
         )
     return PnPResult(estimate, kind, retries)
+
+
+def _check_output(net: Any, x: Tensor, u: Tensor, sigma: float, given: str) -> None:
+    """Raise ValueError, with the cause, unless the network's output x for the input u is finite."""
+    if x.isfinite().all():
+        return
+    failed = f"the network's output at noise level {sigma:.4g} is not finite: "
+    dtype = getattr(net, "compute_dtype", torch.float32)
+    if not _reach(u) < 100 * (1 + sigma):
+        likelihood = f"its input, from the likelihood step before, reaches {_reach(u):.3g} where images lie in [-1, 1]"
+        raise ValueError(f"{failed}{likelihood}; {given}: check the measurements' scale, beta and the operator")
+    if dtype != torch.float32:
+        raise ValueError(f"{failed}it was computed in {str(dtype).removeprefix('torch.')}: try float32")
+    raise ValueError(f"{failed}its input is, and it was computed in float32: the network's weights must be damaged")
+
+
+def _reach(values: Tensor) -> float:
+    return values.abs().max().item()
 
 
 def _check_levels(sigmas: Sequence[float] | Tensor) -> list[float]:

@@ -31,6 +31,8 @@ LEVEL = 0.9  # of the samples' central interval, for the calibration
 _RESUMABLE = ("batch", "device", "num", "net")  # options that a restart may change
 _OF_IMAGES = ("truth", "measurements", "samples", "mean", "std", "records", "metrics.json")
 _OF_OPERATORS = ("kernel.png", "mask.png")
+_SHARES = ("interval", "coverage")  # of records
+_NUMBERS = ("residual", "std_max", "mean_residual", *_SHARES)
 
 
 class ResultsError(ValueError):
@@ -91,6 +93,11 @@ class ResultsFolder:
             raise ResultsError(f"{path}: damaged, not the record of {name}; {advice}")
         if len(runs) > 1 and "mean_residual" not in record:
             raise ResultsError(f"{path}: damaged, without the posterior mean; {advice}")
+        named = [*record.items(), *(item for run in runs for item in run.items())]
+        wrong = [key for key, value in named if key in _NUMBERS and not _is_number(value, null=key not in _SHARES)]
+        wrong += [key for key in _SHARES if key not in record and any(other in record for other in _SHARES)]
+        if wrong:
+            raise ResultsError(f"{path}: damaged, {wrong[0]} is not a number that it can be; {advice}")
         folders = [f"samples/run_{run}" for run in range(len(runs))] + ["mean"] * (len(runs) > 1)
         folders += ["truth"] * bool(record.get("has_truth"))
         return record if all((self.path / folder / f"{name}.png").exists() for folder in folders) else None
@@ -173,6 +180,11 @@ def coverage(
     ranks_inside = (below + equal).clamp(max=runs - k) - below.clamp(min=k) + 1
     share = ranks_inside.clamp(min=0) / (equal + 1).double()
     return {"interval": 1 - 2 * k / (runs + 1), "coverage": share.mean().item()}
+
+
+def _is_number(value: Any, *, null: bool) -> bool:
+    """Whether it is a finite number, or null, which stands for one beyond float32."""
+    return (null and value is None) or (type(value) in (int, float) and abs(value) < 1e300)
 
 
 def _to_pixels(images: Tensor) -> Tensor:

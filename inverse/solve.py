@@ -72,8 +72,8 @@ def solve(
 ) -> Iterator[Solution]:
     """Yield the `task.runs` posterior samples of each problem, in order, as soon as its last sample is drawn.
 
-    A sample depends on `seed`, the problem's name and the run alone, up to rounding. Raises ValueError as
-    `inverse.pnp_sample` does.
+    A sample depends on `seed`, the problem's name and the run alone: bit for bit with `batch` 1, else up to the
+    network's rounding, which Langevin chains can amplify (README.md). Raises ValueError as `inverse.pnp_sample` does.
     """
     levels = karras_sigmas(task.steps, task.sigma_min, task.sigma_max, task.rho, dtype=torch.float64).tolist()
     started: list[_Open] = []

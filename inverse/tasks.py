@@ -5,15 +5,23 @@ Imports no torch, so that scripts show their help at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dnnlib.files import read_regular
+from dnnlib.text import printable
+
 TASK_DIR = Path(__file__).resolve().parent.parent / "presets" / "task"
 LIKELIHOODS = ("auto", "exact", "langevin")
 _MAX_BYTES = 1 << 16
+_MAX_DEPTH = 20  # of lists and mappings within each other
+_MAX_INT = 1 << 64
+_NESTING = {
+    **dict.fromkeys((f"{kind}{part}StartToken" for kind in ("Flow", "Block") for part in ("Mapping", "Sequence")), 1),
+    **dict.fromkeys(("FlowMappingEndToken", "FlowSequenceEndToken", "BlockEndToken"), -1),
+}
 
 
 class TaskError(ValueError):
@@ -30,8 +38,8 @@ class LangevinSettings:
     max_retries: int = 4  # attempts with smaller steps for chains that diverged
 
     def __post_init__(self) -> None:
-        _check_whole(self, "langevin: ", steps=1, max_retries=0)
-        _check_number(self, "langevin: ", c1=0, c2=0)
+        _check(self, int, "langevin: ", steps=(1, 100_000), max_retries=(0, 20))
+        _check(self, float, "langevin: ", c1=(1e-12, 1e6), c2=(1e-12, 1e6))
 
 
 @dataclass(frozen=True)
@@ -62,18 +70,16 @@ class Task:
             raise TaskError("operator: the names of parameters must be text")
         for name in ("name", "description"):
             if not isinstance(getattr(self, name), str):
-                raise TaskError(f"{name} must be text, not {getattr(self, name)!r}")
-        _check_whole(self, steps=2, runs=1)
-        _check_number(self, beta=0, sigma_min=0, sigma_max=0, rho=0)
-        _check_number(self, or_equal=True, noise=0, ema_decay=0, ema_sigma=0, zeta=0)
-        if self.ema_decay >= 1:
-            raise TaskError(f"ema_decay is a share and must lie in [0, 1), not {self.ema_decay}")
-        if self.zeta > 1:
-            raise TaskError(f"zeta is a share and must lie in [0, 1], not {self.zeta}")
+                raise TaskError(f"{name} must be text, not {_shown(getattr(self, name))}")
+        _check(self, int, steps=(2, 10_000), runs=(1, 1000))
+        _check(self, float, beta=(1e-12, 1e12), sigma_min=(1e-6, 1e6), sigma_max=(1e-6, 1e6), rho=(0.1, 100))
+        _check(self, float, noise=(0, 1e6), ema_decay=(0, 1), ema_sigma=(0, 1e6), zeta=(0, 1))
+        if self.ema_decay == 1:
+            raise TaskError("ema_decay is a share and must be below 1, or nothing new would count")
         if self.sigma_min >= self.sigma_max:
             raise TaskError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         if self.likelihood not in LIKELIHOODS:
-            raise TaskError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {self.likelihood!r}")
+            raise TaskError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {_shown(self.likelihood)}")
 
     def sampler_options(self) -> dict[str, Any]:
         """The arguments of `inverse.pnp_sample` that a task decides."""
@@ -99,9 +105,7 @@ def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> T
     """
     path = _find(str(task))
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise TaskError("larger than a task can be")
-        settings = _parse(path.read_text(encoding="utf-8"))
+        settings = _parse(read_regular(path, _MAX_BYTES).decode("utf-8"))
         settings.setdefault("name", path.stem)
         base = _build(settings)
     except UnicodeDecodeError:
@@ -118,23 +122,39 @@ def _find(task: str) -> Path:
         return Path(task)
     if task in task_names():
         return TASK_DIR / f"{task}.yaml"
-    raise TaskError(f"there is no task {task!r}: give a .yaml file or one of {', '.join(task_names())}")
+    raise TaskError(f"there is no task {_shown(task)}: give a .yaml file or one of {', '.join(task_names())}")
 
 
 def _parse(text: str) -> dict[str, Any]:
     import yaml
 
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise TaskError("YAML aliases (*name) are not accepted")
+        depth = 0
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.AliasToken):
+                raise TaskError("YAML aliases (*name) are not accepted")
+            depth += _NESTING.get(type(token).__name__, 0)
+            if depth > _MAX_DEPTH:
+                raise TaskError(f"lists and mappings within each other more than {_MAX_DEPTH} deep")
         settings = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, TaskError):
             raise
         raise TaskError(f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise TaskError("a task is a list of `setting: value` lines")
+    for name, value in settings.items():
+        _check_sizes(name, value)
     return settings
+
+
+def _check_sizes(name: str, value: Any) -> None:
+    """Raise TaskError for a whole number that nothing can hold, wherever it is."""
+    if isinstance(value, dict | list | set):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_sizes(name, part)
+    elif isinstance(value, int) and abs(value) >= _MAX_INT:
+        raise TaskError(f"{printable(name)}: a whole number of {value.bit_length()} bits is too large")
 
 
 def _build(settings: Mapping[str, Any]) -> Task:
@@ -147,7 +167,7 @@ def _build(settings: Mapping[str, Any]) -> Task:
         settings["langevin"] = LangevinSettings(**_known(settings["langevin"], LangevinSettings, "langevin: "))
     if settings.get("ts") is not None:
         if not isinstance(settings["ts"], list | tuple) or not all(type(t) is int for t in settings["ts"]):
-            raise TaskError(f"ts must be a list of whole numbers, not {settings['ts']!r}")
+            raise TaskError(f"ts must be a list of whole numbers, not {_shown(settings['ts'])}")
         settings["ts"] = tuple(settings["ts"])
     return Task(**settings)
 
@@ -157,7 +177,7 @@ def _known(settings: Mapping[str, Any], kind: type, where: str = "") -> dict[str
     known = {f.name: f.type for f in fields(kind)}
     for name in settings:
         if name not in known:
-            raise TaskError(f"{where}there is no setting {name!r}; known are {', '.join(known)}")
+            raise TaskError(f"{where}there is no setting {_shown(name)}; known are {', '.join(known)}")
     return {name: _as_number(value) if known[name] == "float" else value for name, value in settings.items()}
 
 
@@ -175,17 +195,14 @@ def _override(task: Task, overrides: Mapping[str, Any]) -> Task:
     return replace(task, **outer, langevin=replace(task.langevin, **inner))
 
 
-def _check_whole(settings: Any, where: str = "", **least: int) -> None:
-    for name, low in least.items():
+def _check(settings: Any, kind: type, where: str = "", **limits: tuple[float, float]) -> None:
+    """Raise TaskError unless these settings are numbers, whole ones for `int`, within their limits."""
+    for name, (low, high) in limits.items():
         value = getattr(settings, name)
-        if type(value) is not int or value < low:
-            raise TaskError(f"{where}{name} must be a whole number of at least {low}, not {value!r}")
+        if type(value) not in (int, kind) or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise TaskError(f"{where}{name} must be {what} from {low:g} to {high:g}, not {_shown(value)}")
 
 
-def _check_number(settings: Any, where: str = "", *, or_equal: bool = False, **above: float) -> None:
-    for name, low in above.items():
-        value = getattr(settings, name)
-        number = type(value) in (int, float) and math.isfinite(value)
-        if not number or value < low or (value == low and not or_equal):
-            bound = f"of at least {low}" if or_equal else f"above {low}"
-            raise TaskError(f"{where}{name} must be a number {bound}, not {value!r}")
+def _shown(value: Any) -> str:
+    return printable(repr(value))[:60]

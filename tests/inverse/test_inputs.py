@@ -1,4 +1,5 @@
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -122,3 +123,8 @@ def test_masks(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "mask.png"), [[0, 1], [0, 1]])
     with pytest.raises(InputError, match="cannot be read"):
         read_mask(tmp_path / "none.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(InputError, match=f"{name}: the mask cannot be read .not a regular file."):
+            read_mask(tmp_path / name)

@@ -222,6 +222,8 @@ def test_langevin_refuses_numbers_that_are_not_finite():
     x, y = torch.zeros(1, 1, *SIZE), torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="not finite"):
         langevin_step(operator, x, y * torch.nan, 1e-3, 0.5)
+    with pytest.raises(ValueError, match=r"up to: x 0, A\(x\) 0, y 1e\+30, beta 0.001; check the measurements' scale"):
+        langevin_step(operator, x, y + 1e30, 1e-3, 0.5)
 
 
 def test_langevin_refuses_measurements_that_would_broadcast():

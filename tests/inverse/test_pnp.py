@@ -283,13 +283,38 @@ def test_settings_that_make_no_sense(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_network_that_overflows_is_named():
-    def net(y, sigma, labels=None, **options):
-        return y / 0
+class Amplifier:
+    def __init__(self, factor, dtype):
+        self.factor, self.compute_dtype = factor, dtype
 
+    def __call__(self, y, sigma, labels=None, **options):
+        return y * self.factor
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "y", "message"),
+    [
+        (torch.inf, torch.bfloat16, 0.0, "level 3 is not finite: it was computed in bfloat16: try float32"),
+        (torch.inf, torch.float32, 0.0, "level 3 is not finite: .* in float32: the network's weights must be damaged"),
+        (
+            10,
+            torch.float32,
+            1e38,
+            r"level 2 .* reaches .*e\+3[78] .*; y reaches 1e\+38, and beta is 1: check the measure",
+        ),
+        (
+            10,
+            torch.bfloat16,
+            1e38,
+            r"level 2 .* reaches .*e\+3[78] .*; y reaches 1e\+38, and beta is 1: check the measure",
+        ),
+    ],
+)
+def test_the_cause_of_numbers_that_are_not_finite_is_named(factor, dtype, y, message):
     operator = get_operator("inpainting", fraction=0.5)
-    with pytest.raises(ValueError, match="network's output at noise level 2 is not finite: try float32"):
-        pnp_sample(net, operator, torch.zeros(1, 1, 8, 8), [2.0, 1.0], beta=1.0, shape=(1, 1, 8, 8))
+    options = {"beta": 1.0, "shape": (1, 1, 8, 8)}
+    with pytest.raises(ValueError, match=message):
+        pnp_sample(Amplifier(factor, dtype), operator, torch.full((1, 1, 8, 8), y), [3.0, 2.0, 1.0], **options)
 
 
 def test_the_package_is_imported_without_torch():
