@@ -202,7 +202,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
     Raises OSError, with `strerror` and `filename`, where it cannot be opened and for pipes, devices and folders.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(handle).st_mode
         if stat.S_ISDIR(mode):

@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from PIL import Image
 
 import dataset_tool
 from tests.image_utils import picture
+from tests.memory_utils import HAS_LIMITS, run_script
 from training.dataset import ImageDataset
 from training.dataset_convert import transform_image
 
@@ -189,6 +192,63 @@ def test_idx_errors(tmp_path):
     assert "name one" in run("convert", "--source", tmp_path / "two", "--dest", tmp_path / "out", code=1)
     json_labels = ["--dest", tmp_path / "out", "--labels", "json"]
     assert "file beside it" in run("convert", "--source", tmp_path / "cut", *json_labels, code=1)
+
+
+IDX_BOMBS = """
+import gzip, pathlib, struct, sys
+from tests.memory_utils import refuse_all
+from training.dataset_convert import convert_dataset
+
+folder = pathlib.Path(sys.argv[1])
+files = {}
+for name, shape, content in [
+    ("many", (1 << 22, 28, 28), bytes(999)),
+    ("large", (1, 1 << 16, 1 << 16), bytes(300 << 20)),
+    ("labels", (1 << 28, 1, 1), b""),
+    ("cut", (1 << 28, 1, 1), bytes(99)),
+]:
+    (folder / name).mkdir()
+    files[name] = folder / name / "train-images-idx3-ubyte.gz"
+    files[name].write_bytes(gzip.compress(struct.pack(">4i", 0x803, *shape) + content, 1))
+    count = shape[0] + (name == "labels")
+    labels = gzip.compress(struct.pack(">2i", 0x801, count) + bytes(300 << 20), 1)
+    (folder / name / "train-labels-idx1-ubyte.gz").write_bytes(labels)
+convert = lambda path: convert_dataset(str(path), str(folder / "out"))
+try:
+    convert(files["cut"])  # imports what is needed
+except ValueError:
+    pass
+refuse_all(convert, files)
+"""
+
+
+@pytest.mark.skipif(not HAS_LIMITS, reason="needs Linux")
+def test_idx_bombs_are_cheap(tmp_path):
+    run_script(IDX_BOMBS, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_reads_nothing_but_regular_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    images = np.zeros([3, 8, 8], dtype=np.uint8)
+    for target in (tmp_path / "pipe", Path("/dev/zero")):
+        for name in ("x/a.png", "x/dataset.json", "x/train-images-idx3-ubyte.gz", "x/train-labels-idx1-ubyte"):
+            idx_files(tmp_path / "x", images, None if "labels" in name else [0, 1, 2], suffix="")
+            save(tmp_path / "x" / "b.png", picture(8, 8))
+            if "labels" not in name:
+                (tmp_path / "x" / "train-images-idx3-ubyte").unlink()
+            (tmp_path / name).symlink_to(target)
+            line = run("convert", "--source", tmp_path / "x", "--dest", tmp_path / "out", code=1)
+            assert f"{tmp_path / name}: cannot be read (not a regular file)" in line
+            shutil.rmtree(tmp_path / "x")
+
+
+@pytest.mark.parametrize("transform", ["none", "center-crop-dhariwal"])
+def test_scaling_makes_no_giants_of_narrow_pictures(tmp_path, transform):
+    save(tmp_path / "in" / "a.png", np.zeros([1, 500_000, 1], dtype=np.uint8))
+    options = ["--transform", transform, "--resolution", 256]
+    line = run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "out", *options, code=1)
+    assert f"{tmp_path / 'in' / 'a.png'}: 1x500000 scaled to " in line and "too many pixels" in line
 
 
 def test_convert_errors_leave_nothing(tmp_path):

@@ -1,10 +1,6 @@
 """Making data sets in the EDM2 layout out of images of any kind, and turning them into autoencoder latents and back."""
 
-import gzip
-import os
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.dataset import ImageDataset
-from training.dataset_files import DatasetError, FileSource, decode_pixels, is_image_name, read_labels
+from training.dataset_files import MAX_PIXELS, DatasetError, FileSource, decode_pixels, is_image_name, read_labels
 from training.dataset_writer import DatasetWriter, encode_npy, encode_png
+from training.idx_files import IdxImages, find_idx
 
 if TYPE_CHECKING:  # only names: converting needs no torch
     from networks.encoders import StabilityVAEEncoder
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide", "center-crop-dhariwal")
-_IDX_IMAGES = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?$")
 _SHARD = re.compile(r"\d{5}/img[^/]*$")
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -44,6 +40,8 @@ def _resize(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarr
 
     if (image.shape[2], image.shape[1]) == size:
         return image
+    if size[0] * max(size[1], image.shape[1]) > MAX_PIXELS:
+        raise DatasetError(f"{image.shape[2]}x{image.shape[1]} scaled to {size[0]}x{size[1]} are too many pixels")
     picture = Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
     factors = (picture.width // size[0], picture.height // size[1])
     if resample == "box" and (picture.width, picture.height) == (size[0] * factors[0], size[1] * factors[1]):
@@ -74,7 +72,8 @@ def transform_image(
       target (bicubic), cut the central square (the preparation of ImageNet by Dhariwal and Nichol).
 
     `resample` (lanczos or box) is the filter of the first three. Raises ValueError for an unknown transform, or
-    where one needs a size, or a square one, and does not get it.
+    where one needs a size, or a square one, and does not get it; DatasetError for pictures so narrow, or sizes so
+    large, that scaling gives more than MAX_PIXELS.
     """
     if transform not in TRANSFORMS:
         raise ValueError(f"unknown transform {transform!r}; known are {', '.join(TRANSFORMS)}")
@@ -139,7 +138,7 @@ def _folder_labels(names: list[str], where: str, required: bool) -> list[int] | 
     return [index[name.split("/")[0]] for name in names]
 
 
-def _open_images(path: str, labels: str, max_images: int | None) -> _Source:
+def _open_images(path: str, labels: str) -> _Source:
     source = FileSource(path)
     names = [name for name in source.names if is_image_name(name)]
     if not names:
@@ -154,65 +153,12 @@ def _open_images(path: str, labels: str, max_images: int | None) -> _Source:
         if array is None and labels == "json":
             raise DatasetError(f"{source.where('dataset.json')}: holds no labels")
         values = None if array is None else array.tolist()
-    names = names[:max_images]
 
     def get(i: int) -> _Item:
         where = source.where(names[i])
         return where, decode_pixels(source.read(names[i]), where), None if values is None else values[i]
 
     return _Source(len(names), get)
-
-
-def _find_idx(path: str) -> str | None:
-    """Path of an MNIST-style image file: `path` itself, or the training set's in folder `path`."""
-    if os.path.isfile(path):
-        return path if _IDX_IMAGES.match(os.path.basename(path)) else None
-    found = sorted(n for n in os.listdir(path) if _IDX_IMAGES.match(n)) if os.path.isdir(path) else []
-    train = [n for n in found if n.startswith("train")]
-    if not found:
-        return None
-    if len(train or found) > 1:
-        raise DatasetError(f"{path}: holds {', '.join(train or found)}; name one of them as the source")
-    return os.path.join(path, (train or found)[0])
-
-
-def _read_idx(path: str, dims: int) -> np.ndarray:
-    """uint8 array of an IDX file, gzipped or not."""
-    try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            header = file.read(4 + 4 * dims)
-            magic, *shape = struct.unpack(f">{1 + dims}i", header)
-            if magic != 0x800 + dims or min(shape) < 1:
-                raise DatasetError(f"{path}: not an IDX file of bytes with {dims} dimensions")
-            size = int(np.prod(shape, dtype=object))
-            data = file.read(size) if size < 1 << 33 else b""
-    except (OSError, EOFError, struct.error, zlib.error) as error:
-        raise DatasetError(f"{path}: cannot be read ({error})") from None
-    if len(data) != size:
-        raise DatasetError(f"{path}: damaged: its size does not fit shape {shape}")
-    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
-
-
-def _open_idx(path: str, labels: str, max_images: int | None) -> _Source:
-    if labels in ("folders", "json"):
-        raise DatasetError(f"{path}: an IDX source has its labels in a file beside it; use labels auto or none")
-    images = _read_idx(path, 3)
-    values = None
-    if labels == "auto":
-        folder, base = os.path.split(path)
-        stem, separator, suffix = _IDX_IMAGES.match(base).groups()
-        candidates = [os.path.join(folder, f"{stem}labels{separator}idx1-ubyte{s}") for s in (suffix or "", ".gz", "")]
-        existing = [c for c in candidates if os.path.isfile(c)]
-        if not existing:
-            raise DatasetError(f"{path}: no labels beside it ({candidates[0]}); choose labels none to do without")
-        values = _read_idx(existing[0], 1).tolist()
-        if len(values) != len(images):
-            raise DatasetError(f"{existing[0]}: {len(values)} labels for {len(images)} images")
-
-    def get(i: int) -> _Item:
-        return f"{path}[{i}]", images[i][np.newaxis], None if values is None else values[i]
-
-    return _Source(len(images[:max_images]), get)
 
 
 # ----------------------------------------------------------------------------
@@ -249,17 +195,21 @@ def convert_dataset(
     Raises `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that
     exists; ValueError as `transform_image`. Nothing is left at `dest` then.
     """
-    idx = _find_idx(source)
-    opened = _open_idx(idx, labels, max_images) if idx else _open_images(source, labels, max_images)
+    idx = find_idx(source)
+    opened = IdxImages(idx, labels) if idx else _open_images(source, labels)
+    count = min(len(opened), max_images or len(opened))
     shape: list[int] | None = None
     written = skipped = 0
     labelled = False
     with DatasetWriter(dest) as writer:
-        for where, image, label in progress(opened):
+        for _, (where, image, label) in zip(progress(range(count)), opened, strict=False):
             if rgb and image.shape[0] == 1:
                 image = np.repeat(image, 3, axis=0)
             image = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
-            result = transform_image(image, transform, size, resample)
+            try:
+                result = transform_image(image, transform, size, resample)
+            except DatasetError as error:
+                raise DatasetError(f"{where}: {error}") from None
             if result is None:
                 skipped += 1
                 continue

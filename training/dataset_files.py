@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.files import parse_json
+from dnnlib.files import parse_json, read_regular
 from training.zip_files import ZipMembers
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LATENT_EXTENSION = ".npy"
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
-_MAX_FILE_BYTES = 1 << 30  # one image; anything larger is a mistake or a bomb
+MAX_PIXELS = (1 << 30) // 12  # of one image, as many as Pillow takes without a warning
+_MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
 _LABEL_BYTES = 4096  # dataset.json may hold so many per image, and 1 MiB besides
 _MAX_CLASSES = 1_000_000
 
@@ -38,7 +40,7 @@ def one_line(error: DatasetError) -> str:
 
 def _reason(error: BaseException) -> str:
     """What an exception says, in one short line."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0]
     return _printable(text[:120])
 
 
@@ -60,14 +62,14 @@ class FileSource:
         self._zip: ZipMembers | None = None
         if os.path.isdir(self.path):
             self.names = sorted(self._walk())
-        elif os.path.isfile(self.path):
+        else:
             try:
                 self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
+            except FileNotFoundError:
+                raise DatasetError(f"{self.path}: no such folder or ZIP file; check the path of the data set") from None
             except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
                 raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
             self.names = self._zip.names
-        else:
-            raise DatasetError(f"{self.path}: no such folder or ZIP file; check the path of the data set")
 
     @property
     def is_zip(self) -> bool:
@@ -97,12 +99,11 @@ class FileSource:
         Members of an archive must be stored or deflated.
         """
         try:
+            if self._zip is None:
+                return read_regular(os.path.join(self.path, name), max_bytes)
             size = self.signature(name)[0]
             if size > max_bytes:
                 raise DatasetError(f"{self.where(name)}: {size:,} bytes where at most {max_bytes:,} make sense")
-            if self._zip is None:
-                with open(os.path.join(self.path, name), "rb") as file:
-                    return file.read()
             if not self._zip.readable(name):
                 raise DatasetError(f"{self.where(name)}: neither stored nor deflated; pack the archive again")
             return self._zip.read(name)
@@ -135,12 +136,17 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
     """Decode an image file to uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); palettes are expanded, alpha is dropped.
 
     Raises `DatasetError`, naming `where`, for damaged files, for more than 8 bits per channel, and, before anything is
-    decoded, for another shape than `expected` [C,H,W].
+    decoded, for more than MAX_PIXELS and another shape than `expected` [C,H,W].
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as file:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags, and of many pixels, which the next lines refuse
+            file = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        with file:
+            if file.width * file.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             if file.mode.startswith(("I", "F")):
                 raise DatasetError(f"{where}: {file.mode} pixels; convert the image to 8 bits per channel")
             mode = "L" if file.mode in ("1", "L", "LA", "La") else "RGB"
@@ -151,6 +157,8 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
                 pixels = np.array(file.convert(mode))
     except DatasetError:
         raise
+    except Image.DecompressionBombError:
+        raise DatasetError(f"{where}: more than {MAX_PIXELS:,} pixels, too many for an image") from None
     except UnidentifiedImageError:
         raise DatasetError(f"{where}: damaged or not an image") from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged data

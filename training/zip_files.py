@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import io
 import os
 import zipfile
 import zlib
@@ -11,9 +12,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dnnlib.files import open_regular
+
+_MAX_DIRECTORY = 1 << 30  # bytes of an archive's directory; ImageNet-21k's takes as many
 _LOCAL_HEADER = 30  # bytes before the name
 _ROW = np.dtype([("offset", "u8"), ("packed", "u8"), ("size", "u8"), ("crc", "u4"), ("method", "u2"), ("flags", "u2")])
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+class _Directory(io.BufferedReader):
+    """An archive whose directory is read, as long as that is one."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory claims {size:,} bytes")
+        return super().read(size)
 
 
 class ZipMembers:
@@ -26,7 +39,7 @@ class ZipMembers:
     """
 
     def __init__(self, path: str, keep: Callable[[str], bool]) -> None:
-        with zipfile.ZipFile(path) as archive:
+        with _Directory(open_regular(path).detach()) as file, zipfile.ZipFile(file) as archive:
             infos = {i.filename: i for i in archive.infolist() if not i.is_dir() and keep(i.filename)}
         self.path = path
         self.names = sorted(infos)
@@ -87,7 +100,7 @@ class ZipMembers:
 
     def _open(self) -> BinaryIO:
         if self._file is None or self._pid != os.getpid():  # a forked child must not share the file's position
-            self._file, self._pid = open(self.path, "rb"), os.getpid()
+            self._file, self._pid = open_regular(self.path), os.getpid()
         return self._file
 
     def _row(self, name: str) -> Any:

@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import shutil
+import struct
 import subprocess
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -130,10 +133,59 @@ def lying_archive(path):
     return path
 
 
+def claims(width, height):
+    """A PNG whose header claims a size."""
+    data = bytearray(png(8, 8))
+    data[16:24] = struct.pack(">2I", width, height)
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def webp(width, height):
+    stream = io.BytesIO()
+    Image.new("RGBA", (8, 8)).save(stream, format="webp", exif=b"Exif\0\0")  # in the form that states a canvas
+    data = bytearray(stream.getvalue())
+    data[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+def large_directory(path):
+    """A sparse file of 64 GiB, whose end says that the rest is a directory."""
+    size = 64 << 30
+    with open(path, "wb") as file:
+        file.seek(size)
+        file.write(struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 9, 9, size, 0))
+        file.write(struct.pack("<4sIQI", b"PK\x06\x07", 0, size, 1))
+        file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
+    return path
+
+
+def test_nothing_but_regular_files_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in error(tmp_path / "pipe") and "not a regular file" in error("/dev/zero")
+    for number, target in enumerate([tmp_path / "pipe", "/dev/zero", tmp_path]):
+        for name in ("a.png", "a.npy", "dataset.json"):
+            folder = tmp_path / f"{number}-{name}"
+            folder.mkdir()
+            (folder / "b.png").write_bytes(png(8, 8))
+            (folder / name).symlink_to(target)
+            if name == "a.npy":
+                (folder / "b.png").unlink()
+            if target != tmp_path:
+                assert f"{folder / name}: cannot be read (not a regular file)" in error(folder)
+
+
+@pytest.mark.parametrize("size", [(60000, 60000), (1, 2**31 - 1), (12000, 12000)])
+def test_pictures_of_too_many_pixels_are_not_decoded(tmp_path, size, monkeypatch):
+    path = archive(tmp_path / "a.zip", {"a.png": claims(*size)})
+    monkeypatch.setattr(Image.Image, "convert", None)
+    assert "a.zip:a.png: more than 89,478,485 pixels, too many for an image" in error(path)
+
+
 MEMORY = """
 import pathlib, sys
 from tests.memory_utils import refuse_all
-from tests.training.test_hostile_datasets import archive, lying_archive, png
+from tests.training.test_hostile_datasets import archive, large_directory, lying_archive, png, webp
 from training.dataset import ImageDataset
 
 folder = pathlib.Path(sys.argv[1])
@@ -143,6 +195,9 @@ files = {
     "size of a member": lying_archive(folder / "lie.zip"),
     "labels": archive(folder / "labels.zip", {"a.png": first, "dataset.json": labels}),
     "image unlike the first": archive(folder / "image.zip", {"a.png": first, "b.png": png(12000, 12000, 3)}),
+    "directory": large_directory(folder / "directory.zip"),
+    "first image": archive(folder / "bomb.zip", {"a.png": bytes(400 << 20)}),
+    "canvas": archive(folder / "canvas.zip", {"a.webp": webp(16383, 16383)}),
 }
 del labels
 ImageDataset(archive(folder / "good.zip", {"a.png": first}))[0]  # imports what is needed
