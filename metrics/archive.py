@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from sampling.images import GeneratedBatch
 from torch_utils import distributed
-from training.dataset_writer import DatasetWriter, encode_png
+from training.dataset_writer import DatasetWriter, encode_png, make_temporary
 
 
 class ImageArchive:
@@ -19,18 +20,20 @@ class ImageArchive:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._parts = self.path.with_name(f".{self.path.name}.parts")
+        self._parts = Path()  # known when entered
+        self._lock: int | None = None  # of the parts
         self._writer: DatasetWriter | None = None  # the main process's
 
     def __enter__(self) -> ImageArchive:
         distributed.main_first(self._open)
+        self._parts = distributed.from_main(self._parts)
         return self
 
     def _open(self) -> None:
         if distributed.is_main():
             self._writer = DatasetWriter(self.path)  # refuses what stands there, before anything is drawn
-            shutil.rmtree(self._parts, ignore_errors=True)
-            self._parts.mkdir()
+            parts, self._lock = make_temporary(os.path.realpath(self.path), folder=True)
+            self._parts = Path(parts)
 
     def add(self, batch: GeneratedBatch) -> None:
         """Keep a batch."""
@@ -55,6 +58,8 @@ class ImageArchive:
             pass
         finally:
             shutil.rmtree(self._parts, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
 
 
 class _Abandoned(Exception):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -286,6 +287,36 @@ def test_convert_errors_leave_nothing(tmp_path):
     (tmp_path / "in" / "dataset.json").unlink()
     save(tmp_path / "in" / "loose.png", picture(16, 16))
     assert "loose.png" in message("--labels", "folders")
+
+
+@pytest.mark.parametrize("dest", ["out", "out.zip"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_convert_stopped_by_a_signal_leaves_nothing_for_the_next_run(tmp_path, dest, number):
+    image_folder(tmp_path / "in", [(16, 16)] * 4)
+    stop = f"""
+import os, signal
+from training import dataset_convert
+encode, encoded = dataset_convert.encode_png, []
+
+def stop(*args):
+    encoded.append(0)
+    if len(encoded) == 3:
+        os.kill(os.getpid(), {int(number)})
+    return encode(*args)
+
+dataset_convert.encode_png = stop
+"""
+    arguments = ["convert", "--source", str(tmp_path / "in"), "--dest", str(tmp_path / dest)]
+    code = f"{stop}\nimport dataset_tool\ndataset_tool.cli({arguments})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if number == signal.SIGKILL:
+        assert result.returncode == -number and len(os.listdir(tmp_path)) == 2
+    else:
+        assert result.returncode == 128 + number and os.listdir(tmp_path) == ["in"], result.stderr
+        word = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
+        assert "Traceback" not in result.stderr and word in result.stderr
+    run(*arguments)
+    assert sorted(os.listdir(tmp_path)) == ["in", dest] and len(ImageDataset(tmp_path / dest)) == 4
 
 
 def test_existing_destination_is_kept(tmp_path):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 from dnnlib.streams import LastingStream, lasting_streams
 from dnnlib.text import redact
@@ -21,33 +22,38 @@ class MainProcessError(ValueError):
     """The main process failed, and has said or will say why; raised in the others, so that they end too."""
 
 
+class _Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, whose number is the argument, asks this process to end."""
+
+
 @contextmanager
 def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     """Turn errors that the user can mend into one line and exit code 1, and leave the process group at the end.
 
     Bad input (ValueError, OSError) is told in its own words; where memory runs out, on the GPU or not, the advice names
     `batch_option`. Any other exception is a defect and passes. Raises click.ClickException, or SystemExit in processes
-    that failed only because the main one did and, with code 130, after Ctrl-C. Where several processes meet the same
-    mistake one of them tells it.
+    that failed only because the main one did and, with code 128 + number, after Ctrl-C, SIGTERM and SIGHUP. Where
+    several processes meet the same mistake one of them tells it.
     """
     import click
 
     failed = True
     try:
-        with lasting_streams() as output:
+        with _signals_raise(), lasting_streams() as output:
             yield
         _check_told(output)
         failed = False
     except MainProcessError:
         _let_others_speak()
         sys.exit(1)  # one message is enough
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # pressed again: at once, without a traceback
         with suppress(OSError):  # of a closed terminal
             if _rank() == 0:
-                click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+                name = f"ended by {error.args[0].name}" if isinstance(error, _Ended) else "interrupted"
+                click.echo(name, err=True)
+        sys.exit(128 + error.args[0] if isinstance(error, _Ended) else INTERRUPTED)
     except (ValueError, OSError, OverflowError, RecursionError) as error:
         if _rank() > 0:
             _let_others_speak()
@@ -67,6 +73,28 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
             # After an error, leaving a group of GPUs could wait for processes that are still at work.
             if not failed or distributed.collective_device().type == "cpu":
                 distributed.destroy()
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise as Ctrl-C does, so that temporary files are removed."""
+    owner, before = os.getpid(), {}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        if os.getpid() == owner:
+            raise _Ended(signal.Signals(number))
+        os.kill(os.getpid(), number)  # of a child, which inherited this
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_told(output: LastingStream) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import secrets
 import shutil
 import zipfile
 from typing import Any
@@ -36,7 +38,8 @@ def encode_npy(latents: np.ndarray) -> bytes:
 class DatasetWriter:
     """Collects files under a temporary name beside `dest` and renames it on success; on error nothing remains.
 
-    Where `dest` cannot take the finished files at the end, they stay under the temporary name, which the error gives.
+    Where `dest` cannot take the finished files at the end, they stay under another name, which the error gives. What
+    killed processes left of the same data set is removed at the start.
 
     A `dest` ending in `.zip` becomes an uncompressed archive, anything else a folder. Use as a context manager:
 
@@ -52,17 +55,13 @@ class DatasetWriter:
         self.dest = os.path.normpath(os.fspath(dest))
         self._is_zip = self.dest.lower().endswith(".zip")
         self._target = os.path.realpath(self.dest)
-        folder, base = os.path.split(self._target)
-        self._temporary = os.path.join(folder, f".{base}.tmp{os.getpid()}")
         self._labels: list[list[Any]] = []
         self._zip: zipfile.ZipFile | None = None
         try:
             self._check_free()
-            os.makedirs(folder, exist_ok=True)
+            self._temporary, self._lock = make_temporary(self._target, folder=not self._is_zip)
             if self._is_zip:
                 self._zip = zipfile.ZipFile(self._temporary, "w")
-            else:
-                os.makedirs(self._temporary)
         except OSError as error:
             raise self._failure(error) from None
 
@@ -103,6 +102,13 @@ class DatasetWriter:
             raise self._failure(error) from None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._end(kind)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _end(self, kind: type[BaseException] | None) -> None:
         complete = False
         try:
             if kind is None:
@@ -121,16 +127,19 @@ class DatasetWriter:
 
     def _publish(self) -> None:
         """Give the complete files their name; they are kept where that fails."""
-        kept = f"the finished data set is in {self._temporary}"
         try:
             self._check_free()
             if os.path.isdir(self._target):
                 os.rmdir(self._target)
             os.replace(self._temporary, self._target)
-        except DatasetError as error:
-            raise DatasetError(f"{error}; {kept}") from None
-        except OSError as error:
-            raise DatasetError(f"{self._failure(error)}; {kept}") from None
+        except (DatasetError, OSError) as error:
+            reason = error if isinstance(error, DatasetError) else self._failure(error)
+            kept = self._temporary.removesuffix(".tmp")  # which no later process takes for a leftover
+            try:
+                os.replace(self._temporary, kept)
+            except OSError:
+                kept = self._temporary
+            raise DatasetError(f"{reason}; the finished data set is in {kept}") from None
 
     def _discard(self) -> None:
         if self._zip is None:
@@ -140,3 +149,56 @@ class DatasetWriter:
             self._zip.close()
         with contextlib.suppress(OSError):
             os.remove(self._temporary)
+
+
+def make_temporary(target: str, *, folder: bool) -> tuple[str, int | None]:
+    """Make an empty file or folder beside `target`, and remove those that killed processes left there.
+
+    Returns its path and a file descriptor, to be closed at the end, whose lock tells other processes that this one is
+    at work (None where the file system has no locks; nothing is removed there). Raises OSError.
+    """
+    parent, base = os.path.split(target)
+    os.makedirs(parent, exist_ok=True)
+    pattern = re.compile(re.escape(f".{base[:50]}.") + r"(\d+)-[0-9a-f]{8}\.tmp")
+    with os.scandir(parent) as entries:
+        leftovers = [(entry, match) for entry in entries if (match := pattern.fullmatch(entry.name))]
+    for entry, match in leftovers:
+        lock = _lock(entry.path)
+        if lock is not None and not _lives(int(match[1])):  # it may not have had the time to lock
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+        if lock is not None:
+            os.close(lock)
+    path = os.path.join(parent, f".{base[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    if folder:
+        os.mkdir(path)
+    else:
+        open(path, "xb").close()
+    return path, _lock(path)
+
+
+def _lock(path: str) -> int | None:
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (ImportError, OSError):  # Windows; or it has gone
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,4 +1,5 @@
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -52,6 +53,35 @@ def test_defects_and_messages_of_click_pass():
         with pytest.raises(type(error)) as found, user_errors():
             fail(error)()
         assert found.value is error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_in_one_line_and_their_exit_code_after_cleaning_up(number, capsys):
+    before, cleaned = signal.getsignal(number), []
+    with pytest.raises(SystemExit) as error, user_errors():
+        try:
+            os.kill(os.getpid(), number)
+            signal.sigtimedwait([], 10)
+        finally:
+            cleaned.append(number)
+    assert error.value.code == 128 + number and cleaned == [number]
+    assert capsys.readouterr().err == f"ended by {number.name}\n" and signal.getsignal(number) == before
+
+
+def test_children_and_ignored_signals_are_left_alone():
+    code = """
+import os, signal, sys
+from torch_utils.errors import user_errors
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+with user_errors():
+    os.kill(os.getpid(), signal.SIGHUP)
+    if os.fork() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    sys.exit(os.wait()[1])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (signal.SIGTERM, "")
 
 
 def test_processes_that_follow_the_main_one_say_nothing_and_let_it_speak(monkeypatch, capsys):

@@ -2,13 +2,18 @@
 
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from training import dataset_writer
 from training.dataset import DatasetError, ImageDataset
 from training.dataset_writer import DatasetWriter, encode_png
 
+ROOT = Path(__file__).parents[2]
 PNG = encode_png(np.zeros([3, 8, 8], dtype=np.uint8))
 
 
@@ -78,3 +83,47 @@ def test_full_disk(tmp_path, name, when):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(caught.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["whole"]
+
+
+KILLED = """
+import os, sys
+from training.dataset_writer import DatasetWriter
+with DatasetWriter(sys.argv[1]) as writer:
+    writer.add("00000/img00000000.png", b"x" * 100000, 0)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", ["data", "data.zip", "x" * 250 + ".zip"])
+def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path, name):
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, tmp_path / name], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout.readline() == b"writing\n"
+        return process
+
+    with start() as killed, start() as living:
+        killed.kill()
+        killed.wait()
+        assert len(os.listdir(tmp_path)) == 2
+        before = set(os.listdir(tmp_path))
+        other = DatasetWriter(tmp_path / name)
+        (stays,) = before & set(os.listdir(tmp_path))
+        assert f".{living.pid}-" in stays
+        with pytest.raises(KeyError), other:
+            raise KeyError
+        assert os.listdir(tmp_path) == [stays]
+        living.stdin.close()
+        assert living.wait() == 0 and os.listdir(tmp_path) == [name]
+
+
+def test_a_finished_data_set_without_a_name_is_no_leftover(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_writer, "_lives", lambda process: False)
+    with pytest.raises(DatasetError), DatasetWriter(tmp_path / "data"):
+        (tmp_path / "data").write_text("")
+    (tmp_path / "data").unlink()
+    (kept,) = os.listdir(tmp_path)
+    write(tmp_path / "data")
+    assert sorted(os.listdir(tmp_path)) == [kept, "data"]
