@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dnnlib.files import read_regular
+
 _MAX_BYTES = 1 << 28
 
 
@@ -16,15 +18,11 @@ class JsonFileError(ValueError):
 def read_json(path: Path, advice: str) -> dict[str, Any]:
     """Return the object in a JSON file. Raises JsonFileError, which ends in `advice`, where it cannot be had."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise JsonFileError(f"{path}: larger than such a file can be; {advice}")
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, _MAX_BYTES))
     except FileNotFoundError:
         raise JsonFileError(f"{path}: missing; {advice}") from None
     except OSError as error:
         raise JsonFileError(f"{path}: cannot be read ({error.strerror})") from None
-    except JsonFileError:
-        raise
     except (ValueError, RecursionError) as error:
         raise JsonFileError(f"{path}: damaged, not JSON ({str(error)[:100]}); {advice}") from None
     if not isinstance(content, dict):

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dnnlib.files import read_regular
+
 TASK_DIR = Path(__file__).resolve().parent.parent / "presets" / "task"
 LIKELIHOODS = ("auto", "exact", "langevin")
 _MAX_BYTES = 1 << 16
@@ -99,9 +101,7 @@ def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> T
     """
     path = _find(str(task))
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise TaskError("larger than a task can be")
-        settings = _parse(path.read_text(encoding="utf-8"))
+        settings = _parse(read_regular(path, _MAX_BYTES).decode())
         settings.setdefault("name", path.stem)
         base = _build(settings)
     except UnicodeDecodeError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """Return a PNG as uint8 [C,H,W], one channel for grey files and three otherwise."""
     from PIL import Image
 
-    with Image.open(path, formats=["PNG"]) as picture:
+    with open_regular(path) as file, Image.open(file, formats=["PNG"]) as picture:
         array = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 

@@ -23,7 +23,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".
 LATENT_EXTENSION = ".npy"
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
 MAX_PIXELS = (1 << 30) // 12  # of one image, as many as Pillow takes without a warning
-_MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
+MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
 _LABEL_BYTES = 4096  # dataset.json may hold so many per image, and 1 MiB besides
 _MAX_CLASSES = 1_000_000
 
@@ -93,7 +93,7 @@ class FileSource:
             return self._zip.signature(name)
         return (os.stat(os.path.join(self.path, name)).st_size,)
 
-    def read(self, name: str, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
+    def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds `max_bytes`.
 
         Members of an archive must be stored or deflated.

@@ -71,7 +71,7 @@ def test_overrides_replace_settings():
         ("!!python/name:os.system ''", "not valid YAML"),
         ("[" * 5000, "not valid YAML"),
         ("\x00", "not valid YAML"),
-        ("a: " + "x" * 70000, "larger than a task"),
+        ("a: " + "x" * 70000, "too large: 70004 bytes"),
     ],
 )
 def test_bad_tasks_are_refused_in_one_line(text, message, tmp_path, monkeypatch):
