@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -189,12 +189,11 @@ def pixels_to_image(pixels: np.ndarray) -> Tensor:
 
 def read_mask(path: str | os.PathLike) -> np.ndarray:
     """Return a mask [H,W] from an image file, float32: 1 where it is lighter than half, measured, else 0, removed."""
-    where = Path(path)
     try:
         data = read_regular(where, _MAX_MASK_BYTES)
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read ({error.strerror})") from None
-    return (decode_pixels(data, str(where)).mean(axis=0) > 127.5).astype(np.float32)
+    return (decode_pixels(data, str(path)).mean(axis=0) > 127.5).astype(np.float32)
 
 
 def _read_array(data: bytes, where: str, elements: int) -> np.ndarray:
@@ -210,7 +209,7 @@ def _read_array(data: bytes, where: str, elements: int) -> np.ndarray:
                 data = archive.read("y.npy")
         if len(data) > most:
             raise InputError(f"{where}: larger than a measurement of this operator")
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False, max_header_size=_MAX_HEADER_BYTES)
+        array = read_npy(io.BytesIO(data), most)
     except InputError:
         raise
     except Exception as error:  # damaged archives and headers raise many kinds

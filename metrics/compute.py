@@ -52,7 +52,7 @@ def check_reference(metrics: Iterable[Metric], reference: Reference) -> None:
 
 def check_dimensions(metrics: Iterable[Metric], detectors: Mapping[str, LoadedDetector], reference: Reference) -> None:
     """Raise ReferenceFileError where a detector gives features of another size than the reference has, as far as
-    detectors know theirs before the first image.
+    detectors know theirs before the first image, and where the reference holds no covariance.
     """
     for metric in metrics:
         if metric.kind != "is" and detectors[metric.detector].feature_dim:
@@ -60,9 +60,14 @@ def check_dimensions(metrics: Iterable[Metric], detectors: Mapping[str, LoadedDe
 
 
 def _check_dimension(metric: Metric, statistics: Statistics, dim: int) -> None:
+    """Dimensions first: eigenvalues take their cube."""
     if dim != len(statistics.mu):
         raise ReferenceFileError(
             f"{metric.name}: the reference has {len(statistics.mu)} feature dimensions and the detector {dim}"
+        )
+    if metric.kind == "fd" and not statistics.has_covariance:
+        raise ReferenceFileError(
+            f"{metric.name}: sigma of the reference has negative eigenvalues, which no covariance has"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnnlib.files import file_sha256, parse_json
+from dnnlib.files import file_sha256, open_regular, parse_json
 from metrics.specs import KINDS
 from metrics.weights import DetectorError, find_weights
 
@@ -177,7 +177,7 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.devic
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open_regular(path), safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

@@ -7,24 +7,31 @@ and `DETECTOR/sha256` (of its weights).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from dnnlib.download import open_url
-from dnnlib.files import atomic_write, file_sha256
+from dnnlib.files import atomic_write, file_sha256, open_regular
+from dnnlib.npy import read_npy, read_npy_header
 from dnnlib.text import redact
 from metrics.collect import Collected
 from torch_utils import safe_pickle
+from training.zip_files import ZipReader
 
-MAX_BYTES = 8 << 30  # of the arrays of a file
+MAX_BYTES = 4 << 30  # of the arrays of a file, in float64
+MAX_DIM = 1 << 13  # of features
 MAX_FEATURES = 50_000  # images whose single features go into a file, as many as published values draw
+_DATA = ("mu", "sigma", "features")
+_MAX_TEXT = 4096  # bytes of a single text
 _TOLERANCE = 1e-6  # of symmetry and of negative eigenvalues, relative to the largest entry
 
 
@@ -40,6 +47,12 @@ class Statistics:
     sigma: np.ndarray  # float64 [D,D]
     features: np.ndarray | None = None  # float32 [M,D]
     sha256: str | None = None  # of the detector's weights
+
+    @cached_property
+    def has_covariance(self) -> bool:
+        """Whether sigma has no negative eigenvalues; O(D³)."""
+        tolerance = _TOLERANCE * np.abs(self.sigma).max() * len(self.mu)
+        return bool(np.linalg.eigvalsh(self.sigma).min() >= -tolerance)
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,13 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
     """Read reference statistics from a path or URL: own `.npz`, EDM's `.npz` (mu, sigma: `fid`), EDM2's pickle.
 
     The kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for
-    damaged files, arrays that cannot be statistics, and anything else; DownloadError for failed downloads.
+    damaged files, arrays that cannot be statistics, and anything else; DownloadError for failed downloads. Eigenvalues
+    are left to `Statistics.has_covariance`.
     """
     path = open_url(source, quiet=quiet)
     try:
-        found = _read_npz(path) if zipfile.is_zipfile(path) else _read_pickle(path)
+        with ZipReader(open_regular(path).detach()) as file:
+            found = _read_npz(file) if zipfile.is_zipfile(file) else _read_pickle(path)
     except Exception as error:  # whatever damaged input makes the readers stumble over
         reason = " ".join((str(error) or type(error).__name__).removeprefix(f"{path}: ").split())[:200]
         raise ReferenceFileError(f"{path}: no usable reference statistics: {reason}") from None
@@ -90,21 +105,56 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
     return Reference(statistics, count, redact(os.fspath(source)), file_sha256(path))
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Statistics], int | None]:
-    with zipfile.ZipFile(path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > MAX_BYTES:
-        raise ValueError(f"its arrays take {size} bytes, more than the limit of {MAX_BYTES}")
-    with np.load(path, allow_pickle=False) as data:
-        if "mu" in data and "sigma" in data:
-            return {"fid": Statistics(_floats(data["mu"]), _floats(data["sigma"]))}, None
-        names = [key.removesuffix("/mu") for key in data.files if key.endswith("/mu")]
+def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        single = "mu" in members and "sigma" in members
+        names = {"fid": ""} if single else {k[:-3]: k[:-2] for k in members if k.endswith("/mu")}
+        keys = [f"{prefix}{part}" for prefix in names.values() for part in ("mu", "sigma")]
+        if not single:
+            keys += [f"{prefix}{part}" for prefix in names.values() for part in ("features", "sha256")] + ["num_images"]
+        shapes = {}
+        for key in keys:
+            if key in members or key.endswith(("mu", "sigma")):
+                if members[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(f"{key} is neither stored nor deflated")
+                with archive.open(members[key]) as member:
+                    shapes[key], dtype, _ = read_npy_header(member)
+                if key.endswith(_DATA):
+                    _check_kind(dtype)
+        for name, prefix in names.items():
+            _check_shapes(name, shapes[f"{prefix}mu"], shapes[f"{prefix}sigma"], shapes.get(f"{prefix}features"))
+        size = sum(8 * math.prod(shape) for shape in shapes.values())
+        if size > MAX_BYTES:
+            raise ValueError(f"its arrays take {size} bytes, more than the limit of {MAX_BYTES}")
+
+        def read(key: str) -> np.ndarray | None:
+            if key not in shapes:
+                return None
+            with archive.open(members[key]) as member:
+                return read_npy(member, 8 * math.prod(shapes[key]) if key.endswith(_DATA) else _MAX_TEXT)
+
         statistics = {}
-        for name in names:
-            features = _floats(data[f"{name}/features"]).astype(np.float32) if f"{name}/features" in data else None
-            sha256 = str(data[f"{name}/sha256"]) if f"{name}/sha256" in data else None
-            statistics[name] = Statistics(_floats(data[f"{name}/mu"]), _floats(data[f"{name}/sigma"]), features, sha256)
-        return statistics, int(data["num_images"]) if "num_images" in data else None
+        for name, prefix in names.items():
+            features, sha256 = read(f"{prefix}features"), read(f"{prefix}sha256")
+            features = None if features is None else _floats(features).astype(np.float32)
+            arrays = _floats(read(f"{prefix}mu")), _floats(read(f"{prefix}sigma"))
+            statistics[name] = Statistics(*arrays, features, None if sha256 is None else str(sha256))
+        count = read("num_images")
+        return statistics, None if count is None else int(count)
+
+
+def _check_shapes(
+    name: str, mu: tuple[int, ...], sigma: tuple[int, ...], features: tuple[int, ...] | None = None
+) -> None:
+    """Refuse what cannot be statistics by its shape alone, before data are read. Raises ValueError."""
+    if len(mu) != 1 or not 1 <= mu[0] <= MAX_DIM or sigma != (*mu, *mu):
+        raise ValueError(
+            f"for {name}, mu has shape {str(list(mu))[:60]}, sigma {str(list(sigma))[:60]}; [D] and [D,D] are needed, "
+            f"with D up to {MAX_DIM}"
+        )
+    if features is not None and (len(features) != 2 or features[1:] != mu):
+        raise ValueError(f"for {name}, features have shape {str(list(features))[:60]}; [N,{mu[0]}] is needed")
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Statistics], int | None]:
@@ -114,16 +164,28 @@ def _read_pickle(path: Path) -> tuple[dict[str, Statistics], int | None]:
     statistics = {}
     for name, value in content.items():
         if isinstance(value, dict) and "mu" in value and "sigma" in value:
-            statistics[str(name)] = Statistics(_floats(value["mu"]), _floats(value["sigma"]))
+            arrays = [_array(value["mu"]), _array(value["sigma"])]
+            _check_shapes(str(name), *(array.shape for array in arrays))
+            statistics[str(name)] = Statistics(*map(_floats, arrays))
     count = content.get("num_images")
     return statistics, int(count) if isinstance(count, (int, np.integer)) else None
 
 
-def _floats(value: Any) -> np.ndarray:
+def _array(value: Any) -> np.ndarray:
     if hasattr(value, "numpy"):
         value = value.numpy()
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
+    if not isinstance(value, np.ndarray):
         raise ValueError(f"mu and sigma must be arrays of numbers, not {type(value).__name__}")
+    return value
+
+
+def _check_kind(dtype: np.dtype) -> None:
+    if dtype.kind not in "fiu":
+        raise ValueError(f"mu and sigma must be arrays of numbers, not of {str(dtype)[:60]}")
+
+
+def _floats(value: np.ndarray) -> np.ndarray:
+    _check_kind(value.dtype)
     return np.asarray(value, np.float64)
 
 
@@ -134,16 +196,11 @@ def _check(path: Path, name: str, value: Statistics) -> None:
     def fail(reason: str) -> None:
         raise ReferenceFileError(f"{path}: the statistics for {name} cannot be used: {reason}")
 
-    if mu.ndim != 1 or not mu.size or sigma.shape != (len(mu), len(mu)):
-        fail(f"mu has shape {list(mu.shape)}, sigma {list(sigma.shape)}; [D] and [D,D] are needed")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         fail("they are not finite")
-    scale = np.abs(sigma).max()
-    if np.abs(sigma - sigma.T).max() > _TOLERANCE * scale:
+    if np.abs(sigma - sigma.T).max() > _TOLERANCE * np.abs(sigma).max():
         fail("sigma is not symmetric")
-    if np.linalg.eigvalsh(sigma).min() < -_TOLERANCE * scale * len(mu):
-        fail("sigma has negative eigenvalues, which no covariance has")
-    if features is not None and (features.ndim != 2 or features.shape[1] != len(mu) or not np.isfinite(features).all()):
-        fail(f"features have shape {list(features.shape)} or are not finite; [N,{len(mu)}] is needed")
+    if features is not None and not np.isfinite(features).all():
+        fail("features are not finite")
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         fail("sha256 is no SHA-256")

@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 from dnnlib.download import open_url
-from dnnlib.files import atomic_path, parse_json
+from dnnlib.files import atomic_path, open_regular, parse_json
 from dnnlib.text import redact
 from networks.architecture import check_init_kwargs, check_number, show
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
@@ -180,11 +180,11 @@ def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
 
 
 def _read(path: Path) -> Contents:
-    size = path.stat().st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(9)
     if size > safe_pickle.MAX_BYTES:
         raise CheckpointError(f"larger than the limit of {safe_pickle.MAX_BYTES} bytes")
-    with open(path, "rb") as file:
-        start = file.read(9)
     header = int.from_bytes(start[:8], "little")
     if len(start) == 9 and start[8:] == b"{":
         if header > min(size - 8, _MAX_HEADER):

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from dnnlib.files import open_regular
 from torch_utils.pickle_machine import (
     BoundedReader,
     CheckpointError,
@@ -48,10 +49,14 @@ def load(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_bytes: int = 
         data = source.read(max_bytes + 1)
         return _run(io.BytesIO(data), len(data), str(getattr(source, "name", "pickle")), max_bytes)
     path = Path(source)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not a regular file" if path.exists() else f"{path}: no such file")
-    with open(path, "rb") as file:
-        return _run(file, path.stat().st_size, str(path), max_bytes)
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    with file:
+        return _run(file, os.fstat(file.fileno()).st_size, str(path), max_bytes)
 
 
 def _run(file: BinaryIO, size: int, name: str, max_bytes: int) -> Any:

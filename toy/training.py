@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dnnlib.files import atomic_path, parse_json
+from dnnlib.files import atomic_path, open_regular, parse_json
 from networks import GenerativeDenoiser
 from networks.posterior import combine_observations
 from toy.mixture import GaussianMixture
@@ -180,7 +180,7 @@ def save_student(path: str | Path, student: Student) -> None:
 def load_student(path: str | Path) -> Student:
     """Read a file of `save_student`. Raises ValueError for any other file, OSError where it cannot be read."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with open_regular(path), safetensors.safe_open(path, framework="pt") as file:
             facts = parse_json((file.metadata() or {}).get("toy", "{}"))
         if facts.get("format") != FORMAT:
             raise ValueError(f"not written by toy_example.py train ({FORMAT})")

@@ -93,7 +93,7 @@ class FileSource:
             return self._zip.signature(name)
         return (os.stat(os.path.join(self.path, name)).st_size,)
 
-    def read(self, name: str, max_bytes: int = _MAX_FILE_BYTES) -> bytes:
+    def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds `max_bytes`.
 
         Members of an archive must be stored or deflated.

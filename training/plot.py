@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.files import parse_json
+from dnnlib.files import parse_json, read_regular
 from torch_utils.errors import user_errors
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ Curve = list[tuple[float, float]]  # (images seen, value)
 
 DEFAULT_KEYS = "Loss/*,Discriminator/*,Metrics/*,Gradients/*,Nonfinite/*_total,Progress/img_per_s,Progress/lr"
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#3d3d3d", "#e07a1f", "#009e9e")
+MAX_STATISTICS = 1 << 30  # bytes of a stats.jsonl
 LARGEST = 1e300  # magnitude whose sums and differences are still numbers
 PANEL = (560, 300)  # pixels
 MARGIN = (70, 44, 16, 34)  # of a panel: left, top, right, bottom
@@ -49,7 +50,7 @@ def read_curves(run_dir: str | Path) -> dict[str, Curve]:
     if not path.is_file():
         raise PlotError(f"{run_dir} has no stats.jsonl: name the folder of a run")
     curves: dict[str, Curve] = {}
-    for line in path.read_bytes().splitlines():
+    for line in read_regular(path, MAX_STATISTICS).splitlines():
         entry = read_entry(line) or {}
         for key, value in entry.items():
             if key != "nimg" and isinstance(value, (int, float)) and abs(value) <= LARGEST:  # False for NaN

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, read_regular
 from dnnlib.streams import lead_nowhere
 from torch_utils import distributed
-from training.plot import read_entry
+from training.plot import MAX_STATISTICS, read_entry
 
 
 class RunningMeans:
@@ -194,7 +194,7 @@ def _drop_after(path: Path, nimg: int) -> int:
         return 0
     if not path.exists():
         return 0
-    data = path.read_bytes()
+    data = read_regular(path, MAX_STATISTICS)
     lines = [line for line in data.splitlines() if line.strip()]
     entries = [read_entry(line) for line in lines]
     kept = b"".join(

@@ -186,3 +186,45 @@ def test_json_that_is_too_large_is_not_read(tmp_path):
     assert read_json(tmp_path / "a.json") == {"a": 12345678901234567890}
     with pytest.raises(OSError, match="too large: 27 bytes"):
         read_json(tmp_path / "a.json", 20)
+
+
+def readers():
+    """Everything that reads a single file of the user's, by name."""
+    import networks
+    from inverse.inputs import read_mask
+    from inverse.json_files import read_json as read_output
+    from inverse.tasks import load_task
+    from metrics.detectors import load_demo_classifier
+    from metrics.references import load_reference
+    from sampling.grid import read_image
+    from torch_utils import safe_pickle
+    from toy.training import load_student
+    from training.dataset import ImageDataset
+    from training.plot import read_curves
+    from training.presets import NCVSDConfig, load_config
+
+    return {
+        "mask.png": read_mask,
+        "results.json": lambda path: read_output(path, "again"),
+        "task.yaml": load_task,
+        "classifier.safetensors": load_demo_classifier,
+        "reference.npz": load_reference,
+        "image.png": read_image,
+        "pickle.pkl": safe_pickle.load,
+        "network.safetensors": networks.load,
+        "student.safetensors": load_student,
+        "data.zip": ImageDataset,
+        "stats.jsonl": lambda path: read_curves(path.parent),
+        "preset.json": lambda path: load_config(NCVSDConfig, str(path)),
+    }
+
+
+def test_no_reader_waits_for_a_pipe_or_reads_a_device(tmp_path):
+    for name, read in readers().items():
+        for kind in ("pipe", "device"):
+            path = tmp_path / kind / name
+            path.parent.mkdir(exist_ok=True)
+            os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+            with pytest.raises((ValueError, OSError)) as error:
+                read(path)
+            assert "\n" not in str(error.value)

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from metrics.collect import Collected
+from metrics.compute import check_dimensions, compute_metrics
 from metrics.detectors import LoadedDetector
 from metrics.frechet import FeatureMoments
 from metrics.references import ReferenceFileError, load_reference, save_reference
+from metrics.specs import parse_metrics
+from tests.memory_utils import HAS_LIMITS, run_script
 
 DATA = Path(__file__).parents[1] / "data"
 MU, SIGMA = np.array([1.0, -2.0, 0.5]), np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 3.0]])
@@ -55,10 +58,10 @@ def archive(**members):
     return buffer.getvalue()
 
 
-def header(shape):
+def header(shape, descr="<f8"):
     """An .npy file that claims a shape and holds 64 bytes."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
     return buffer.getvalue() + bytes(64)
 
 
@@ -173,7 +176,6 @@ def test_pickled_programs_are_refused_and_do_not_run(tmp_path):
     ("changes", "words"),
     [
         ({"fid__sigma": SIGMA + np.triu(np.ones((3, 3)), 1)}, "not symmetric"),
-        ({"fid__sigma": SIGMA - 4 * np.eye(3)}, "negative eigenvalues"),
         ({"fid__sigma": SIGMA * np.nan}, "not finite"),
         ({"fid__mu": np.array([np.inf, 0, 0])}, "not finite"),
         ({"fid__sigma": SIGMA[:2]}, "[D,D]"),
@@ -197,7 +199,7 @@ def test_pickled_programs_are_refused_and_do_not_run(tmp_path):
         ({"num_images": np.array(5j)}, "no usable reference statistics"),
         ({"fid__features": np.ones((10, 2), np.float32)}, "[N,3]"),
         ({"fid__features": np.ones(3, np.float32)}, "[N,3]"),
-        ({"fid__features": np.full((10, 3), np.nan, np.float32)}, "[N,3]"),
+        ({"fid__features": np.full((10, 3), np.nan, np.float32)}, "features are not finite"),
         ({"fid__features": np.full((10, 3), "x")}, "no usable reference statistics"),
         ({"fid__features": np.ones((10, 3), np.complex64)}, "no usable reference statistics"),
     ],
@@ -220,7 +222,7 @@ def test_arrays_that_are_no_statistics_are_refused(tmp_path, changes, words):
         ({"fid": {"mu": MU}, "num_images": 10}, "no reference statistics"),
         ({"fid": {"mu": "0 0 0", "sigma": SIGMA}, "num_images": 10}, "arrays of numbers"),
         ({"fid": {"mu": MU.tolist(), "sigma": SIGMA}, "num_images": 10}, "arrays of numbers"),
-        ({"fid": {"mu": MU, "sigma": -SIGMA}, "num_images": 10}, "negative eigenvalues"),
+        ({"fid": {"mu": MU, "sigma": SIGMA[:2]}, "num_images": 10}, "[D,D]"),
         ({"fid": {"mu": MU, "sigma": SIGMA}, "num_images": 1}, "num_images is 1"),
     ],
 )
@@ -254,6 +256,7 @@ LONG_HEADER = b"\x93NUMPY\x02\x00" + (20000).to_bytes(4, "little") + b"{" + b" "
         archive(mu=member(MU), sigma=LONG_HEADER),
         flag(EDM, 6, 8, 1),  # encrypted
         flag(EDM, 8, 10, 99),  # an unknown compression
+        flag(COMPRESSED, 8, 10, zipfile.ZIP_LZMA),
         flag(COMPRESSED, 4, 6, 95),  # a version of the format that does not exist
         COMPRESSED[:80] + b"\xff" * 30 + COMPRESSED[110:],
     ],
@@ -270,6 +273,72 @@ def test_an_archive_that_unpacks_to_more_than_the_limit_is_refused(tmp_path, mon
     path.write_bytes(npz({"mu": np.zeros(100), "sigma": np.zeros((100, 100))}, np.savez_compressed))
     assert path.stat().st_size < 10_000
     refused(path, "more than the limit")
+
+
+BOMBS = """
+import pathlib, sys, zipfile
+import numpy as np
+from metrics.references import load_reference
+from tests.memory_utils import refuse_all
+from tests.metrics.test_references import header
+from tests.training.test_hostile_datasets import large_directory
+
+folder = pathlib.Path(sys.argv[1])
+
+def bomb(name, **members):
+    with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for key, (start, zeros) in ({"mu": (header((3,)), 0), "sigma": (header((3, 3)), 8)} | members).items():
+            with file.open(f"fid/{key}.npy", "w", force_zip64=True) as stream:
+                stream.write(start)
+                for _ in range(zeros >> 20):
+                    stream.write(bytes(1 << 20))
+    return folder / name
+
+files = {
+    "dimension": bomb("a", mu=(header((60000,)), 1 << 20), sigma=(header((60000, 60000)), 1 << 30)),
+    "no square": bomb("b", mu=(header((8000,)), 1 << 20), sigma=(header((4000, 16000)), 1 << 29)),
+    "header": bomb("c", features=(b"\\x93NUMPY\\x02\\x00" + (1 << 29).to_bytes(4, "little"), 1 << 29)),
+    "features": bomb("d", features=(header((1 << 30, 3)), 1 << 29)),
+    "text": bomb("e", sha256=(header((), "<U99999999")[:-64], 400 << 20)),
+    "texts": bomb("f", sha256=(header((1 << 26,))[:-64], 1 << 29)),
+    "directory": large_directory(folder / "h"),
+}
+try:
+    load_reference(bomb("g", sigma=(header((4, 3)), 0)))  # imports what is needed
+except ValueError:
+    pass
+refuse_all(load_reference, files)
+"""
+
+
+@pytest.mark.skipif(not HAS_LIMITS, reason="needs Linux")
+def test_bombs_are_cheap(tmp_path):
+    run_script(BOMBS, tmp_path)
+
+
+def test_dimensions_are_compared_before_eigenvalues(tmp_path, monkeypatch):
+    """They take the cube of the dimension, which the file decides."""
+    path = tmp_path / "ref.npz"
+    path.write_bytes(npz(own(fid__sigma=SIGMA - 4 * np.eye(3))))
+    metrics, calls = parse_metrics("fid"), []
+    eigenvalues = np.linalg.eigvalsh
+    monkeypatch.setattr(np.linalg, "eigvalsh", lambda sigma: [calls.append(1), eigenvalues(sigma)][1])
+    reference = load_reference(path)
+    with pytest.raises(ReferenceFileError, match="the reference has 3 feature dimensions and the detector 4"):
+        check_dimensions(metrics, {"fid": collected(4, 5, keep=False)[0].detector}, reference)
+    assert not calls
+    with pytest.raises(ReferenceFileError, match="negative eigenvalues"):
+        check_dimensions(metrics, {"fid": collected(3, 5, keep=False)[0].detector}, reference)
+    with pytest.raises(ReferenceFileError, match="negative eigenvalues"):  # of a detector that did not know its own
+        compute_metrics(metrics, {"fid": collected(3, 5, keep=False)[0]}, reference)
+    assert calls == [1]
+
+
+def test_nothing_but_regular_files_is_read(tmp_path):
+    os.mkfifo(tmp_path / "ref.npz")
+    for path in (tmp_path / "ref.npz", "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path}: no such file|{path}: .*not a regular file"):
+            load_reference(path)
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
