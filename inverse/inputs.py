@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from dnnlib.files import read_regular
-from training.dataset_files import FileSource, decode_pixels, is_image_name, read_labels
+from dnnlib.npy import read_npy
+from training.dataset_files import MAX_FILE_BYTES, FileSource, decode_pixels, is_image_name, read_labels
 
 _ARRAY_EXTENSIONS = (".npz", ".npy")
 _MAX_HEADER_BYTES = 4096
-_MAX_MASK_BYTES = 1 << 28
 _MAX_NAME_BYTES = 200  # of an image, so that every file named after it fits a file system
 _ORIENTATION = 274  # EXIF tag: how a camera was held
 _UPRIGHT = {  # its values: first transposed, then flipped along (rows, columns)
@@ -190,7 +190,7 @@ def pixels_to_image(pixels: np.ndarray) -> Tensor:
 def read_mask(path: str | os.PathLike) -> np.ndarray:
     """Return a mask [H,W] from an image file, float32: 1 where it is lighter than half, measured, else 0, removed."""
     try:
-        data = read_regular(where, _MAX_MASK_BYTES)
+        data = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
         raise InputError(f"{path}: the mask cannot be read ({error.strerror})") from None
     return (decode_pixels(data, str(path)).mean(axis=0) > 127.5).astype(np.float32)

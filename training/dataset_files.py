@@ -23,7 +23,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".
 LATENT_EXTENSION = ".npy"
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
 MAX_PIXELS = (1 << 30) // 12  # of one image, as many as Pillow takes without a warning
-_MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
+MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
 _LABEL_BYTES = 4096  # dataset.json may hold so many per image, and 1 MiB besides
 _MAX_CLASSES = 1_000_000
 
