@@ -96,14 +96,11 @@ def fashion16(runs: Path, duration: int, **options: Any) -> None:
             command += ["--ts", ts]
         started = time.perf_counter()
         subprocess.run(command, check=True)
-        lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-        curve = {
-            str(line["nimg"]): {
-                k: round(line[f"Metrics/fd_demo_ts{ts.replace(',', '_')}"], 4) for k, ts in SCHEDULES.items()
-            }
-            for line in lines
-            if f"Metrics/fd_demo_ts{SCHEDULES['1 step'].replace(',', '_')}" in line
-        }
+        keys = {column: f"Metrics/fd_demo_ts{ts.replace(',', '_')}" for column, ts in SCHEDULES.items()}
+        curve = {}
+        for line in map(json.loads, (folder / "stats.jsonl").read_text(encoding="utf-8").splitlines()):
+            if all(key in line for key in keys.values()):
+                curve[str(line["nimg"])] = {column: round(line[key], 4) for column, key in keys.items()}
         return {"seconds": round(time.perf_counter() - started, 1), "values": curve[str(duration)], "curve": curve}
 
     run_all("fashion16", measure, **options)

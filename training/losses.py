@@ -99,8 +99,8 @@ def distillation_error(direction: str, x: Tensor, target: Tensor, estimate: Tens
 def inverse_scale(scale: str, gap: Tensor, level: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """Factor [N,1,1,1] on the distillation loss of images whose target is `gap` [N,C,H,W] away.
 
-    "abs": 1/mean |gap| (DMD, SiD). "square": 1/mean gap². "output": 1/(c_out(level)·c_out(sigma)) with EDM's c_out: both
-    the networks' error at the combined level and the generator's step at sigma in units of what the U-Nets put out.
+    "abs": 1/mean |gap| (DMD, SiD). "square": 1/mean gap². "output": 1/(c_out(level)·c_out(sigma)) with EDM's c_out: the
+    errors of networks at the combined level, and steps of the generator at sigma, in units of the U-Nets' output.
     """
     if scale == "output":
         return (denoising_weight(level, sigma_data) * denoising_weight(sigma, sigma_data)).sqrt()
@@ -111,8 +111,8 @@ def inverse_scale(scale: str, gap: Tensor, level: Tensor, sigma: Tensor, sigma_d
 def divergence_weight(divergence: str, logits: Tensor, t: Tensor, bins: int = 4) -> Tensor:
     """Weight [N,1,1,1] of each image by the density ratio r = exp(logit) of real to generated (f-distill, 2502.15681).
 
-    f''(r)·r² of the divergence: 1 for the reverse KL, r for the forward KL, r/(r+1) for Jensen-Shannon; clipped to 0.1 to
-    20 and divided by its mean within bins of equal numbers of t.
+    f''(r)·r² of the divergence: 1 for the reverse KL, r for the forward KL, r/(r+1) for Jensen-Shannon; clipped to
+    0.1..20 and divided by its mean within bins of equal numbers of t.
     """
     if divergence == "reverse-kl":
         return torch.ones_like(t)

@@ -98,7 +98,7 @@ class Recipe:
     alpha: float = setting(1.0, "SiD's alpha")
     scale: str = setting("learned", "Generator loss over: 'learned', 'abs' or 'square' error of the target, 'output'")
     divergence: str = setting(
-        "reverse-kl", "Weighted by the discriminator: 'reverse-kl', 'forward-kl', 'js' (f-distill)"
+        "reverse-kl", "Divergence, by the discriminator: 'reverse-kl', 'forward-kl', 'js' (f-distill)"
     )
     gan_balance: bool = setting(False, "Adversarial weight relative to the norms of the two gradients at the image")
     levels: str = setting("lognormal", "Levels t of all losses: 'lognormal', or 'karras' between t_min and t_max")
@@ -120,9 +120,7 @@ class Recipe:
             if getattr(self, name) not in known:
                 raise PresetError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.direction == "sid" and self.scale == "learned":
-            raise PresetError(
-                "direction sid is no squared error that could be learned: set scale to abs, square or output"
-            )
+            raise PresetError("direction sid has no learned scale: set scale to abs, square or output")
         if not 0 < self.t_min < self.t_max < 1e6:
             raise PresetError(f"t_min and t_max must be positive and increase, got {self.t_min} and {self.t_max}")
         if not 0 <= self.own_states <= 1:

@@ -60,7 +60,7 @@ class Phase:
     level_edges: tuple[float, ...] = ()  # noise levels that part the statistics of the loss
 
     def rate(self, nimg: int) -> float:
-        """Learning rate relative to the schedule's, of the update that begins after `nimg` images; 0 before its start."""
+        """Learning rate, relative to the schedule's, of an update after `nimg` images; 0 before the start."""
         if nimg < self.start:
             return 0.0
         return self.lr_scaling * (min((nimg - self.start) / self.rampup, 1) if self.rampup else 1)
