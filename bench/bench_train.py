@@ -161,10 +161,10 @@ def measure(
 
     def iterate(seconds: dict[str, float]) -> None:
         """One iteration; adds what each phase took."""
-        for index, phase in enumerate(task.phases):
+        for index, phase in enumerate(task.order):
             started = time.perf_counter()
             phase.net.train().requires_grad_(True)
-            first = trained.nimg * len(task.phases) + index * batch_gpu
+            first = trained.nimg * len(task.order) + index * batch_gpu
             noise = training_noise(0, range(first, first + batch_gpu), device)
             terms = phase.loss(Batch(images, labels, noise, trained.nimg), phase.net)
             terms.total.sum().mul(config.loss_scaling / batch_gpu).backward()

@@ -1,10 +1,11 @@
 """Networks of NCVSD: the EDM2 teacher, the generative denoiser and what trains it."""
 
 from networks.checkpoints import CheckpointError, LoadedNetwork, NonFiniteError, UnsafeCheckpointError, load, save
-from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
+from networks.denoisers import CombinedScore, Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 
 __all__ = [
     "CheckpointError",
+    "CombinedScore",
     "Discriminator",
     "GenerativeDenoiser",
     "LoadedNetwork",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.layers import MPConv, MPFourier, mp_cat
-from networks.posterior import expand_sigma, few_step_posterior, few_step_sigmas
+from networks.layers import MPConv, MPFourier, mp_cat, mp_silu
+from networks.posterior import combine_observations, expand_sigma, few_step_posterior, few_step_sigmas
 from networks.unet import Decoder, Encoder, UNet, UNetConfig
 
 RandnLike = Callable[[Tensor], Tensor]
@@ -189,24 +189,29 @@ class PrecondCondition(Denoiser):
 class Discriminator(PreconditionedNet):
     """Logits that x0 + sigma·n is real rather than generated, given y (SiDA, arXiv 2410.14919, made conditional)."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head: str = "linear", **kwargs: Any) -> None:
+        """`head` is "linear" as published, "joint" or "local", see `DiscriminatorHead`."""
         super().__init__(*args, **kwargs)
+        self.local = head == "local"
         self.ctrl = self.encoder_class(self._unet_config)
         self.enc = self.encoder_class(self._unet_config)
-        self.out_conv = MPConv(2 * self._unet_config.skip_channels[-1], 1)
+        channels = 2 * self._unet_config.skip_channels[-1]
+        self.out_conv = MPConv(channels, 1) if head == "linear" else DiscriminatorHead(channels, local=self.local)
         for module in self.modules():
             if isinstance(module, MPConv):
                 module.forced = False
 
     def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None) -> Tensor:
-        """Logits [N] for x and y [N,C,H,W] at their noise levels."""
+        """Logits [N] for x and y [N,C,H,W] at their noise levels; with a local head [N,P], one for each of P places."""
         x, s, x_in = self._prepare(x, sigma)
         _, s_y, y_in = self._prepare(y, sigma_y)
         labels = self._prepare_labels(labels, len(x))
         control = self.ctrl(y_in, s_y.c_noise, labels)[-1]
         features = self.enc(x_in, s.c_noise, labels)[-1]
-        pooled = mp_cat(control, features).mean(dim=(2, 3), dtype=torch.float32)
-        return self.out_conv(pooled).flatten()
+        joined = mp_cat(control, features)
+        if self.local:
+            return self.out_conv(joined.to(torch.float32))
+        return self.out_conv(joined.mean(dim=(2, 3), dtype=torch.float32)).flatten()
 
     @torch.no_grad()
     def init_from_teacher(self, net: Precond) -> Discriminator:
@@ -226,6 +231,52 @@ def copy_part(target: nn.Module, source: nn.Module, except_for: Sequence[str] = 
             found = list(weights[name].shape) if name in weights else "nothing"
             raise ValueError(f"the teacher's architecture differs: {name} is {list(tensor.shape)}, teacher has {found}")
         tensor.copy_(weights[name])
+
+
+class CombinedScore(nn.Module):
+    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t.
+
+    The published one is preconditioned for x_t alone. Where y is much the better observation, its output is then a
+    small difference of large terms; here the error shrinks with sigma, and it starts as the true posterior's score.
+    """
+
+    def __init__(self, model: PrecondCondition) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.model.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self.model.compute_dtype = dtype
+
+    @property
+    def sigma_data(self) -> float:
+        return self.model.sigma_data
+
+    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None, **options: Any):
+        """As `PrecondCondition`: denoised [N,C,H,W], with return_logvar also [N,1,1,1]."""
+        return self.model(*combine_observations(y, sigma_y, x, sigma), y, sigma_y, labels, **options)
+
+
+class DiscriminatorHead(nn.Module):
+    """Logits from the features of x and y together, through two hidden layers: [N,1], or [N,H·W] one for each place.
+
+    The published head is linear: a term of x plus a term of y. It sees whether x looks real, not whether x goes with y.
+    """
+
+    def __init__(self, channels: int, *, local: bool = False) -> None:
+        super().__init__()
+        kernel = (1, 1) if local else ()
+        self.layers = nn.ModuleList([MPConv(channels, channels, kernel), MPConv(channels, channels, kernel)])
+        self.output = MPConv(channels, 1, kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = mp_silu(layer(x))
+        return self.output(x).flatten(1)
 
 
 class GenerativeDenoiser(nn.Module):

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.denoisers import Discriminator, Precond, PrecondCondition, Sigma
+from networks.denoisers import Discriminator, Precond, PrecondCondition
 from networks.layers import MPConv, mp_silu, mp_sum, normalize
-from networks.posterior import combine_observations
 from networks.unet import EmbeddedNet, UNetConfig
 
 COORDINATE_FEATURES = 64
@@ -127,54 +126,10 @@ class PointCondition(PrecondCondition):
     encoder_class, decoder_class = PointEncoder, PointDecoder
 
 
-class CombinedScore(nn.Module):
-    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t.
-
-    The published one is preconditioned for x_t alone. Where y is much the better observation, its output is then a
-    small difference of large terms; here the error shrinks with sigma, and it starts as the true posterior's score.
-    """
-
-    def __init__(self, model: PointCondition) -> None:
-        super().__init__()
-        self.model = model
-
-    @property
-    def sigma_data(self) -> float:
-        return self.model.sigma_data
-
-    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None, **options: Any):
-        """As `PrecondCondition`: denoised [N,2,1,1], with return_logvar also [N,1,1,1]."""
-        return self.model(*combine_observations(y, sigma_y, x, sigma), y, sigma_y, labels, **options)
-
-
-class JointHead(nn.Module):
-    """Logit [N,1] from the features of x and y together [N,C], through two hidden layers."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([MPConv(channels, channels), MPConv(channels, channels)])
-        self.output = MPConv(channels, 1)
-        for module in [*self.layers, self.output]:
-            module.forced = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = mp_silu(layer(x))
-        return self.output(x)
-
-
 class PointDiscriminator(Discriminator):
-    """The discriminator of points. With `joint` its head has hidden layers in place of the published linear one.
-
-    A linear head adds a term of x to a term of y: it sees whether x looks real, not whether x goes with y.
-    """
+    """The discriminator of points."""
 
     encoder_class = PointEncoder
-
-    def __init__(self, *args: Any, joint: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if joint:
-            self.out_conv = JointHead(2 * self._unet_config.model_channels)
 
 
 def architecture(width: int, blocks: int) -> dict[str, Any]:

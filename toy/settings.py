@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from training.presets import NCVSDConfig, PresetError, setting
+from training.presets import NCVSDConfig, PresetError, Recipe, setting
 
 
 @dataclass(frozen=True)
-class ToySettings:
+class ToySettings(Recipe):
     """One training run. Raises PresetError for values that make no sense."""
 
     iterations: int = setting(6500, "Iterations of distillation")
@@ -20,13 +20,13 @@ class ToySettings:
     g_lr_scaling: float = setting(0.1, "Learning rate of the generator, relative to the score network's")
     d_lr_scaling: float = setting(0.3, "Learning rate of the discriminator, relative to the score network's")
     g_delay: float = setting(0.05, "Share of the iterations before the generator moves")
+    g_rampup: float = setting(0.0, "Share of the iterations in which its rate then rises")
     gan_start: float = setting(0.1, "Share of the iterations before the adversarial loss joins")
     gan_weight: float = setting(3.0, "Weight of the adversarial loss")
     t_mean: float = setting(-1.2, "Mean of ln t in the score and discriminator losses")
     t_std: float = setting(1.8, "Standard deviation of ln t in the score and discriminator losses")
     g_t_mean: float = setting(-1.0, "Mean of ln t in the generator's loss")
     g_t_std: float = setting(1.6, "Standard deviation of ln t in the generator's loss")
-    score_updates: int = setting(1, "Updates of the score network per update of the generator")
     gamma: float = setting(0.414, "Extra noise of the generative denoiser; 0 leaves it deterministic")
     adversarial: bool = setting(True, "Train with the adversarial loss")
     combined_score: bool = setting(True, "Score network at the combined observation; without, at x_t as published")
@@ -36,7 +36,7 @@ class ToySettings:
     seed: int = setting(0, "Seed of weights, data and noise")
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "pretraining", "batch", "width", "blocks", "score_updates"):
+        for name in ("iterations", "pretraining", "batch", "width", "blocks"):
             if getattr(self, name) < 1:
                 raise PresetError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0 or self.seed >= 1 << 63:
@@ -58,6 +58,7 @@ class ToySettings:
             g_lr_scaling=self.g_lr_scaling,
             d_lr_scaling=self.d_lr_scaling,
             g_delay_kimg=self.g_delay * images / 1e3,
+            g_rampup_kimg=self.g_rampup * images / 1e3,
             gan_warmup_kimg=(self.gan_start if self.adversarial else 2) * images / 1e3,
             gan_loss_scaling=self.gan_weight,
             g_p_mean=self.g_t_mean,
@@ -66,4 +67,5 @@ class ToySettings:
             s_p_std=self.t_std,
             d_p_mean=self.t_mean,
             d_p_std=self.t_std,
+            **{field.name: getattr(self, field.name) for field in fields(Recipe)},
         )

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dnnlib.files import atomic_path, open_regular, parse_json
-from networks import GenerativeDenoiser
+from networks import CombinedScore, GenerativeDenoiser
 from networks.posterior import combine_observations
 from toy.mixture import GaussianMixture
-from toy.networks import CombinedScore, PointCondition, PointDiscriminator, PointPrecond, architecture
+from toy.networks import PointCondition, PointDiscriminator, PointPrecond, architecture
 from toy.settings import ToySettings
 from training.losses import weighted_error
 from training.noise import UniformKarrasSigma
@@ -99,7 +99,8 @@ def train(
     score_net = copy.deepcopy(conditional)
     if settings.combined_score:
         score_net = CombinedScore(score_net)
-    discriminator = PointDiscriminator(**teacher_net.init_kwargs, joint=settings.joint).init_from_teacher(teacher_net)
+    discriminator = PointDiscriminator(**teacher_net.init_kwargs, head="joint" if settings.joint else "linear")
+    discriminator.init_from_teacher(teacher_net)
     generator = GenerativeDenoiser(conditional, config.gamma, config.init_sigma)
     start = copy.deepcopy(generator).eval().requires_grad_(False)
     phases = distillation_phases(
@@ -111,10 +112,10 @@ def train(
         combine=combine_observations if settings.identity else lambda y, sigma, x_t, t: (x_t, t),
     )
     by_name = {phase.name: phase for phase in phases}
-    order = [by_name["score"]] * settings.score_updates
-    order += [by_name["disc"]] * settings.adversarial + [by_name["gen"]]
+    order = [p for p in phases for _ in range(p.updates) if settings.adversarial or p.name != "disc"]
     trained = {name: _parameters(phase, settings) for name, phase in by_name.items()}
-    optimizers = {name: torch.optim.Adam(params, betas=ADAM_BETAS, fused=True) for name, params in trained.items()}
+    betas = (config.beta1, ADAM_BETAS[1])
+    optimizers = {name: torch.optim.Adam(params, betas=betas, fused=True) for name, params in trained.items()}
     for phase in phases:
         phase.net.eval().requires_grad_(False)
     ema = PowerFunctionEMA(generator, [EMA_STD])
@@ -137,7 +138,7 @@ def train(
                 raise DivergenceError(
                     f"gradients of the {phase.name} network are not finite: use a lower learning rate"
                 )
-            optimizers[phase.name].param_groups[0]["lr"] = lr * phase.lr_scaling
+            optimizers[phase.name].param_groups[0]["lr"] = lr * phase.rate(nimg)
             optimizers[phase.name].step()
             optimizers[phase.name].zero_grad(set_to_none=True)
             phase.net.eval().requires_grad_(False)

@@ -107,7 +107,7 @@ class Trainer:
         self.writer = StateWriter(run.run_dir, keep_every=config.keep_every, expected=expected, log=log)
         self.writer.last_good = self.resumed
         self.means = RunningMeans()
-        self.loader = _batches(dataset, self.batch_gpu, run, start=nimg * len(task.phases))
+        self.loader = _batches(dataset, self.batch_gpu, run, start=nimg * len(task.order))
         self.clock = nimg, time.perf_counter()  # of the last statistics; snapshots do not count
 
     @property
@@ -165,15 +165,18 @@ class Trainer:
         iteration = trained.nimg // config.batch * self.world + distributed.rank()
         torch.manual_seed(stream_seed((self.run.seed + 1 << 32) + iteration))  # of dropout: all else has own streams
         lr = learning_rate(trained.nimg, config)
-        for index, phase in enumerate(self.task.phases):
+        order = self.task.order
+        for index, phase in enumerate(order):
             if trained.nimg < phase.start:
                 for _ in range(self.rounds):
                     next(self.loader)
                 continue
             phase.net.train().requires_grad_(True)
-            self.gradients(phase, position=trained.nimg * len(self.task.phases) + index * config.batch)
+            self.gradients(phase, position=trained.nimg * len(order) + index * config.batch)
             health = trained.health[phase.name]
-            update_network(phase, trained.optimizers[phase.name], lr, health, config, self.means)
+            update_network(
+                phase, trained.optimizers[phase.name], lr * phase.rate(trained.nimg), health, config, self.means
+            )
             phase.net.eval().requires_grad_(False)
         trained.nimg += config.batch
         trained.ema.update(trained.nimg, config.batch)

@@ -48,8 +48,13 @@ def generator_loss(
     *,
     randn_like: RandnLike,
     combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # (y, sigma, x_t, t) -> teacher's (x, sigma)
+    direction: str = "vsd",  # or "sid"
+    alpha: float = 1.0,  # of SiD
+    scale: str = "learned",  # or "abs", "square", "output": see `inverse_scale`
+    divergence: str = "reverse-kl",  # or "forward-kl", "js": see `divergence_weight`
+    balance: bool = False,  # give the adversarial loss a gradient of the same norm at x
 ) -> tuple[Tensor, Tensor | None]:
-    """Variational score distillation loss [N,C,H,W] and adversarial loss [N,1,1,1] or None (NCVSD, Section 4).
+    """Distillation loss [N,C,H,W] and adversarial loss [N,1,1,1] or None (NCVSD, Section 4).
 
     The target score of p(x_t | y) is the teacher's at the combined observation of y and x_t: the score identity.
     Another `combine` gives another target, such as the score of p(x_t) from one that returns x_t and t.
@@ -57,16 +62,65 @@ def generator_loss(
     t = expand_sigma(t, y)
     x, logvar = generator(y, sigma, labels, return_logvar=True, randn_like=randn_like)
     x_t = x + t * randn_like(x)
-    with torch.no_grad():
-        target = teacher(*combine(y, sigma, x_t, t), labels)
+    with torch.set_grad_enabled(direction == "sid" and torch.is_grad_enabled()):
+        combined, level = combine(y, sigma, x_t, t)
+        target = teacher(combined, level, labels)
         estimate = score_net(x_t, t, y, sigma, labels)
-        direction = target - estimate
-    error = x - (direction + x).detach()
-    vsd = weighted_error(error, t, logvar, score_net.sigma_data)
+    if scale == "learned":
+        error = x - (target - estimate + x).detach()
+        loss = weighted_error(error, t, logvar, score_net.sigma_data)
+    else:
+        gap = (x - target).detach()
+        loss = distillation_error(direction, x, target, estimate, alpha)
+        loss = loss * inverse_scale(scale, gap, expand_sigma(level, y), expand_sigma(sigma, y), score_net.sigma_data)
     if discriminator is None:
-        return vsd, None
+        return loss, None
     logits = discriminator(x_t, t, y, sigma, labels)
-    return vsd, _bce(logits, 1.0)
+    loss = loss * divergence_weight(divergence, logits.detach(), t)
+    adversarial = _bce(logits, 1.0)
+    if balance:
+        norms = [torch.autograd.grad(part.sum(), x, retain_graph=True)[0].norm() for part in (loss, adversarial)]
+        adversarial = adversarial * (norms[0] / norms[1].clamp_min(1e-12))
+    return loss, adversarial
+
+
+def distillation_error(direction: str, x: Tensor, target: Tensor, estimate: Tensor, alpha: float = 1.0) -> Tensor:
+    """What drives x from the score network's `estimate` to the `target`, elementwise, both of E[x0 | x_t, y].
+
+    "vsd": a square whose gradient at x is estimate - target. "sid": SiD's loss, whose gradient passes through x_t
+    and both networks (SiD, arXiv 2404.04057, Eq. 23).
+    """
+    if direction == "vsd":
+        return 0.5 * (x - (target - estimate + x).detach()).square()
+    difference = target - estimate
+    return difference * (target - x - alpha * difference)
+
+
+def inverse_scale(scale: str, gap: Tensor, level: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """Factor [N,1,1,1] on the distillation loss of images whose target is `gap` [N,C,H,W] away.
+
+    "abs": 1/mean |gap| (DMD, SiD). "square": 1/mean gap². "output": 1/(c_out(level)·c_out(sigma)) with EDM's c_out: the
+    errors of networks at the combined level, and steps of the generator at sigma, in units of the U-Nets' output.
+    """
+    if scale == "output":
+        return (denoising_weight(level, sigma_data) * denoising_weight(sigma, sigma_data)).sqrt()
+    size = (gap.abs() if scale == "abs" else gap.square()).mean(dim=(1, 2, 3), keepdim=True)
+    return 1 / size.clamp_min(1e-8)
+
+
+def divergence_weight(divergence: str, logits: Tensor, t: Tensor, bins: int = 4) -> Tensor:
+    """Weight [N,1,1,1] of each image by the density ratio r = exp(logit) of real to generated (f-distill, 2502.15681).
+
+    f''(r)·r² of the divergence: 1 for the reverse KL, r for the forward KL, r/(r+1) for Jensen-Shannon; clipped to
+    0.1..20 and divided by its mean within bins of equal numbers of t.
+    """
+    if divergence == "reverse-kl":
+        return torch.ones_like(t)
+    logit = logits.reshape(len(t), -1).mean(1)
+    weight = (logit.exp() if divergence == "forward-kl" else logit.sigmoid()).clamp(0.1, 20)
+    for part in t.flatten().argsort().tensor_split(bins):
+        weight[part] = weight[part] / weight[part].mean()
+    return weight.reshape(t.shape)
 
 
 def score_loss(
@@ -104,4 +158,4 @@ def discriminator_loss(
 
 def _bce(logits: Tensor, target: float) -> Tensor:
     loss = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target), reduction="none")
-    return loss.reshape(-1, 1, 1, 1)
+    return loss.reshape(len(loss), -1).mean(1).reshape(-1, 1, 1, 1)

@@ -41,7 +41,7 @@ def facts(trained: Trained, lr: float) -> dict[str, float]:
     values = {"Progress/lr": lr}
     for phase in trained.task.phases:
         values[f"Weights/{phase.name}_norm"] = float(total_norm(phase.net.parameters()))
-        values[f"Rates/{phase.name}"] = lr * phase.lr_scaling if trained.nimg > phase.start else 0.0
+        values[f"Rates/{phase.name}"] = lr * phase.rate(trained.nimg) if trained.nimg > phase.start else 0.0
         values[f"Nonfinite/{phase.name}_total"] = trained.health[phase.name].updates
         for key, p in phase.net.named_parameters():
             kind = key.rpartition(".")[2]

@@ -43,6 +43,10 @@ class UniformKarrasSigma:
         grid = karras_sigmas(self.num_steps, self.sigma_min, self.sigma_max, self.rho, device=noise.device)
         return grid[noise.randint(self.num_steps)].reshape(count, 1, 1, 1)
 
+    def quartiles(self) -> tuple[float, float, float]:
+        """Levels below which a quarter, half and three quarters of the draws lie."""
+        return tuple(karras_sigmas(5, self.sigma_min, self.sigma_max, self.rho)[[3, 2, 1]].tolist())
+
 
 def training_noise(seed: int, positions: Sequence[int], device: torch.device | str = "cpu") -> SeededNoise:
     """The random stream of each image at the given positions of the run's image sequence.

@@ -46,7 +46,7 @@ def learning_rate(nimg: int, config: TrainingConfig) -> float:
 def update_network(
     phase: Phase,
     optimizer: torch.optim.Optimizer,
-    lr: float,  # before the phase's own factor
+    lr: float,  # of this update
     health: Health,  # of the phase's network; brought up to date
     config: TrainingConfig,
     means: RunningMeans,
@@ -68,7 +68,7 @@ def update_network(
         zero_nonfinite(phase.net.parameters())
     if not bad or config.nonfinite == "zero":
         for group in optimizer.param_groups:
-            group["lr"] = lr * phase.lr_scaling
+            group["lr"] = lr
         optimizer.step()
     # Replicas accumulate in the messages' buffers; exact resuming with any number of processes wants fresh gradients.
     fresh = distributed.world_size() == 1 or torch.are_deterministic_algorithms_enabled()

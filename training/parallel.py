@@ -16,7 +16,7 @@ from training.state import to_host
 
 Name = TypeVar("Name", str, int)
 
-ADAM_BETAS = (0.9, 0.99)
+ADAM_BETA2 = 0.99
 GO_ON, STOP, INTERRUPT, FAIL = range(4)  # verdicts of a process on how training should proceed
 
 
@@ -73,15 +73,18 @@ def gravest(verdict: int, device: torch.device) -> int:
 # optimizers
 
 
-def build_optimizer(net: nn.Module, device: torch.device, *, shard: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    net: nn.Module, device: torch.device, *, beta1: float = 0.9, shard: bool = False
+) -> torch.optim.Optimizer:
     """Adam on all parameters; with `shard` its moments are divided between the processes (ZeRO, stage 1)."""
+    betas = (beta1, ADAM_BETA2)
     if not shard or distributed.world_size() == 1:
-        return torch.optim.Adam(net.parameters(), betas=ADAM_BETAS, fused=device.type in ("cpu", "cuda"))
+        return torch.optim.Adam(net.parameters(), betas=betas, fused=device.type in ("cpu", "cuda"))
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     fused = device.type == "cpu"  # elsewhere fused Adam wants its step counts on the device, and gets them on the CPU
     net.requires_grad_(True)  # as when it steps
-    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, betas=ADAM_BETAS, fused=fused)
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, betas=betas, fused=fused)
     net.requires_grad_(False)
     return optimizer
 

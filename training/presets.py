@@ -109,7 +109,50 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class NCVSDConfig(TrainingConfig):
+class Recipe:
+    """How the generator is driven: the published way by default. Shared by images and the toy."""
+
+    direction: str = setting("vsd", "Generator loss: 'vsd' as published, 'sid' through teacher and score network (SiD)")
+    alpha: float = setting(1.0, "SiD's alpha")
+    scale: str = setting("learned", "Generator loss over: 'learned', 'abs' or 'square' error of the target, 'output'")
+    divergence: str = setting(
+        "reverse-kl", "Divergence, by the discriminator: 'reverse-kl', 'forward-kl', 'js' (f-distill)"
+    )
+    gan_balance: bool = setting(False, "Adversarial weight relative to the norms of the two gradients at the image")
+    levels: str = setting("lognormal", "Levels t of all losses: 'lognormal', or 'karras' between t_min and t_max")
+    t_min: float = setting(0.002, "Smallest t of 'karras' levels")
+    t_max: float = setting(80.0, "Largest t of 'karras' levels")
+    t_cap: float = setting(0.0, "Largest t of all losses in units of the level of y; 0 = no limit")
+    own_states: float = setting(0.0, "Share of y made from the student's own draws, in score and generator loss")
+    score_updates: int = setting(1, "Updates of the score network per iteration")
+    beta1: float = setting(0.9, "Adam's first beta")
+
+    def check_recipe(self) -> None:
+        """Raise PresetError for values that make no sense."""
+        for name, known in (
+            ("direction", ("vsd", "sid")),
+            ("scale", ("learned", "abs", "square", "output")),
+            ("divergence", ("reverse-kl", "forward-kl", "js")),
+            ("levels", ("lognormal", "karras")),
+        ):
+            if getattr(self, name) not in known:
+                raise PresetError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.direction == "sid" and self.scale == "learned":
+            raise PresetError("direction sid has no learned scale: set scale to abs, square or output")
+        if not 0 < self.t_min < self.t_max < 1e6:
+            raise PresetError(f"t_min and t_max must be positive and increase, got {self.t_min} and {self.t_max}")
+        if not 0 <= self.own_states <= 1:
+            raise PresetError(f"own_states is a share in [0, 1], got {self.own_states}")
+        if self.t_cap < 0:
+            raise PresetError(f"t_cap must not be negative, got {self.t_cap}")
+        if self.score_updates < 1:
+            raise PresetError(f"score_updates must be at least 1, got {self.score_updates}")
+        if not 0 <= self.beta1 < 1:
+            raise PresetError(f"beta1 must lie in [0, 1), got {self.beta1}")
+
+
+@dataclass(frozen=True)
+class NCVSDConfig(Recipe, TrainingConfig):
     """Distillation of a teacher into a generative denoiser (NCVSD, Tables 3 and 4)."""
 
     gamma: float = setting(0.414, "Extra noise of the generative denoiser, sigma_hat = (1+gamma)·sigma")
@@ -119,6 +162,7 @@ class NCVSDConfig(TrainingConfig):
     g_delay_kimg: float = setting(
         0, "Generator updates from here on, in thousand images; the others learn from the start"
     )
+    g_rampup_kimg: float = setting(0, "Linear rise of the generator's rate from there on, in thousand images")
     gan_loss_scaling: float = setting(1.0, "Weight of the adversarial loss")
     gan_warmup_kimg: float = setting(16778, "Adversarial loss from here on, in thousand images")
     g_p_mean: float = setting(-0.4, "Generator loss: mean of ln t")
@@ -127,6 +171,10 @@ class NCVSDConfig(TrainingConfig):
     s_p_std: float = setting(1.0, "Score loss: standard deviation of ln t")
     d_p_mean: float = setting(-0.4, "Discriminator loss: mean of ln t")
     d_p_std: float = setting(1.0, "Discriminator loss: standard deviation of ln t")
+    combined_score: bool = setting(False, "Score network at the combined observation of y and x_t; published: at x_t")
+    d_head: str = setting(
+        "linear", "Discriminator's head: 'linear' as published, 'joint' (hidden layers), 'local' (per place)"
+    )
     sigma_rho: float = setting(7.0, "Levels of y: uniform over a Karras grid of this rho")
     sigma_steps: int = setting(1000, "Levels of y: points of that grid")
     eval_ts: tuple[tuple[int, ...], ...] = setting(
@@ -136,9 +184,12 @@ class NCVSDConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_not_negative("gamma", "g_lr_scaling", "d_lr_scaling", "gan_loss_scaling", "gan_warmup_kimg")
-        self._check_not_negative("g_delay_kimg")
+        self._check_not_negative("g_delay_kimg", "g_rampup_kimg")
+        self.check_recipe()
         self._check_levels("g", "s", "d")
         self._check_positive("init_sigma", "sigma_rho")
+        if self.d_head not in ("linear", "joint", "local"):
+            raise PresetError(f"d_head must be one of linear, joint, local, got {self.d_head!r}")
         if self.sigma_steps < 2:
             raise PresetError(f"sigma_steps must be at least 2, got {self.sigma_steps}")
 

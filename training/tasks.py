@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
+from networks import CombinedScore, Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.posterior import combine_observations
 from sampling.images import generate_images
 from sampling.schedules import parse_ts
@@ -21,6 +21,8 @@ from training.losses import discriminator_loss, edm2_loss, generator_loss, score
 from training.noise import LogNormalSigma, UniformKarrasSigma
 from training.presets import EDM2Config, NCVSDConfig
 from training.views import denoised_views
+
+Levels = LogNormalSigma | UniformKarrasSigma
 
 
 @dataclass
@@ -52,7 +54,16 @@ class Phase:
     lr_scaling: float  # relative to the schedule's rate
     loss: Callable[[Batch, nn.Module], LossTerms]  # with `net`, or what wraps it where gradients are exchanged
     start: float = 0  # images seen before the first update
+    rampup: float = 0  # images over which its rate then rises to the full one
+    updates: int = 1  # of this phase in an iteration
+    beta1: float = 0.9  # of Adam
     level_edges: tuple[float, ...] = ()  # noise levels that part the statistics of the loss
+
+    def rate(self, nimg: int) -> float:
+        """Learning rate, relative to the schedule's, of an update after `nimg` images; 0 before the start."""
+        if nimg < self.start:
+            return 0.0
+        return self.lr_scaling * (min((nimg - self.start) / self.rampup, 1) if self.rampup else 1)
 
 
 @dataclass
@@ -66,6 +77,11 @@ class Task:
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # further networks that the phases evaluate
     teacher: Precond | None = None  # whose samples to show once, for comparison
     views: Callable[[nn.Module, Any, Sequence[int], int], dict[str, Tensor]] | None = None  # more images of a network
+
+    @property
+    def order(self) -> list[Phase]:
+        """Phases of an iteration, each as often as it updates its network; each time on a fresh batch."""
+        return [phase for phase in self.phases for _ in range(phase.updates)]
 
     def sample_grids(self, net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
         """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
@@ -106,14 +122,18 @@ def pretraining_task(net: Precond, config: EDM2Config) -> Task:
     return Task([phase], net, schedules)
 
 
-def build_student(teacher: Precond, config: NCVSDConfig) -> tuple[GenerativeDenoiser, PrecondCondition, Discriminator]:
+def build_student(
+    teacher: Precond, config: NCVSDConfig
+) -> tuple[GenerativeDenoiser, PrecondCondition | CombinedScore, Discriminator]:
     """Generator, score network and discriminator, initialised from the teacher, in the teacher's compute dtype."""
     arguments = {**teacher.init_kwargs, "dropout": config.dropout}
     conditional = PrecondCondition(**arguments).to(teacher.device).init_from_teacher(teacher)
     score_net = copy.deepcopy(conditional)
-    discriminator = Discriminator(**arguments).to(teacher.device).init_from_teacher(teacher)
+    discriminator = Discriminator(**arguments, head=config.d_head).to(teacher.device).init_from_teacher(teacher)
     for net in (conditional, score_net, discriminator):
         net.compute_dtype = teacher.compute_dtype
+    if config.combined_score:
+        score_net = CombinedScore(score_net)
     return GenerativeDenoiser(conditional, config.gamma, config.init_sigma), score_net, discriminator
 
 
@@ -135,25 +155,41 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
 def distillation_phases(
     teacher: Callable[..., Tensor],  # D(x, sigma, labels): Precond, or any denoiser called like it
     generator: GenerativeDenoiser,
-    score_net: PrecondCondition,
+    score_net: PrecondCondition | CombinedScore,
     discriminator: Discriminator,
     config: NCVSDConfig,
     combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # see `generator_loss`
 ) -> list[Phase]:
     """The phases of an iteration in their order: score network, discriminator, generator."""
     y_sampler = UniformKarrasSigma(config.sigma_steps, sigma_max=config.init_sigma, rho=config.sigma_rho)
-    score_levels = LogNormalSigma(config.s_p_mean, config.s_p_std)
-    discriminator_levels = LogNormalSigma(config.d_p_mean, config.d_p_std)
-    generator_levels = LogNormalSigma(config.g_p_mean, config.g_p_std)
+    score_levels = _levels(config, config.s_p_mean, config.s_p_std)
+    discriminator_levels = _levels(config, config.d_p_mean, config.d_p_std)
+    generator_levels = _levels(config, config.g_p_mean, config.g_p_std)
 
-    def observe(batch: Batch, t_sampler: LogNormalSigma) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy y, its level sigma and the level t of x_t."""
-        sigma = y_sampler.sample(batch.noise, len(batch.images))
-        t = t_sampler.sample(batch.noise, len(batch.images))
-        return batch.images + sigma * batch.noise.randn_like(batch.images), sigma, t
+    def observe(batch: Batch, t_sampler: Levels, own: float = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy y, its level sigma and the level t of x_t; a share `own` of y is made of the student's draws."""
+        noise, images = batch.noise, batch.images
+        sigma = y_sampler.sample(noise, len(images))
+        t = t_sampler.sample(noise, len(images))
+        if config.t_cap:
+            t = t.minimum(config.t_cap * sigma)
+        if own:
+            images = own_draws(batch, sigma, own)
+        return images + sigma * noise.randn_like(images), sigma, t
+
+    @torch.no_grad()
+    def own_draws(batch: Batch, sigma: Tensor, share: float) -> Tensor:
+        """Images, a share of them replaced by what the student draws at a level above sigma: its states when it samples
+        in several steps (backward simulation, DMD2, arXiv 2405.14867).
+        """
+        noise, images = batch.noise, batch.images
+        above = y_sampler.sample(noise, len(images)).maximum(sigma)
+        draws = generator(images + above * noise.randn_like(images), above, batch.labels, randn_like=noise.randn_like)
+        chosen = noise.randint(10**6).reshape(sigma.shape) < share * 10**6
+        return torch.where(chosen, draws, images)
 
     def score_phase(batch: Batch, score_net: nn.Module) -> LossTerms:
-        y, sigma, t = observe(batch, score_levels)
+        y, sigma, t = observe(batch, score_levels, config.own_states)
         value = score_loss(generator, score_net, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like)
         return LossTerms(value, {"score": value}, t)
 
@@ -168,7 +204,7 @@ def distillation_phases(
         return LossTerms(total, {"disc_fake": fake, "disc_real": real}, t, rates)
 
     def generator_phase(batch: Batch, generator: nn.Module) -> LossTerms:
-        y, sigma, t = observe(batch, generator_levels)
+        y, sigma, t = observe(batch, generator_levels, config.own_states)
         adversarial = batch.nimg >= config.gan_warmup_kimg * 1000
         critic = discriminator if adversarial else None
         vsd, gan = generator_loss(
@@ -182,14 +218,29 @@ def distillation_phases(
             batch.labels,
             randn_like=batch.noise.randn_like,
             combine=combine,
+            direction=config.direction,
+            alpha=config.alpha,
+            scale=config.scale,
+            divergence=config.divergence,
+            balance=config.gan_balance,
         )
         if gan is None:
             return LossTerms(vsd, {"vsd": vsd}, t)
         return LossTerms(vsd + config.gan_loss_scaling * gan, {"vsd": vsd, "gan": gan}, t)
 
-    generator_start = config.g_delay_kimg * 1000
+    def phase(name: str, net: nn.Module, lr_scaling: float, loss: Callable, levels: Levels, **options: Any) -> Phase:
+        return Phase(name, net, lr_scaling, loss, level_edges=levels.quartiles(), beta1=config.beta1, **options)
+
+    g_start, g_rampup = config.g_delay_kimg * 1000, config.g_rampup_kimg * 1000
     return [
-        Phase("score", score_net, 1.0, score_phase, 0, score_levels.quartiles()),
-        Phase("disc", discriminator, config.d_lr_scaling, discriminator_phase, 0, discriminator_levels.quartiles()),
-        Phase("gen", generator, config.g_lr_scaling, generator_phase, generator_start, generator_levels.quartiles()),
+        phase("score", score_net, 1.0, score_phase, score_levels, updates=config.score_updates),
+        phase("disc", discriminator, config.d_lr_scaling, discriminator_phase, discriminator_levels),
+        phase("gen", generator, config.g_lr_scaling, generator_phase, generator_levels, start=g_start, rampup=g_rampup),
     ]
+
+
+def _levels(config: NCVSDConfig, p_mean: float, p_std: float) -> Levels:
+    """Distribution of t for one of the losses."""
+    if config.levels == "karras":
+        return UniformKarrasSigma(sigma_min=config.t_min, sigma_max=config.t_max)
+    return LogNormalSigma(p_mean, p_std)

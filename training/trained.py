@@ -36,7 +36,7 @@ class Trained:
         self.seconds = 0.0  # of training, up to the last statistics
         self.snapshot_seconds = 0.0  # of the last snapshot
         self.health = {p.name: Health() for p in task.phases}
-        self.optimizers = {p.name: build_optimizer(p.net, device, shard=shard) for p in task.phases}
+        self.optimizers = {p.name: build_optimizer(p.net, device, beta1=p.beta1, shard=shard) for p in task.phases}
         self.ema = PowerFunctionEMA(task.result, config.ema_stds, device=ema_device, shard=shard)
 
     @property
@@ -58,7 +58,7 @@ class Trained:
             "seconds": self.seconds,
             "snapshot_seconds": self.snapshot_seconds,
             "seed": self.seed,
-            "position": self.nimg * len(self.task.phases),
+            "position": self.nimg * len(self.task.order),
             "health": {name: dataclasses.asdict(health) for name, health in self.health.items()},
             "nets": {p.name: copied(p.net.state_dict()) for p in self.task.phases},
             "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()},

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from networks import CombinedScore
 from networks.posterior import combine_observations
 from toy.check import Bench, report
 from toy.mixture import spiral_arms
-from toy.networks import CombinedScore, PointCondition, PointDiscriminator, PointPrecond, architecture
+from toy.networks import PointCondition, PointDiscriminator, PointPrecond, architecture
 from toy.report import tables
 from toy.settings import ToySettings
 from toy.training import load_student, save_student, train
@@ -47,14 +48,14 @@ def test_combined_score_starts_as_the_score_of_the_true_posterior(teacher):
     assert logvar.shape == (9, 1, 1, 1) and net.sigma_data == teacher.sigma_data
 
 
-@pytest.mark.parametrize("joint", [True, False])
-def test_only_a_joint_head_sees_whether_x_goes_with_y(teacher, joint):
-    net = PointDiscriminator(**teacher.init_kwargs, joint=joint).init_from_teacher(teacher).eval()
+@pytest.mark.parametrize("head", ["linear", "joint", "local"])
+def test_only_a_joint_head_sees_whether_x_goes_with_y(teacher, head):
+    net = PointDiscriminator(**teacher.init_kwargs, head=head).init_from_teacher(teacher).eval()
     a, b = points(8), points(8, 1)
     x, y = torch.cat([a, a, b, b]), torch.cat([a, b, a, b])
-    aa, ab, ba, bb = net(x, 0.3, y, 0.3).split(8)
+    aa, ab, ba, bb = net(x, 0.3, y, 0.3).flatten().split(8)
     interaction = (aa - ab - ba + bb).abs().max()
-    assert interaction > 1e-2 if joint else interaction < 1e-4
+    assert interaction < 1e-4 if head == "linear" else interaction > 1e-2
 
 
 def test_generator_loss_takes_the_teacher_at_the_combination_asked_for():
