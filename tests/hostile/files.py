@@ -240,7 +240,8 @@ def _texts(folder):
 
 def _runs(folder):
     for name, lines in {
-        "run": '{"Progress/kimg": {"mean": 1}}\n', "run-text": "no JSON\n", "run-list": "[1]\n", "run-deep": DEEP + "\n",
+        "run": '{"Progress/kimg": {"mean": 1}}\n', "run-text": "no JSON\n", "run-list": "[1]\n",
+        "run-deep": DEEP + "\n",
     }.items():  # fmt: skip
         (folder / name).mkdir()
         (folder / name / "stats.jsonl").write_text(lines)

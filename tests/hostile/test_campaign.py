@@ -48,9 +48,13 @@ def contents(folder):
     return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
 
 
+def filled(text, names):
+    return re.sub(r"\{([\w.-]+)\}", lambda match: names[match[1]], text)
+
+
 def call(command, names):
     """The result of the script, run in this process."""
-    script, *arguments = [re.sub(r"\{([\w.-]+)\}", lambda m: names[m[1]], word) for word in shlex.split(command)]
+    script, *arguments = [filled(word, names) for word in shlex.split(command)]
     module = script.removesuffix(".py").replace("/", ".")
     main = getattr(importlib.import_module(module), COMMANDS.get(module, "main"))
     return CliRunner().invoke(main, arguments, prog_name=script)
@@ -65,7 +69,7 @@ def test_wrong_input_is_told_in_one_line(line, prepared, place):
     output = result.output
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     told = [text for text in output.splitlines() if text.startswith("Error")]
-    assert len(told) == 1 and sentence in told[0], output
+    assert len(told) == 1 and filled(sentence, names) in told[0], output
     assert result.exit_code == int(code)
     assert "Traceback" not in output
     said = output[output.index("Error") :]
