@@ -6,6 +6,7 @@ Imports no torch, so that scripts show their help at once.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import typing
 from collections.abc import Callable, Mapping
@@ -261,7 +262,9 @@ def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, A
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise PresetError(f"unknown setting {unknown[0]!r} in preset {preset}: known are {', '.join(fields)}")
+        near = difflib.get_close_matches(unknown[0], fields, 1)
+        advice = f"did you mean {near[0]!r}?" if near else "--help lists those that there are"
+        raise PresetError(f"unknown setting {unknown[0]!r} in preset {preset}: {advice}")
     types = typing.get_type_hints(kind)
     settings = {k: convert(k, types[k], fields[k].metadata["si"], v) for k, v in values.items()}
     if shares:
