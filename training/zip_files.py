@@ -14,18 +14,18 @@ import numpy as np
 
 from dnnlib.files import open_regular
 
-_MAX_DIRECTORY = 1 << 30  # bytes of an archive's directory; ImageNet-21k's takes as many
+_MAX_READ = 1 << 30  # bytes at a time; the directory of ImageNet-21k takes as many
 _LOCAL_HEADER = 30  # bytes before the name
 _ROW = np.dtype([("offset", "u8"), ("packed", "u8"), ("size", "u8"), ("crc", "u4"), ("method", "u2"), ("flags", "u2")])
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-class _Directory(io.BufferedReader):
-    """An archive whose directory is read, as long as that is one."""
+class ZipReader(io.BufferedReader):
+    """An archive for zipfile, which reads its directory at once, whatever size that claims."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > _MAX_DIRECTORY:
-            raise zipfile.BadZipFile(f"its directory claims {size:,} bytes")
+        if size is not None and size > _MAX_READ:
+            raise zipfile.BadZipFile(f"its directory or a file in it claims {size:,} bytes")
         return super().read(size)
 
 
@@ -39,7 +39,7 @@ class ZipMembers:
     """
 
     def __init__(self, path: str, keep: Callable[[str], bool]) -> None:
-        with _Directory(open_regular(path).detach()) as file, zipfile.ZipFile(file) as archive:
+        with ZipReader(open_regular(path).detach()) as file, zipfile.ZipFile(file) as archive:
             infos = {i.filename: i for i in archive.infolist() if not i.is_dir() and keep(i.filename)}
         self.path = path
         self.names = sorted(infos)
