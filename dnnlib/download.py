@@ -97,7 +97,7 @@ def open_url(
     if "://" not in text:
         path = Path(text)
         if not path.is_file():
-            raise DownloadError(f"{text}: no such file")
+            raise DownloadError(f"{text or repr(text)}: {'no regular file' if path.exists() else 'no such file'}")
         if sha256 is not None and file_sha256(path) != sha256.lower():
             raise DownloadError(f"{text}: the SHA-256 differs from the expected {sha256}; this is another file")
         return path

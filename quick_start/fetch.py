@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -23,6 +24,8 @@ from torch_utils.errors import user_errors
 def main(url: str, dest: Path, size: str, sha256: str) -> None:
     """Leave the file behind URL at DEST. A file that is there is checked and kept."""
     with user_errors():
+        if "://" not in url:
+            raise DownloadError(f"{url!r} is no http:// or https:// URL")
         if not re.fullmatch("-|[0-9]{1,18}", size):
             raise DownloadError(f"{dest.name}: its length must be a number of bytes, or - where unknown, not {size!r}")
         if not re.fullmatch("-|[0-9a-fA-F]{64}", sha256):
@@ -39,18 +42,20 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
                     size = str(remote.size)
             except DownloadError as error:
                 unknown = str(error)
-        path = dest
+        path, parts = dest, dest.parent / ".parts"
         try:
             if not present:
                 dest.parent.mkdir(parents=True, exist_ok=True)
-                path = open_url(url, cache_dir=dest.parent / ".parts", sha256=expected)
+                path = open_url(url, cache_dir=parts, sha256=expected)
             found = check(path, size, expected)
         except DownloadError as error:
+            remove_if_empty(parts)
             if noted:
                 raise DownloadError(f"{error}; where the publisher has changed the file, remove {note} too") from None
             raise
         if not present:
             os.replace(path, dest)
+            remove_if_empty(parts)
         facts = f"{dest}: {format_bytes(dest.stat().st_size)}, SHA-256 {found}"
         if present and expected is None and size == "-":  # without a note, so that it is compared the next time
             click.echo(f"{facts}; neither length nor hash could be compared ({unknown})")
@@ -58,6 +63,14 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
         with atomic_write(note, "w") as file:
             file.write(f"{found}  {dest.name}\n")
         click.echo(f"{facts} (none to compare with)" if expected is None else facts)
+
+
+def remove_if_empty(parts: Path) -> None:
+    """Remove the folder of partial downloads unless it holds one."""
+    with suppress(OSError):
+        for lock in parts.glob("*.lock"):
+            lock.unlink()
+        parts.rmdir()
 
 
 def noted_hash(note: Path) -> str | None:

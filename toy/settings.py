@@ -36,9 +36,18 @@ class ToySettings(Recipe):
     seed: int = setting(0, "Seed of weights, data and noise")
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "pretraining", "batch", "width", "blocks"):
-            if getattr(self, name) < 1:
-                raise PresetError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in {
+            "iterations": 10**8,
+            "pretraining": 10**8,
+            "batch": 10**6,
+            "width": 8192,
+            "blocks": 64,
+        }.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise PresetError(f"{name} must lie between 1 and {most}, got {getattr(self, name)}")
+        for name in ("g_delay", "gan_start", "g_rampup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PresetError(f"{name} is a share of the iterations from 0 to 1, got {getattr(self, name)}")
         if self.seed < 0 or self.seed >= 1 << 63:
             raise PresetError(f"seed must lie in 0..2^63-1, got {self.seed}")
         self.config()

@@ -1,6 +1,7 @@
 """Writing data sets in the EDM2 layout (see `training.dataset`): a folder or a ZIP that appears only when complete."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -69,6 +70,10 @@ class DatasetWriter:
         return DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})")
 
     def _check_free(self) -> None:
+        if os.path.islink(self.dest) and not os.path.exists(self.dest):
+            raise DatasetError(f"{self.dest}: a link to what does not exist; make that, or choose another destination")
+        if len(os.path.basename(self._target).encode()) > 255:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if not os.path.lexists(self._target):
             return
         if self._is_zip or not os.path.isdir(self._target) or os.listdir(self._target):

@@ -102,6 +102,10 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 raise PresetError(f"{name} must be positive, got {getattr(self, name)}")
 
+    def _check_range(self, name: str, least: int, most: int) -> None:
+        if not least <= getattr(self, name) <= most:
+            raise PresetError(f"{name} must lie between {least} and {most}, got {getattr(self, name)}")
+
     def _check_levels(self, *samplers: str) -> None:
         for name, least, most in (("p_mean", -20, 20), ("p_std", 0, 10)):  # six deviations stay finite in float32
             for full in (f"{sampler}_{name}".strip("_") for sampler in samplers):
@@ -222,8 +226,14 @@ class EDM2Config(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_levels("")
-        if self.eval_steps < 2:
-            raise PresetError(f"eval_steps must be at least 2, got {self.eval_steps}")
+        for name, least, most in (
+            ("model_channels", 1, 8192), ("num_blocks", 1, 64), ("channels_per_head", 1, 8192), ("eval_steps", 2, 10_000),
+        ):  # fmt: skip
+            self._check_range(name, least, most)
+        if not 1 <= len(self.channel_mult) <= 12 or not all(1 <= factor <= 64 for factor in self.channel_mult):
+            raise PresetError(f"channel_mult takes up to 12 factors from 1 to 64, got {self.channel_mult}")
+        if not all(resolution > 0 for resolution in self.attn_resolutions):
+            raise PresetError(f"attn_resolutions must be positive, got {self.attn_resolutions}")
 
 
 def preset_names(kind: type) -> list[str]:
