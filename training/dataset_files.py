@@ -235,9 +235,8 @@ def _label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
     if not isinstance(labels[0], list):
         for name, label in zip(names, labels, strict=True):
             if type(label) is not int or not 0 <= label < _MAX_CLASSES:
-                raise DatasetError(
-                    f"{where}: label {json.dumps(label)[:40]} of {name} is not a class index from 0 to {_MAX_CLASSES - 1}"
-                )
+                given = f"{where}: label {json.dumps(label)[:40]} of {name}"
+                raise DatasetError(f"{given} is not a class index from 0 to {_MAX_CLASSES - 1}")
         return np.array(labels, dtype=np.int64)
     for name, label in zip(names, labels, strict=True):
         if not isinstance(label, list) or len(label) != len(labels[0]) or not label:

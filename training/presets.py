@@ -227,8 +227,11 @@ class EDM2Config(TrainingConfig):
         super().__post_init__()
         self._check_levels("")
         for name, least, most in (
-            ("model_channels", 1, 8192), ("num_blocks", 1, 64), ("channels_per_head", 1, 8192), ("eval_steps", 2, 10_000),
-        ):  # fmt: skip
+            ("model_channels", 1, 8192),
+            ("num_blocks", 1, 64),
+            ("channels_per_head", 1, 8192),
+            ("eval_steps", 2, 10_000),
+        ):
             self._check_range(name, least, most)
         if not 1 <= len(self.channel_mult) <= 12 or not all(1 <= factor <= 64 for factor in self.channel_mult):
             raise PresetError(f"channel_mult takes up to 12 factors from 1 to 64, got {self.channel_mult}")
