@@ -74,6 +74,12 @@ def test_a_report_says_what_was_measured(reference, tmp_path):
     assert "10,22,39" in shown and f"{second['metrics'][0]['value']:.4g}" in shown
 
 
+def test_seeds_stay_below_2_to_the_63(reference):
+    arguments = ["gen", "--net", STUDENT, "--ref", reference, "--metrics", "fd_demo", "--num", 40, "--seed"]
+    assert "not in the range" in call(*arguments, 1 << 63, fails=True)
+    assert "seeds must lie between 0 and 2^63 - 1" in call(*arguments, (1 << 63) - 39, fails=True)
+
+
 def test_saved_images_give_the_same_distance(reference, tmp_path):
     gen(reference, tmp_path / "a.json", "--ts", "12,39", "--save-images", tmp_path / "images.zip")
     archive = zipfile.ZipFile(tmp_path / "images.zip")

@@ -129,6 +129,12 @@ def test_newest_snapshot_is_of_the_run_that_wrote_last_and_of_the_narrow_profile
     assert newest_snapshot(runs, "img512") == str(runs / "b/c/network-snapshot-000000100-0.050.safetensors")
 
 
+def test_newest_snapshot_in_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    runs = tmp_path / "try [1]*" / "training-runs"
+    write_snapshots(runs / "one", "000000100-0.050", mtime=1000)
+    assert newest_snapshot(runs, "img64") == str(runs / "one/network-snapshot-000000100-0.050.safetensors")
+
+
 def test_launcher_takes_the_newest_snapshot(empty_root, fake_python, tmp_path):
     write_snapshots(empty_root / "training-runs" / "one", "000000100-0.050", mtime=1000)
     result = launch(2, "12,39", root=empty_root, python=fake_python)

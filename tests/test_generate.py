@@ -154,7 +154,7 @@ def test_unknown_device_and_an_outdir_that_is_a_file(tmp_path, nets):
     assert result.exit_code == 1 and "tpu" in result.output
     (tmp_path / "file").write_text("kept")
     result = run(*arguments, tmp_path / "file")
-    assert result.exit_code == 1 and "is a file" in result.output
+    assert result.exit_code == 2 and "is a file" in result.output
     assert (tmp_path / "file").read_text() == "kept"
 
 

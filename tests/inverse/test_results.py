@@ -1,7 +1,12 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from dnnlib.locks import FolderInUseError
 from inverse.operators import get_operator
 from inverse.results import ResultsError, ResultsFolder, coverage
 from inverse.solve import Problem, Solution, simulate, stream
@@ -140,3 +145,22 @@ def test_maps_of_several_runs(tmp_path):
         (tmp_path / folder / "a.png").rename(tmp_path / "kept.png")
         assert ResultsFolder(tmp_path).record("a") is None
         (tmp_path / "kept.png").rename(tmp_path / folder / "a.png")
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
+    hold = "import sys; from dnnlib.locks import *; held = lock_folder(sys.argv[1]); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "1\n"
+        operator = get_operator("inpainting", fraction=0.5)
+        with pytest.raises(FolderInUseError, match=f"is in use by another run .process {other.pid} "):
+            ResultsFolder(tmp_path).begin({"task": 1, "net_sha256": 2}, operator, (8, 8))
+        assert not (tmp_path / "options.json").exists()
+        other.communicate("\n")
+    ResultsFolder(tmp_path).begin({"task": 1, "net_sha256": 2}, operator, (8, 8))
+    assert (tmp_path / "options.json").exists()
