@@ -2,14 +2,14 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
-import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -84,55 +84,63 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The folder is created if missing. The content is flushed to the disk before the rename, so after a crash `path`
     holds either the old or the new content, entire. On an error the temporary file is removed and `path` untouched; an
-    OSError of the temporary file, or of no named one, names `path`. What killed processes left of earlier attempts is
-    removed.
+    OSError of the temporary file, or of no named one, names `path`. What a killed process left is taken over.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name[:100]}."
-    remove_leftovers(path.parent, prefix)
-    temporary = path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with _locked(temporary):
+    with _temporary_file(path) as temporary:
+        try:
             mode = temporary.stat().st_mode
             yield temporary
             os.chmod(temporary, mode)  # some writers leave a file that only its owner can read
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, str(temporary)):
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.errno is None or error.filename not in (None, str(temporary)):
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        except BaseException:
+            temporary.unlink(missing_ok=True)
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove temporary files of `atomic_path` whose process is gone: nobody holds their lock."""
-    if fcntl is None:
-        return
-    pattern = re.compile(re.escape(prefix) + r"\d+-[0-9a-f]{8}\.tmp")
-    for name in os.listdir(folder):
-        if not pattern.fullmatch(name):
-            continue
-        with suppress(OSError), open(folder / name, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(folder / name)
 
 
 @contextmanager
-def _locked(temporary: Path) -> Iterator[None]:
-    """Makes the file, and holds a lock on it for as long as this process lives and the block lasts."""
-    with ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(temporary, "xb"))
-            if fcntl is not None:
-                with suppress(OSError):  # file systems without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            if temporary.exists():  # nobody took it for a leftover before it was locked
-                break
-        yield
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Makes an empty file beside `path` and holds a lock on it for as long as this process lives and the block lasts.
+
+    A file without a lock, which a killed process left, is taken; with one it is another's, and the next name is tried.
+    Where the file system has no locks, names are random.
+    """
+    start, random = f".{path.name[:50]}", False
+    for attempt in itertools.count():
+        middle = secrets.token_hex(8) if random else str(attempt) if attempt else ""
+        temporary = path.with_name(f"{start}.{middle}.tmp" if middle else f"{start}.tmp")
+        try:
+            file = open(temporary, "ab")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        with file:
+            locked = random or _try_lock(file)
+            if locked is None:
+                random = True
+                temporary.unlink(missing_ok=True)
+            if locked and temporary.exists() and os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                file.truncate(0)
+                yield temporary
+                return
+
+
+def _try_lock(file: IO[Any]) -> bool | None:
+    """Whether this process has the lock of a file now; None where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):  # Windows has no fcntl
+        return None
+    return True
 
 
 @contextmanager

@@ -204,7 +204,10 @@ def _read_array(data: bytes, where: str, elements: int) -> np.ndarray:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if "y.npy" not in archive.namelist():
                     raise InputError(f"{where}: holds no array y")
-                if archive.getinfo("y.npy").file_size > most:
+                member = archive.getinfo("y.npy")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise InputError(f"{where}: array y is packed in a way that numpy does not use")
+                if member.file_size > most:
                     raise InputError(f"{where}: array y is larger than a measurement of this operator")
                 data = archive.read("y.npy")
         if len(data) > most:

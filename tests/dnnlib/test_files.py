@@ -69,18 +69,29 @@ def test_what_killed_processes_left_is_removed_and_what_others_are_writing_is_no
     path = tmp_path / "r.json"
     killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    assert os.listdir(tmp_path) == [".r.json.tmp"]
     (tmp_path / ".r.json.mine.tmp").write_text("not ours")
     with atomic_write(tmp_path / "other") as file:  # another file's leftovers stay
-        assert left.exists()
         file.write(b"other")
     with atomic_write(path) as outer:
-        assert not left.exists()
-        with atomic_write(path) as inner:
+        with atomic_write(path) as inner:  # as another process would
             inner.write(b"inner")
+        assert path.read_bytes() == b"inner"
         outer.write(b"outer")
     assert path.read_bytes() == b"outer"
     assert sorted(os.listdir(tmp_path)) == [".r.json.mine.tmp", "other", "r.json"]
+
+
+def test_where_there_are_no_locks_temporary_names_are_random(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("dnnlib.files.fcntl.flock", refuses)
+    with atomic_write(tmp_path / "a") as file:
+        (name,) = os.listdir(tmp_path)
+        assert re.fullmatch(r"\.a\.[0-9a-f]{16}\.tmp", name)
+        file.write(b"a")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize(

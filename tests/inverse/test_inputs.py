@@ -69,10 +69,10 @@ def npy(array, **kwargs):
     return data.getvalue()
 
 
-def bomb():
+def bomb(size=1 << 24, packing=zipfile.ZIP_DEFLATED):
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("y.npy", bytes(1 << 24))
+    with zipfile.ZipFile(data, "w", packing) as archive:
+        archive.writestr("y.npy", bytes(size))
     return data.getvalue()
 
 
@@ -105,6 +105,7 @@ def test_measurements_in_their_formats(tmp_path):
         (npy(np.array([print, None], dtype=object), allow_pickle=True), "not a readable array"),
         (npz(y=np.zeros((1, 400, 400))), "larger than a measurement"),
         (bomb(), "larger than a measurement"),
+        (bomb(100, zipfile.ZIP_BZIP2), "packed in a way that numpy does not use"),
         (npz(y=np.zeros((1, 4, 4)))[:100], "not a readable array"),
         (b"\x93NUMPY\x01\x00\xff\xff", "not a readable array"),
         (b"\x93NUMPY\x01\x00" + (200).to_bytes(2, "little") + b"{'descr':" * 20, "not a readable array"),
