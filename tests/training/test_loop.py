@@ -104,7 +104,14 @@ def test_the_adversarial_loss_begins_after_its_warm_up(tmp_path, dataset, tiny_t
 # resume
 
 
-@pytest.mark.parametrize("config", [NCVSD, EDM2], ids=["ncvsd", "edm2"])
+RECIPE = dataclasses.replace(
+    NCVSD,
+    **dict(direction="sid", scale="output", t_cap=3.0, score_updates=2, own_states=0.5, combined_score=True),
+    **dict(d_head="local", divergence="js", gan_balance=True, g_rampup_kimg=0.02, beta1=0.0),
+)
+
+
+@pytest.mark.parametrize("config", [NCVSD, EDM2, RECIPE], ids=["ncvsd", "edm2", "recipe"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resume_is_exact(tmp_path, dataset, tiny_teacher, config, dropout):
     config = dataclasses.replace(config, duration=40, dropout=dropout, batch_gpu=4)
