@@ -32,10 +32,15 @@ MAY_CHANGE = (  # on resume
 
 def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> dict[str, Any]:
     """Settings that shape the result, seed, and fingerprints of data set and teacher, as plain JSON data."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    fields = settings(config)
     if config.cooldown_mimg > 0:
         fields["duration"] = config.duration  # the learning rate falls to 0 at its end
-    return json.loads(json.dumps({**fields, "seed": seed, "data": data, "teacher": teacher}))
+    return {**fields, "seed": seed, "data": data, "teacher": teacher}
+
+
+def settings(config: TrainingConfig) -> dict[str, Any]:
+    """Those that must stay on resume, as plain JSON data."""
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}))
 
 
 @contextmanager
@@ -58,6 +63,7 @@ def check_identity(
     identity: dict[str, Any],
     state: dict[str, Any] | None,  # the training state to resume from
     *,
+    defaults: dict[str, Any],  # what a run had of settings that did not exist when it began
     force: bool = False,
     log: Callable[[str], None] = print,
 ) -> None:
@@ -65,7 +71,7 @@ def check_identity(
 
     Raises StateError, listing every difference, where settings or data are others; with `force` they are logged.
     """
-    distributed.main_first(lambda: _check(run_dir, identity, state, force, log))
+    distributed.main_first(lambda: _check(run_dir, identity, state, defaults, force, log))
 
 
 def write_identity(run_dir: Path, identity: dict[str, Any]) -> None:
@@ -76,7 +82,12 @@ def write_identity(run_dir: Path, identity: dict[str, Any]) -> None:
 
 
 def _check(
-    run_dir: Path, identity: dict[str, Any], state: dict[str, Any] | None, force: bool, log: Callable[[str], None]
+    run_dir: Path,
+    identity: dict[str, Any],
+    state: dict[str, Any] | None,
+    defaults: dict[str, Any],
+    force: bool,
+    log: Callable[[str], None],
 ) -> None:
     path = run_dir / "run.json"
     stored = _read(path) if path.exists() else (state or {}).get("identity")
@@ -86,7 +97,7 @@ def _check(
         stored = dict(json.loads(json.dumps(stored)))
     except (TypeError, ValueError, RecursionError):
         raise StateError(f"the newest training state of {run_dir} is damaged: it does not say whose it is") from None
-    differences = _differences(stored, identity)
+    differences = _differences({**defaults, **stored}, identity)
     if differences and not force:
         raise StateError(
             f"{run_dir} holds a run with other settings ({'; '.join(differences)}): give the same options to resume "

@@ -50,7 +50,7 @@ def generator_loss(
     combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # (y, sigma, x_t, t) -> teacher's (x, sigma)
     direction: str = "vsd",  # or "sid"
     alpha: float = 1.0,  # of SiD
-    scale: str = "learned",  # or "abs", "square", "output": see `inverse_scale`
+    scale: str = "learned",  # or "abs", "square", "output", "unit": see `inverse_scale`
     divergence: str = "reverse-kl",  # or "forward-kl", "js": see `divergence_weight`
     balance: bool = False,  # give the adversarial loss a gradient of the same norm at x
 ) -> tuple[Tensor, Tensor | None]:
@@ -70,9 +70,10 @@ def generator_loss(
         error = x - (target - estimate + x).detach()
         loss = weighted_error(error, t, logvar, score_net.sigma_data)
     else:
-        gap = (x - target).detach()
+        gap, step = (x - target).detach(), (target - estimate).detach()
+        levels = (expand_sigma(level, y), expand_sigma(sigma, y))
         loss = distillation_error(direction, x, target, estimate, alpha)
-        loss = loss * inverse_scale(scale, gap, expand_sigma(level, y), expand_sigma(sigma, y), score_net.sigma_data)
+        loss = loss * inverse_scale(scale, gap, step, *levels, score_net.sigma_data)
     if discriminator is None:
         return loss, None
     logits = discriminator(x_t, t, y, sigma, labels)
@@ -96,12 +97,16 @@ def distillation_error(direction: str, x: Tensor, target: Tensor, estimate: Tens
     return difference * (target - x - alpha * difference)
 
 
-def inverse_scale(scale: str, gap: Tensor, level: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """Factor [N,1,1,1] on the distillation loss of images whose target is `gap` [N,C,H,W] away.
+def inverse_scale(scale: str, gap: Tensor, step: Tensor, level: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """Factor [N,1,1,1] on the distillation loss of images whose target is `gap`, and estimate `step`, away [N,C,H,W].
 
     "abs": 1/mean |gap| (DMD, SiD). "square": 1/mean gap². "output": 1/(c_out(level)·c_out(sigma)) with EDM's c_out: the
     errors of networks at the combined level, and steps of the generator at sigma, in units of the U-Nets' output.
+    "unit": 1/(c_out(sigma)·rms step), a gradient of one size at the generator's raw output for every image.
     """
+    if scale == "unit":
+        size = step.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-6)
+        return denoising_weight(sigma, sigma_data).sqrt() / size
     if scale == "output":
         return (denoising_weight(level, sigma_data) * denoising_weight(sigma, sigma_data)).sqrt()
     size = (gap.abs() if scale == "abs" else gap.square()).mean(dim=(1, 2, 3), keepdim=True)

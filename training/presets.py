@@ -119,7 +119,7 @@ class Recipe:
 
     direction: str = setting("vsd", "Generator loss: 'vsd' as published, 'sid' through teacher and score network (SiD)")
     alpha: float = setting(1.0, "SiD's alpha")
-    scale: str = setting("learned", "Generator loss over: 'learned', 'abs' or 'square' error of the target, 'output'")
+    scale: str = setting("learned", "Generator loss over: 'learned', 'abs', 'square', 'output', 'unit' (see losses.py)")
     divergence: str = setting(
         "reverse-kl", "Divergence, by the discriminator: 'reverse-kl', 'forward-kl', 'js' (f-distill)"
     )
@@ -136,14 +136,14 @@ class Recipe:
         """Raise PresetError for values that make no sense."""
         for name, known in (
             ("direction", ("vsd", "sid")),
-            ("scale", ("learned", "abs", "square", "output")),
+            ("scale", ("learned", "abs", "square", "output", "unit")),
             ("divergence", ("reverse-kl", "forward-kl", "js")),
             ("levels", ("lognormal", "karras")),
         ):
             if getattr(self, name) not in known:
                 raise PresetError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.direction == "sid" and self.scale == "learned":
-            raise PresetError("direction sid has no learned scale: set scale to abs, square or output")
+            raise PresetError("direction sid has no learned scale: set scale to abs, square, output or unit")
         if not 0 < self.t_min < self.t_max < 1e6:
             raise PresetError(f"t_min and t_max must be positive and increase, got {self.t_min} and {self.t_max}")
         if not 0 <= self.own_states <= 1:

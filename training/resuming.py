@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_utils import distributed
-from training.identity import check_identity, run_identity, sole_user
+from training.identity import check_identity, run_identity, settings, sole_user
 from training.presets import TrainingConfig
 from training.state import StateError, find_newest_state, read_state, remove_unfinished
 from training.tasks import Task
@@ -30,7 +30,8 @@ def take_up(
     identity = run_identity(config, run.seed, data, task.teacher_digest)
     trained = Trained(task, config, run.seed, run.device, shard=run.shard, ema_device=run.ema_device)
     path, state = _newest_state(run.run_dir, warn, writing)
-    check_identity(run.run_dir, identity, state, force=run.force_resume, log=warn)
+    defaults = settings(type(config)())
+    check_identity(run.run_dir, identity, state, defaults=defaults, force=run.force_resume, log=warn)
     if state is not None:
         trained.load_state_dict(state, force=run.force_resume)
     return trained, path, identity

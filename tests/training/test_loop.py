@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
@@ -104,7 +105,14 @@ def test_the_adversarial_loss_begins_after_its_warm_up(tmp_path, dataset, tiny_t
 # resume
 
 
-@pytest.mark.parametrize("config", [NCVSD, EDM2], ids=["ncvsd", "edm2"])
+RECIPE = dataclasses.replace(
+    NCVSD,
+    **dict(direction="sid", scale="output", t_cap=3.0, score_updates=2, own_states=0.5, combined_score=True),
+    **dict(d_head="local", divergence="js", gan_balance=True, g_rampup_kimg=0.02, beta1=0.0),
+)
+
+
+@pytest.mark.parametrize("config", [NCVSD, EDM2, RECIPE], ids=["ncvsd", "edm2", "recipe"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resume_is_exact(tmp_path, dataset, tiny_teacher, config, dropout):
     config = dataclasses.replace(config, duration=40, dropout=dropout, batch_gpu=4)
@@ -165,6 +173,23 @@ def test_other_settings_are_refused_on_resume(tmp_path, dataset, tiny_teacher, c
     with pytest.raises(StateError, match=f"other settings \\({named}") as error:
         run_training(make_task(other, tiny_teacher), dataset, other, tmp_path)
     assert "\n" not in str(error.value) and list_states(tmp_path) == states
+
+
+def test_a_run_begun_before_a_setting_existed_had_its_default(tmp_path, dataset, tiny_teacher):
+    run_training(make_task(NCVSD, tiny_teacher), dataset, NCVSD, tmp_path)
+    path = tmp_path / "run.json"
+    known = json.loads(path.read_text())
+    del known["direction"], known["t_cap"]
+    path.write_text(json.dumps(known))
+    other = dataclasses.replace(NCVSD, duration=16, t_cap=3.0)
+    with pytest.raises(StateError, match=r"other settings \(t_cap is 0.0, now 3.0\)"):
+        run_training(make_task(other, tiny_teacher), dataset, other, tmp_path)
+    same = dataclasses.replace(NCVSD, duration=16)
+    run_training(make_task(same, tiny_teacher), dataset, same, tmp_path)
+    assert json.loads(path.read_text())["direction"] == "vsd"
+    path.write_text(json.dumps({k: v for k, v in known.items() if k != "seed"}))
+    with pytest.raises(StateError, match="seed is None"):
+        run_training(make_task(same, tiny_teacher), dataset, same, tmp_path)
 
 
 def test_other_data_or_another_seed_are_refused_on_resume(tmp_path, dataset, tiny_teacher, tiny_images):

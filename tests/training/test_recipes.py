@@ -19,9 +19,11 @@ OBJECTIVES = [
     dict(scale="abs"),
     dict(scale="square"),
     dict(scale="output"),
+    dict(scale="unit"),
     dict(direction="sid", scale="abs"),
     dict(direction="sid", scale="square", alpha=1.2),
     dict(direction="sid", scale="output", alpha=0.5),
+    dict(direction="sid", scale="unit"),
 ]
 MEAN, STD, SIGMA = 0.4, 0.7, 0.9
 
@@ -65,7 +67,7 @@ def test_gradients_match_finite_differences(objective):
         return teacher((t**2 * y + sigma**2 * x_t) / total, level), score_net(x_t, t), level
 
     target, estimate, level = views(x0)
-    factor = inverse_scale(objective["scale"], x0 - target, level, sigma, 0.5)
+    factor = inverse_scale(objective["scale"], x0 - target, target - estimate, level, sigma, 0.5)
 
     def held(x):
         a, b, _ = views(x) if sid else (target, estimate, None)
