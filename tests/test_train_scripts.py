@@ -1,5 +1,6 @@
 """train_edm2.py and train_ncvsd.py from the command line: what they write, and what they say to mistakes."""
 
+import itertools
 import json
 import re
 import shutil
@@ -344,9 +345,10 @@ def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny
     assert "img00000003.png" in line
 
 
-def test_time_that_is_over_ends_training_with_code_0(tmp_path, distil):
+def test_time_that_is_over_ends_training_with_code_0(tmp_path, distil, monkeypatch):
+    monkeypatch.setattr("training.stopping.clock", itertools.count(0, 100).__next__)  # each look takes 100 seconds
     assert "--max-time leaves no time" in mistake(train_ncvsd, *distil, "--duration=80000", "--max-time=1s")
-    result = run(train_ncvsd, *distil, "--duration=80000", "--snapshot=80000", "--max-time=15s")
+    result = run(train_ncvsd, *distil, "--duration=80000", "--snapshot=80000", "--max-time=3h")
     assert result.exit_code == 0, result.output
     assert "stopped (--max-time is nearly over)" in (tmp_path / "run/log.txt").read_text()
     assert "soon' is not a length of time" in mistake(train_ncvsd, *distil, "--max-time=soon")

@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import click
 from dnnlib.text import parse_duration, redact
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER
+from training import stopping
 from training.presets import TrainingConfig, load_config, preset_names
 from training.stopping import StopRequest
 
@@ -84,7 +84,7 @@ def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable)
 
     Every mistake of the user's ends in one line and a non-zero exit.
     """
-    started = time.monotonic()
+    started = stopping.clock()
     with user_errors("--batch-gpu"):
         limit = None if options["max_time"] is None else parse_duration(options["max_time"])
         with StopRequest(None if limit is None else started + limit) as stop:

@@ -12,6 +12,11 @@ SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 TIME_IS_OVER = "--max-time is nearly over"
 
 
+def clock() -> float:
+    """Seconds that only ever increase."""
+    return time.monotonic()
+
+
 class StopRequest:
     """Notes requests to stop while it is entered: SIGTERM, SIGUSR1, SIGHUP (a closed terminal, unless nohup has it
     ignored), Ctrl-C, or a deadline that comes near.
@@ -22,7 +27,7 @@ class StopRequest:
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        """`deadline` is a reading of time.monotonic()."""
+        """`deadline` is a reading of `clock`."""
         self.deadline = deadline
         self.longest = 0.0  # seconds between two calls of `reason`
         self._signal: str | None = None
@@ -52,7 +57,7 @@ class StopRequest:
 
         Kept in reserve before the deadline: that time and the longest step so far, both half as long again.
         """
-        now = time.monotonic()
+        now = clock()
         if self._asked is not None:
             self.longest = max(self.longest, now - self._asked)
         self._asked = now
@@ -65,7 +70,7 @@ class StopRequest:
     def skip(self) -> None:
         """Leave out of `longest` what has passed since `reason` was asked for."""
         if self._asked is not None:
-            self._asked = time.monotonic()
+            self._asked = clock()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
