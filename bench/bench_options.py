@@ -20,6 +20,6 @@ def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return value
 
 
-def out_option(help: str = "Also write JSON.") -> Callable[[Any], Any]:
+def out_option(help: str = "Also write JSON.", *, required: bool = False) -> Callable[[Any], Any]:
     """The option --out of a bench."""
-    return click.option("--out", metavar="FILE", callback=_writable, help=help)
+    return click.option("--out", metavar="FILE", callback=_writable, required=required, help=help)

@@ -1,6 +1,6 @@
 """What each ingredient of the generator's loss buys: a list of settings, each trained with several seeds and measured.
 
-python bench/recipes.py toy --seeds 0,1,2 --iterations 2000 --out bench/results/recipes_toy.json
+python bench/recipes.py toy --seeds 0,1,2 --iterations 1000 --out bench/results/recipes_toy.json
 python bench/recipes.py fashion16 --seeds 0,1,2 --runs training-runs/recipes --out bench/results/recipes_fashion16.json
 
 The list is recipes.json. A run whose result stands in --out already is not repeated.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench_options import out_option
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,7 +33,7 @@ def common_options(function: Callable) -> Callable:
         click.option("--only", multiple=True, help="Some of the recipes, by name."),
         click.option("--seeds", default="0,1,2", help="Seeds, comma-separated."),
         click.option("--recipes", type=click.Path(exists=True), default=Path(__file__).with_name("recipes.json")),
-        click.option("--out", type=click.Path(dir_okay=False), required=True, help="JSON of all results."),
+        out_option("JSON of all results, which are not measured again.", required=True),
     ):
         function = option(function)
     return function
@@ -45,7 +46,7 @@ def main() -> None:
 
 @main.command()
 @common_options
-@click.option("--iterations", type=click.IntRange(1), default=2000)
+@click.option("--iterations", type=click.IntRange(1), default=1000)
 def toy(iterations: int, **options: Any) -> None:
     """On the toy: energy distance over the floor by noise level, in one and in four steps."""
 
@@ -59,7 +60,7 @@ def toy(iterations: int, **options: Any) -> None:
 
         torch.set_num_threads(1)
         mixture = spiral_arms()
-        student = train(mixture, ToySettings(**{"iterations": iterations, **settings, "seed": seed}))
+        student = train(mixture, ToySettings(**settings, seed=seed))
         bench, values = Bench(mixture, sigmas=TOY_SIGMAS), {}
         for label in ("1 step", "4 steps"):
             for sigma in TOY_SIGMAS:
@@ -67,7 +68,7 @@ def toy(iterations: int, **options: Any) -> None:
                 values[f"{label}, {sigma:g}"] = round(row.energy_ratio, 3)
         return {"seconds": round(student.seconds, 1), "values": values}
 
-    run_all("toy", measure, **options)
+    run_all("toy", measure, {"iterations": iterations}, **options)
 
 
 @main.command()
@@ -75,7 +76,7 @@ def toy(iterations: int, **options: Any) -> None:
 @click.option(
     "--runs", type=click.Path(path_type=Path), required=True, help="Folder for the runs; they can be resumed."
 )
-@click.option("--duration", type=int, default=51_200, help="Images.")
+@click.option("--duration", type=click.IntRange(4), default=51_200, help="Images.")
 def fashion16(runs: Path, duration: int, **options: Any) -> None:
     """On the embedded images: fd_demo with 2,000 images of one, two and four steps."""
 
@@ -88,7 +89,7 @@ def fashion16(runs: Path, duration: int, **options: Any) -> None:
             "--data",
             str(ROOT / "assets/fashion16.zip"),
         ]
-        given = {"seed": seed, "duration": duration, "snapshot": duration // 4, "outdir": folder, **settings}
+        given = {"seed": seed, "snapshot": duration // 4, "outdir": folder, **settings}
         for key, value in given.items():
             command += [f"--{key.replace('_', '-')}", str(value)]
         started = time.perf_counter()
@@ -97,7 +98,7 @@ def fashion16(runs: Path, duration: int, **options: Any) -> None:
         newest = max(folder.glob("*-0.050.safetensors"))
         return {"seconds": round(seconds, 1), "values": fd_demo(newest, runs)}
 
-    run_all("fashion16", measure, **options)
+    run_all("fashion16", measure, {"duration": duration}, **options)
 
 
 def fd_demo(path: Path, folder: Path) -> dict[str, float]:
@@ -120,6 +121,7 @@ def fd_demo(path: Path, folder: Path) -> dict[str, float]:
 def run_all(
     where: str,
     measure: Callable[[str, dict[str, Any], int], Result],
+    common: dict[str, Any],  # settings of every recipe that does not name them itself
     *,
     only: tuple[str, ...],
     seeds: str,
@@ -128,25 +130,35 @@ def run_all(
 ) -> None:
     """Measure what is not in `out` yet, seed by seed, and print the table."""
     from dnnlib.files import write_json
+    from sampling.seeds import parse_seeds
+    from torch_utils.errors import user_errors
 
-    listed = json.loads(Path(recipes).read_text(encoding="utf-8"))[where]
-    unknown = sorted(set(only) - set(listed))
-    if unknown:
-        raise click.BadParameter(f"there is no recipe {unknown[0]!r}: use one of {', '.join(listed)}")
-    path = Path(out)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for seed in map(int, seeds.split(",")):
-        for name in only or listed:
-            rows = found.setdefault(name, {"settings": listed[name], "seeds": {}})
-            if rows["settings"] != listed[name]:
-                raise click.ClickException(f"{path} has other settings of {name!r}: name another --out")
-            if str(seed) in rows["seeds"]:
-                continue
-            rows["seeds"][str(seed)] = measure(name, listed[name], seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
-            print(f"{name}, seed {seed}: {rows['seeds'][str(seed)]}", flush=True)
-    print(table({name: rows for name, rows in found.items() if rows["seeds"]}))
+    with user_errors():
+        listed = _read(Path(recipes))[where]
+        unknown = sorted(set(only) - set(listed))
+        if unknown:
+            raise ValueError(f"there is no recipe {unknown[0]!r}: use one of {', '.join(listed)}")
+        path = Path(out)
+        found = _read(path) if path.exists() else {}
+        for seed in parse_seeds(seeds):
+            for name in only or listed:
+                settings = {**common, **listed[name]}
+                rows = found.setdefault(name, {"settings": settings, "seeds": {}})
+                if rows["settings"] != settings:
+                    raise ValueError(f"{path} has other settings of {name!r}: name another --out")
+                if str(seed) in rows["seeds"]:
+                    continue
+                rows["seeds"][str(seed)] = measure(name, settings, seed)
+                write_json(path, found)
+                print(f"{name}, seed {seed}: {rows['seeds'][str(seed)]}", flush=True)
+        print(table({name: rows for name, rows in found.items() if rows["seeds"]}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a table of this bench: name another file") from error
 
 
 def table(found: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ import bench_shard  # noqa: E402
 import bench_state  # noqa: E402
 import bench_toy  # noqa: E402
 import bench_train  # noqa: E402
+import recipes  # noqa: E402
 
 NO_GPU = "device cuda:99 does not exist"
 
@@ -36,6 +37,14 @@ NO_GPU = "device cuda:99 does not exist"
         (bench_train, ["--device", "cpu", "--state-dir", str(ROOT / "README.md")], "README.md: File exists"),
         (bench_shard, [], "start it with torchrun"),
         (bench_toy, ["--out", str(ROOT)], "this is a folder"),
+        (recipes, ["toy", "--out", str(ROOT / "README.md")], "README.md is not a table of this bench"),
+        (recipes, ["toy", "--out", "new.json", "--only", "nope"], "there is no recipe 'nope': use one of published"),
+        (recipes, ["toy", "--out", "new.json", "--seeds", "x"], "'x' is neither a number nor a range"),
+        (
+            recipes,
+            ["toy", "--out", str(ROOT / "bench/results/recipes_toy.json"), "--iterations=9"],
+            "has other settings",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(bench, arguments, problem, monkeypatch):
@@ -65,3 +74,18 @@ def test_the_loader_bench_prints_its_table_alone(tmp_path, tiny_data):
     assert result.exit_code == 0 and len(result.output.splitlines()) == 3, result.output
     assert not [w for w in caught if "DataLoader" in str(w.message)]
     assert [row["workers"] for row in json.loads(out.read_text())["rows"]] == [0, 3]
+
+
+def test_a_recipe_is_measured_once_and_shown_in_a_table(tmp_path):
+    listed, out = tmp_path / "recipes.json", tmp_path / "out.json"
+    listed.write_text(
+        json.dumps({"toy": {"small": dict(pretraining=2, batch=16, width=8, direction="sid", scale="abs")}})
+    )
+    arguments = ["toy", "--recipes", str(listed), "--out", str(out), "--seeds", "0,1", "--iterations", "3"]
+    first = CliRunner().invoke(recipes.main, arguments)
+    assert first.exit_code == 0, first.output
+    assert first.output.count("small, seed") == 2 and "| small | " in first.output and "±" in first.output
+    content = out.read_text()
+    assert json.loads(content)["small"]["settings"]["iterations"] == 3
+    again = CliRunner().invoke(recipes.main, arguments)
+    assert again.exit_code == 0 and "small, seed" not in again.output and out.read_text() == content
