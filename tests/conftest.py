@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 import zipfile
 
@@ -11,6 +12,10 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+# Where the tests are started in the background or under nohup, these are ignored, in all processes that they start too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 TINY_NET = dict(
     img_resolution=8,

@@ -70,8 +70,6 @@ class DatasetWriter:
         return DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})")
 
     def _check_free(self) -> None:
-        if os.path.islink(self.dest) and not os.path.exists(self.dest):
-            raise DatasetError(f"{self.dest}: a link to what does not exist; make that, or choose another destination")
         if len(os.path.basename(self._target).encode()) > 255:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if not os.path.lexists(self._target):

@@ -201,7 +201,7 @@ def test_count_evaluations():
         ("generator", {"zeta": 0.5}, "give ts as well"),
         ("generator", {"class_idx": 4}, "classes 0 to 3"),
         ("generator", {"batch": 0}, "batch size"),
-        ("generator", {"seeds": [3, -1]}, "negative"),
+        ("generator", {"seeds": [3, -1]}, "must lie between 0"),
         ("generator", {"outdir": __file__}, "is a file"),
         ("generator", {"dtype": torch.float16}, "float16 needs a CUDA device"),
         ("teacher", {"ts": [10, 39]}, "this network is a teacher"),

@@ -19,7 +19,7 @@ from tests.training.tiny_runs import (
     stats,
     weights,
 )
-from training import loop
+from training import loop, resuming
 from training.dataset import ImageDataset, InfiniteSampler
 from training.optim import DivergenceError
 from training.state import StateError, list_states, load_newest_state
@@ -151,10 +151,10 @@ def test_a_run_cut_off_between_state_and_snapshot_makes_up_for_it(tmp_path, data
 
 
 def test_a_process_that_does_not_see_the_main_ones_state_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(loop.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
+    monkeypatch.setattr(resuming.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(resuming.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
     with pytest.raises(StateError, match="does not see .*training-state-000000016.*share that folder"):
-        loop._newest_state(tmp_path, print)
+        resuming._newest_state(tmp_path, print, writing=False)
 
 
 @pytest.mark.parametrize(
