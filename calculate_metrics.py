@@ -15,7 +15,7 @@ PUBLISHED_SEED = 123456789  # the first of 50,000
 
 
 def _schedules(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[Any]:
-    from sampling.schedules import parse_ts
+    from sampling.grids import parse_ts
 
     try:
         return [parse_ts(value) for value in values]
@@ -162,7 +162,7 @@ def _prepare_metrics(
     """Metrics, checked against what the reference holds, and their detectors on the device."""
     from metrics.collect import FeatureCollector
     from metrics.compute import check_dimensions, check_reference
-    from metrics.detectors import load_custom_detector, load_detector
+    from metrics.features.detectors import load_custom_detector, load_detector
 
     if detector_name is not None and custom is None:
         raise ValueError("--detector-name names the file of --detector: give that as well")
@@ -211,8 +211,8 @@ def _prepare_gen(
     import torch
 
     import networks
+    from generation.images import generate_images
     from metrics.references import load_reference
-    from sampling.images import generate_images
 
     loaded = networks.load(net_path, device=device)
     gnet = networks.load(gnet_path, device=device) if gnet_path is not None else None
@@ -256,11 +256,11 @@ def _run_gen(request: dict[str, Any]) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
     from dnnlib.files import file_sha256
+    from generation.images import count_evaluations
     from metrics.archive import ImageArchive
     from metrics.compute import compute_metrics
     from metrics.evaluate import evaluate_network
     from metrics.report import PIXEL_ROUNDING, describe
-    from sampling.images import count_evaluations
     from torch_utils import distributed
 
     loaded, gnet, seeds, reference = (request[k] for k in ("loaded", "gnet", "seeds", "reference"))
@@ -322,8 +322,8 @@ def _prepare_calc(
     quiet: bool,
     **metric_options: Any,
 ) -> tuple[Any, ...]:
+    from data.dataset import ImageDataset
     from metrics.references import load_reference
-    from training.dataset import ImageDataset
 
     dataset = ImageDataset(images_path, use_labels=False, max_size=num, random_seed=seed)
     if num is not None and num > len(dataset):
@@ -355,8 +355,8 @@ def _run_calc(
 
 
 def _prepare_ref(device: Any, data_path: str, batch: int, quiet: bool, **metric_options: Any) -> tuple[Any, ...]:
+    from data.dataset import ImageDataset
     from metrics.references import MAX_FEATURES
-    from training.dataset import ImageDataset
 
     dataset = ImageDataset(data_path, use_labels=False)
     options = dict(batch=batch, device=device, max_features=MAX_FEATURES, quiet=quiet)

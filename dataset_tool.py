@@ -127,7 +127,7 @@ def convert(source: str, dest: str, resolution: tuple[int, int] | None, **option
       center-crop-dhariwal  halve, scale the short side (bicubic), cut (ADM's ImageNet)
     """
     with user_errors():
-        from training.dataset_convert import convert_dataset
+        from data.convert import convert_dataset
 
         report(convert_dataset(source, dest, size=resolution, progress=progress("img"), **options), dest)
 
@@ -138,7 +138,7 @@ def convert(source: str, dest: str, resolution: tuple[int, int] | None, **option
 def encode(source: str, dest: str, vae: str, batch: int, device: str, max_images: int | None) -> None:
     """Encode an image data set to Stable-Diffusion latents: 8 channels, mean and standard deviation."""
     with user_errors():
-        from training.dataset_convert import encode_dataset
+        from data.convert import encode_dataset
 
         encoder = make_encoder(vae, batch, device)
         bar = progress("batch")
@@ -151,7 +151,7 @@ def encode(source: str, dest: str, vae: str, batch: int, device: str, max_images
 def decode(source: str, dest: str, vae: str, batch: int, device: str, max_images: int | None) -> None:
     """Decode the means of a data set of latents to images."""
     with user_errors():
-        from training.dataset_convert import decode_dataset
+        from data.convert import decode_dataset
 
         encoder = make_encoder(vae, batch, device)
         bar = progress("batch")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sampling.images import DEFAULT_STEPS, count_evaluations, generate_images, image_path
+from generation.images import DEFAULT_STEPS, count_evaluations, generate_images, image_path
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER
 
@@ -23,7 +23,7 @@ def _parsed(parse: str) -> Callable[[click.Context, click.Parameter, str | None]
     """Return an option callback that reads the text with one of the two parsers, imported only when needed."""
 
     def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-        from sampling.schedules import parse_ts
+        from sampling.grids import parse_ts
         from sampling.seeds import parse_seeds
 
         if value is None:
@@ -171,7 +171,7 @@ def _compute_dtype(name: str) -> Any:
 
 def _describe(net: Any, schedule: Any, steps: int | None, guidance: float) -> str:
     """Return what is about to be drawn, with the noise levels of a few-step schedule."""
-    from sampling.schedules import describe_ts
+    from sampling.grids import describe_ts
 
     if hasattr(net, "init_sigma"):
         if schedule is None:
@@ -189,7 +189,7 @@ def _write_grid(outdir: str, seeds: list[int], subdirs: bool) -> None:
 
     import numpy as np
 
-    from sampling.grid import read_image, save_grid
+    from generation.pictures import read_image, save_grid
 
     images = np.stack([read_image(image_path(outdir, seed, subdirs=subdirs)) for seed in seeds[:MAX_GRID_IMAGES]])
     path = Path(outdir) / "grid.png"

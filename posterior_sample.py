@@ -37,7 +37,7 @@ OVERRIDES = (  # options that replace a setting of the task
 
 
 def _parse_ts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    from sampling.schedules import parse_ts
+    from sampling.grids import parse_ts
 
     try:
         return None if value is None else parse_ts(value).ts
@@ -172,7 +172,7 @@ def _prepare(
     from inverse.pnp import resolve_likelihood
     from inverse.results import ResultsFolder
     from networks.encoders import RGBEncoder
-    from sampling.schedules import few_step_sigmas
+    from sampling.grids import few_step_sigmas
     from torch_utils import distributed
 
     if (data_path is None) == (measurements is None):
@@ -271,8 +271,8 @@ def _classes(
 
 def _load_lpips(mode: str, path: str | None, pooling: str, resolution: int, device: Any) -> tuple[Any, str | None]:
     """LPIPS, or None and the reason."""
+    from metrics.features.weights import DetectorError
     from metrics.image_quality import LPIPS_MIN_SIZE, load_lpips
-    from metrics.weights import DetectorError
 
     if mode == "off":
         return None, "switched off"

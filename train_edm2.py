@@ -2,8 +2,8 @@
 
 import click
 
-from training.launch import common_options, launch
 from training.presets import EDM2Config, config_options
+from training.run.launch import common_options, launch
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -29,7 +29,7 @@ def build(config: EDM2Config, options: dict, dataset, device):
     Raises ValueError for latents that are not Stable Diffusion's.
     """
     from networks import Precond
-    from training.encoders import RGBEncoder, StabilityVAEEncoder
+    from networks.encoders import RGBEncoder, StabilityVAEEncoder
     from training.tasks import pretraining_task
 
     if dataset.num_channels != 8 and dataset[0][0].dtype != "uint8":

@@ -2,8 +2,8 @@
 
 import click
 
-from training.launch import common_options, compute_dtype, launch
 from training.presets import NCVSDConfig, config_options
+from training.run.launch import common_options, compute_dtype, launch
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -38,7 +38,7 @@ def build(config: NCVSDConfig, options: dict, dataset, device):
     """
     import networks
     from networks import Precond
-    from sampling.schedules import parse_ts
+    from sampling.grids import parse_ts
     from training.tasks import distillation_task
 
     for ts in config.eval_ts:

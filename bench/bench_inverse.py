@@ -113,10 +113,10 @@ def _load(folder: Path, tune: str, tune_range: range) -> Problems:
     import torch
     from reconstruction import dense_matrix
 
+    from generation.pictures import read_image
     from inverse.inputs import ImageFolder, MeasurementFolder, pixels_to_image, read_mask
     from inverse.operators import get_operator
     from inverse.solve import simulate
-    from sampling.grid import read_image
 
     try:
         options = json.loads((folder / "options.json").read_text(encoding="utf-8"))

@@ -36,8 +36,8 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> list[int]
 @out_option()
 def main(data: str | None, images: int, batch: int, workers: list[int], out: str | None) -> None:
     """Print a table: kind of data, loader processes, images per second, resident memory of all processes."""
+    from data.dataset import DatasetError, one_line
     from torch_utils.errors import user_errors
-    from training.dataset import DatasetError, one_line
 
     with user_errors(), tempfile.TemporaryDirectory() as folder:
         sources = [data] if data else [make_data(Path(folder), kind) for kind in ("pixels", "latents")]
@@ -62,7 +62,7 @@ def measure(source: str, images: int, batch: int, workers: int) -> dict[str, Any
     import psutil
     import torch
 
-    from training.dataset import ImageDataset, InfiniteSampler
+    from data.dataset import ImageDataset, InfiniteSampler
 
     dataset = ImageDataset(source)
     sampler = InfiniteSampler(len(dataset))
@@ -92,7 +92,7 @@ def make_data(folder: Path, kind: str, count: int = 1024) -> str:
     """A ZIP of random 64x64 RGB images or 8-channel latents, in 1000 classes."""
     import numpy as np
 
-    from training.dataset_writer import DatasetWriter, encode_npy, encode_png
+    from data.writer import DatasetWriter, encode_npy, encode_png
 
     rng, path = np.random.default_rng(0), folder / f"{kind}.zip"
     with DatasetWriter(path) as writer:

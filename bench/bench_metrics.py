@@ -31,15 +31,15 @@ def main(device: str, preset: str, num: int, batch: int, ts: str, dtype: str, ou
     import torch
     from bench_train import TEACHERS
 
+    from data.writer import encode_png
     from dnnlib.files import write_json
+    from generation.images import generate_images
+    from metrics.features.inception import InceptionV3
     from metrics.frechet import FeatureMoments
-    from metrics.inception import InceptionV3
     from networks import GenerativeDenoiser, PrecondCondition
-    from sampling.images import generate_images
-    from sampling.schedules import parse_ts
+    from sampling.grids import parse_ts
     from torch_utils.distributed import device_for
     from torch_utils.errors import user_errors
-    from training.dataset_writer import encode_png
 
     with user_errors():
         resolved = device_for(device)

@@ -120,7 +120,7 @@ def measure(net: Any, task: Any, batch: int, device: Any) -> dict[str, Any]:
 
     from inverse.operators import get_operator
     from inverse.pnp import LangevinWarning, pnp_sample
-    from sampling.schedules import karras_sigmas
+    from sampling.grids import karras_sigmas
     from sampling.seeds import SeededNoise
 
     parameters = dict(task.operator)

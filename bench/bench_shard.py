@@ -90,13 +90,13 @@ def measure(wrap: Callable[..., tuple[Any, Any]], updates: int, batch: int, devi
 
 
 def replicated(net: Any, device: Any) -> tuple[Any, Any]:
-    from training.parallel import build_optimizer, replicate
+    from training.run.parallel import build_optimizer, replicate
 
     return replicate(net), build_optimizer(net, device)
 
 
 def zero(net: Any, device: Any) -> tuple[Any, Any]:
-    from training.parallel import build_optimizer, replicate
+    from training.run.parallel import build_optimizer, replicate
 
     return replicate(net), build_optimizer(net, device, shard=True)
 

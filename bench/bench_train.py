@@ -72,7 +72,7 @@ def main(
     from dnnlib.files import write_json
     from torch_utils import distributed
     from torch_utils.errors import user_errors
-    from training.launch import configure_backends
+    from training.run.launch import configure_backends
 
     with user_errors("--batch-gpu"):
         resolved = distributed.device_for(device)
@@ -111,13 +111,13 @@ def measure(
     import torch
 
     from networks import Precond
-    from training.launch import compute_dtype
     from training.noise import training_noise
     from training.optim import update_network
     from training.presets import NCVSDConfig, load_config
-    from training.records import RunningMeans
+    from training.run.launch import compute_dtype
+    from training.run.record import RunningMeans
+    from training.run.trained import Trained
     from training.tasks import Batch, distillation_task
-    from training.trained import Trained
 
     dtype, options = _parse(variant)
     torch.manual_seed(0)
@@ -203,8 +203,8 @@ def write_state(
     trained: Any, iterate: Callable[[dict[str, float]], None], batch_gpu: int, parent: Path
 ) -> dict[str, float]:
     """How long one training state holds training up, how long it takes to write, and the speed meanwhile."""
-    from training.state import state_bytes
-    from training.writer import StateWriter
+    from training.run.state import state_bytes
+    from training.run.writer import StateWriter
 
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         writer = StateWriter(Path(folder))

@@ -106,8 +106,8 @@ def fd_demo(path: Path, folder: Path) -> dict[str, float]:
     import torch
 
     import networks
-    from training.dataset import ImageDataset
-    from training.evaluation import snapshot_metrics
+    from data.dataset import ImageDataset
+    from training.run.evaluation import snapshot_metrics
 
     torch.set_num_threads(1)
     loaded, schedules = networks.load(path), {k: {"ts": [int(t) for t in ts.split(",")]} for k, ts in SCHEDULES.items()}

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.archives import MAX_FILE_BYTES, FileSource, decode_pixels, is_image_name, read_labels
 from dnnlib.files import read_regular
 from dnnlib.npy import read_npy
-from training.dataset_files import MAX_FILE_BYTES, FileSource, decode_pixels, is_image_name, read_labels
 
 _ARRAY_EXTENSIONS = (".npz", ".npy")
 _MAX_HEADER_BYTES = 4096

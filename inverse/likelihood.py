@@ -17,7 +17,7 @@ from torch import Tensor
 from sampling.seeds import SeededNoise
 
 if TYPE_CHECKING:
-    from inverse.operator_base import Operator
+    from inverse.operators.base import Operator
 
 RandnLike = Callable[[Tensor], Tensor]
 

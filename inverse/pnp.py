@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inverse.likelihood import langevin_step, likelihood_std
-from inverse.operator_base import Operator
+from inverse.operators.base import Operator
 from inverse.tasks import LIKELIHOODS, LangevinSettings
 
 RandnLike = Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sampling.grid import read_image
+from generation.pictures import read_image
 
 METRICS = ("psnr", "ssim", "lpips", "residual")
 

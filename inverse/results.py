@@ -21,11 +21,11 @@ from torch import Tensor
 
 from dnnlib.files import atomic_write, write_json
 from dnnlib.locks import lock_folder
+from generation.pictures import save_image
 from inverse.json_files import JsonFileError, read_json
-from inverse.operator_base import Operator
+from inverse.operators.base import Operator
 from inverse.solve import Solution
 from networks.encoders import RGBEncoder
-from sampling.grid import save_image
 
 LEVEL = 0.9  # of the samples' central interval, for the calibration
 _RESUMABLE = ("batch", "device", "num", "net")  # options that a restart may change

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inverse.operator_base import Operator
+from inverse.operators.base import Operator
 from inverse.pnp import pnp_sample
 from inverse.tasks import Task
-from sampling.schedules import karras_sigmas
+from sampling.grids import karras_sigmas
 from sampling.seeds import SeededNoise
 
 

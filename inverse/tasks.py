@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dnnlib import ROOT
 from dnnlib.files import read_regular
 from dnnlib.text import printable
 
-TASK_DIR = Path(__file__).resolve().parent.parent / "presets" / "task"
+TASK_DIR = ROOT / "presets" / "task"
 LIKELIHOODS = ("auto", "exact", "langevin")
 _MAX_BYTES = 1 << 16
 _MAX_DEPTH = 20  # of lists and mappings within each other

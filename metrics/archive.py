@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from sampling.images import GeneratedBatch
+from data.writer import DatasetWriter, encode_png, make_temporary
+from generation.images import GeneratedBatch
 from torch_utils import distributed
-from training.dataset_writer import DatasetWriter, encode_png, make_temporary
 
 
 class ImageArchive:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metrics.detectors import DetectorError, LoadedDetector
+from metrics.features.detectors import DetectorError, LoadedDetector
 from metrics.frechet import FeatureMoments
 from metrics.specs import Metric
 from torch_utils import distributed

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from metrics.collect import Collected
-from metrics.detectors import LoadedDetector
+from metrics.features.detectors import LoadedDetector
 from metrics.frechet import frechet_distance
 from metrics.references import Reference, ReferenceFileError, Statistics
 from metrics.sample_metrics import inception_score, kernel_distance, precision_recall

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from generation.images import GeneratedBatch, generate_images
 from metrics.collect import Collected, FeatureCollector
-from metrics.detectors import LoadedDetector
+from metrics.features.detectors import LoadedDetector
 from metrics.specs import Metric
-from sampling.images import GeneratedBatch, generate_images
 from torch_utils import distributed
 
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics.inception import full_precision_convolutions
-from metrics.weights import DetectorError, WeightFile, find_weights
+from dnnlib import ROOT
+from metrics.features.inception import full_precision_convolutions
+from metrics.features.weights import DetectorError, WeightFile, find_weights
 
 BACKBONE = WeightFile(
     name="vgg16-397923af.pth",
@@ -25,7 +26,7 @@ BACKBONE = WeightFile(
     sha256_prefix="397923af",  # the file's name says it
     option="--lpips-path",
 )
-HEADS = Path(__file__).resolve().parent.parent / "assets" / "lpips" / "vgg-v0.1.safetensors"
+HEADS = ROOT / "assets" / "lpips" / "vgg-v0.1.safetensors"
 VARIANTS = {"max": F.max_pool2d, "average": F.avg_pool2d}
 
 SSIM_WINDOW, SSIM_STD, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03

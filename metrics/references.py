@@ -19,13 +19,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data.zip_files import ZipReader
 from dnnlib.download import open_url
 from dnnlib.files import atomic_write, file_sha256, open_regular
 from dnnlib.npy import read_npy, read_npy_header
 from dnnlib.text import redact
 from metrics.collect import Collected
 from torch_utils import safe_pickle
-from training.zip_files import ZipReader
 
 MAX_BYTES = 4 << 30  # of the arrays of a file, in float64
 MAX_DIM = 1 << 13  # of features

@@ -22,9 +22,9 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
     import torch.nn.functional as F
     from tqdm import tqdm
 
+    from data.dataset import ImageDataset
     from dnnlib.files import check_output
-    from metrics.detectors import DemoClassifier, save_demo_classifier
-    from training.dataset import ImageDataset
+    from metrics.features.detectors import DemoClassifier, save_demo_classifier
 
     with user_errors():
         check_output(out, ".safetensors", [data])

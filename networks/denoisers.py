@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from networks.layers import MPConv, MPFourier, mp_cat, mp_silu
-from networks.posterior import combine_observations, expand_sigma, few_step_posterior, few_step_sigmas
 from networks.unet import Decoder, Encoder, UNet, UNetConfig
+from sampling.grids import few_step_sigmas
+from sampling.posterior import combine_observations, expand_sigma, few_step_posterior
 
 RandnLike = Callable[[Tensor], Tensor]
 Sigma = float | Tensor  # a number, [N] or [N,1,1,1]

@@ -103,8 +103,8 @@ def write_sheet_of_data(data: str, outdir: Path) -> None:
     """data.png: 64 random images."""
     import numpy as np
 
-    from sampling.grid import save_grid
-    from training.dataset import ImageDataset
+    from data.dataset import ImageDataset
+    from generation.pictures import save_grid
 
     dataset = ImageDataset(data, use_labels=False, max_size=64)
     save_grid(outdir / "data.png", np.stack([dataset[i][0] for i in range(len(dataset))]), columns=8)
@@ -115,7 +115,7 @@ def write_strip(folder: Path, outdir: Path) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from sampling.grid import read_image, save_grid
+    from generation.pictures import read_image, save_grid
 
     report = read_json(folder / "metrics.json")
     options = read_json(folder / "options.json")

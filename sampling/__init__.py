@@ -1,1 +1,1 @@
-"""Samplers: noise schedules, few-step sampling, deterministic ODE sampling, per-image random streams, image grids."""
+"""The mathematics of drawing: noise levels, observations, the teacher's solver, one random stream per image."""

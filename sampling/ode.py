@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from networks.posterior import karras_sigmas
+from sampling.grids import karras_sigmas
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [N,C,H,W], sigma []) -> E[x0 | x], [N,C,H,W]
 

@@ -159,7 +159,7 @@ def test_a_missing_weight_file_is_explained(tmp_path, monkeypatch):
     np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     monkeypatch.setenv("NCVSD_DETECTORS", str(tmp_path))
     monkeypatch.setenv("NCVSD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("metrics.weights.open_url", _no_network)
+    monkeypatch.setattr("metrics.features.weights.open_url", _no_network)
     output = call("calc", "--images", DATA, "--ref", tmp_path / "edm.npz", "--num", 4, *QUIET, fails=True)
     for part in ("pt_inception-2015-12-05-6726825d.pth", "96 MB", "github.com", "--detector-path", "NCVSD_DETECTORS"):
         assert part in output

@@ -20,10 +20,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 import dataset_tool
+from data.convert import transform_image
+from data.dataset import ImageDataset
 from tests.image_utils import picture
 from tests.memory_utils import HAS_LIMITS, run_script
-from training.dataset import ImageDataset
-from training.dataset_convert import transform_image
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,7 +198,7 @@ def test_idx_errors(tmp_path):
 IDX_BOMBS = """
 import gzip, pathlib, struct, sys
 from tests.memory_utils import refuse_all
-from training.dataset_convert import convert_dataset
+from data.convert import convert_dataset
 
 folder = pathlib.Path(sys.argv[1])
 files = {}
@@ -295,7 +295,7 @@ def test_convert_stopped_by_a_signal_leaves_nothing_for_the_next_run(tmp_path, d
     image_folder(tmp_path / "in", [(16, 16)] * 4)
     stop = f"""
 import os, signal
-from training import dataset_convert
+from data import convert as dataset_convert
 encode, encoded = dataset_convert.encode_png, []
 
 def stop(*args):

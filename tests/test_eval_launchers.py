@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from metrics.detectors import load_detector
+from data.dataset import ImageDataset
 from metrics.evaluate import evaluate_dataset
+from metrics.features.detectors import load_detector
 from metrics.references import save_reference
 from metrics.specs import parse_metrics
-from training.dataset import ImageDataset
 
 ROOT = Path(__file__).parents[1]
 STUDENT = ROOT / "assets" / "demo" / "student.safetensors"

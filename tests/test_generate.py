@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from generate import main
+from generation.pictures import read_image
 from networks import GenerativeDenoiser, Precond, PrecondCondition, save
 from networks.encoders import RGBEncoder
-from sampling.grid import read_image
 from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sampling.grid import read_image
+from generation.pictures import read_image
 from tests.test_posterior_sample import ROOT, contents, data, finished, nets, run, task  # noqa: F401
 
 # ruff: noqa: F811

@@ -13,11 +13,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from generation.pictures import read_image
 from inverse.operators import get_operator
 from networks import GenerativeDenoiser, Precond, PrecondCondition, save
 from networks.encoders import RGBEncoder
 from posterior_sample import main
-from sampling.grid import read_image
 from tests.conftest import TINY_NET, write_images
 from tests.golden_utils import fill_by_name
 

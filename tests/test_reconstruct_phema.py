@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 import networks
 import reconstruct_phema
+from data.dataset import ImageDataset
 from networks.encoders import RGBEncoder
 from tests.training.tiny_runs import EDM2, make_task, run_training
 from training import loop
-from training.dataset import ImageDataset
 from training.phema import std_to_exp
 from training.reconstruction import ReconstructionError, find_snapshots, plan_reconstruction, reconstruct
 

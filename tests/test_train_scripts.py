@@ -19,8 +19,8 @@ import networks
 import train_edm2
 import train_ncvsd
 from dnnlib.download import DownloadError
-from sampling.grid import read_image
-from sampling.images import generate_images
+from generation.images import generate_images
+from generation.pictures import read_image
 from training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -346,7 +346,7 @@ def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny
 
 
 def test_time_that_is_over_ends_training_with_code_0(tmp_path, distil, monkeypatch):
-    monkeypatch.setattr("training.stopping.clock", itertools.count(0, 100).__next__)  # each look takes 100 seconds
+    monkeypatch.setattr("training.run.stop.clock", itertools.count(0, 100).__next__)  # each look takes 100 seconds
     assert "--max-time leaves no time" in mistake(train_ncvsd, *distil, "--duration=80000", "--max-time=1s")
     result = run(train_ncvsd, *distil, "--duration=80000", "--snapshot=80000", "--max-time=3h")
     assert result.exit_code == 0, result.output
@@ -389,7 +389,7 @@ def test_missing_detectors_are_explained_as_it_fits_the_script(distil, monkeypat
     def offline(*_, **__):
         raise DownloadError("no network")
 
-    monkeypatch.setattr("metrics.weights.open_url", offline)
+    monkeypatch.setattr("metrics.features.weights.open_url", offline)
     monkeypatch.delenv("NCVSD_DETECTORS", raising=False)
     line = mistake(train_ncvsd, *distil, "--eval-metric=fid")
     assert "put it in a folder named by the environment variable NCVSD_DETECTORS" in line

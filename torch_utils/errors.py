@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from dnnlib.streams import LastingStream, lasting_streams
 from dnnlib.text import redact
@@ -57,12 +58,10 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise click.ClickException(f"out of memory: try a smaller {batch_option} ({reason})") from error
     finally:
-        if "torch" in sys.modules:  # without it no group was joined
-            from torch_utils import distributed
-
-            # After an error, leaving a group of GPUs could wait for processes that are still at work.
-            if not failed or distributed.collective_device().type == "cpu":
-                distributed.destroy()
+        group = _process_group()
+        # After an error, leaving a group of GPUs could wait for processes that are still at work.
+        if group is not None and not (failed and group.get_backend() == "nccl"):
+            group.destroy_process_group()
 
 
 @contextmanager
@@ -123,13 +122,15 @@ def _let_others_speak() -> None:
     time.sleep(5 + _rank("LOCAL_RANK"))
 
 
-def _lost_another_process(error: MemoryError | RuntimeError) -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from torch_utils import distributed
+def _process_group() -> Any:
+    """torch.distributed, where this process has joined a group; None otherwise."""
+    group = sys.modules.get("torch.distributed")
+    return group if group is not None and group.is_available() and group.is_initialized() else None
 
+
+def _lost_another_process(error: MemoryError | RuntimeError) -> bool:
     lost = re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error))
-    return distributed.in_group() and lost is not None
+    return lost is not None and _process_group() is not None
 
 
 def _out_of_memory(error: MemoryError | RuntimeError) -> bool:

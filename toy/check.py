@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from networks.posterior import combine_observations
+from sampling.posterior import combine_observations
 from toy.inverse import measure_pnp
 from toy.measures import energy_distance, sliced_wasserstein, spread
 from toy.mixture import GaussianMixture

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from inverse.likelihood import gaussian_conditional
-from inverse.operator_base import LinearOperator, check_image_shape
+from inverse.operators.base import LinearOperator, check_image_shape
 from inverse.pnp import pnp_sample
-from networks.posterior import karras_sigmas
+from sampling.grids import karras_sigmas
 from toy.measures import energy_distance, spread
 from toy.mixture import ExactDenoiser, GaussianMixture
 from toy.training import BatchNoise

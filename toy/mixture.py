@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.denoisers import Sigma
-from networks.posterior import expand_sigma
+from sampling.posterior import expand_sigma
 
 RandnLike = Callable[[Tensor], Tensor]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dnnlib.files import atomic_path, open_regular, parse_json
 from networks import CombinedScore, GenerativeDenoiser
-from networks.posterior import combine_observations
+from sampling.posterior import combine_observations
 from toy.mixture import GaussianMixture
 from toy.networks import PointCondition, PointDiscriminator, PointPrecond, architecture
 from toy.settings import ToySettings

@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 
 import networks
-from sampling.grid import image_grid, save_grid
+from data.dataset import ImageDataset, InfiniteSampler
+from generation.pictures import image_grid, save_grid
 from sampling.seeds import stream_seed
 from torch_utils import distributed
-from training import monitor, parallel, stopping
-from training.dataset import ImageDataset, InfiniteSampler
-from training.identity import sole_user, write_identity
-from training.memory import memory_plan
 from training.noise import training_noise
 from training.optim import DivergenceError, check_weights, learning_rate, update_network
-from training.parallel import accumulate, replicate
 from training.presets import TrainingConfig
-from training.records import Recorder, RunningMeans
-from training.resuming import take_up
+from training.run import monitor, parallel
+from training.run import stop as stopping
+from training.run.identity import sole_user, write_identity
+from training.run.memory import memory_plan
+from training.run.parallel import accumulate, replicate
+from training.run.record import Recorder, RunningMeans
+from training.run.resuming import take_up
+from training.run.writer import StateWriter
 from training.tasks import Batch, Phase, Task, draw
-from training.writer import StateWriter
 
 GRID_SEEDS = range(64)
 

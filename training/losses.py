@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from networks.posterior import combine_observations, expand_sigma
+from sampling.posterior import combine_observations, expand_sigma
 
 RandnLike = Callable[[Tensor], Tensor]
 Sigma = float | Tensor

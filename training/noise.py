@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from networks.posterior import karras_sigmas
+from sampling.grids import karras_sigmas
 from sampling.seeds import SeededNoise
 
 

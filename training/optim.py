@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_utils import distributed
 from training.presets import TrainingConfig
-from training.records import RunningMeans
+from training.run.record import RunningMeans
 from training.tasks import Phase
 
 

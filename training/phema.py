@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torch_utils import distributed
-from training import parallel
+from training.run import parallel
 
 
 def std_to_exp(std: float | np.ndarray) -> np.ndarray:

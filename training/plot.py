@@ -10,55 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.files import parse_json, read_regular
 from torch_utils.errors import user_errors
+from training.run.curves import Curve, PlotError, read_curves
 
 if TYPE_CHECKING:
     from PIL import ImageDraw
 
-Curve = list[tuple[float, float]]  # (images seen, value)
-
 DEFAULT_KEYS = "Loss/*,Discriminator/*,Metrics/*,Gradients/*,Nonfinite/*_total,Progress/img_per_s,Progress/lr"
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#3d3d3d", "#e07a1f", "#009e9e")
-MAX_STATISTICS = 1 << 30  # bytes of a stats.jsonl
-LARGEST = 1e300  # magnitude whose sums and differences are still numbers
 PANEL = (560, 300)  # pixels
 MARGIN = (70, 44, 16, 34)  # of a panel: left, top, right, bottom
 FONT_SIZE = 14
-
-
-class PlotError(ValueError):
-    """A run that has nothing to draw."""
-
-
-def read_entry(line: bytes) -> dict[str, Any] | None:
-    """What a line of stats.jsonl holds; None for one that was cut off, damaged or holds something else."""
-    try:
-        entry = parse_json(line.decode(errors="replace"))
-    except ValueError:
-        return None
-    known = isinstance(entry, dict) and type(entry.get("nimg")) is int and 0 <= entry["nimg"] < 1 << 63
-    return entry if known else None
-
-
-def read_curves(run_dir: str | Path) -> dict[str, Curve]:
-    """Every quantity of a run's stats.jsonl by name; numbers beyond 1e300 are left out, those within 1e-300 are 0.
-
-    Raises PlotError for no file or no numbers in it, OSError for one that cannot be read.
-    """
-    path = Path(run_dir) / "stats.jsonl"
-    if not path.is_file():
-        raise PlotError(f"{run_dir} has no stats.jsonl: name the folder of a run")
-    curves: dict[str, Curve] = {}
-    for line in read_regular(path, MAX_STATISTICS).splitlines():
-        entry = read_entry(line) or {}
-        for key, value in entry.items():
-            if key != "nimg" and isinstance(value, (int, float)) and abs(value) <= LARGEST:  # False for NaN
-                number = float(value) if abs(value) >= 1 / LARGEST else 0.0
-                curves.setdefault(key, []).append((entry["nimg"], number))
-    if not curves:
-        raise PlotError(f"{path} holds no statistics yet")
-    return curves
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

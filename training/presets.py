@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dnnlib import ROOT
 from dnnlib.files import read_json
 from dnnlib.text import parse_si
 
-PRESET_DIR = Path(__file__).resolve().parent.parent / "presets"
+PRESET_DIR = ROOT / "presets"
 _MAX_BYTES = 1 << 20
 
 

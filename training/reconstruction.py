@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import networks
-from training.identity import MAY_CHANGE
 from training.phema import profile_errors, solve_posthoc_coefficients, std_to_exp
+from training.run.identity import MAY_CHANGE
 
 MAX_ERROR = 0.1  # of a profile, relative
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from generation.images import generate_images
 from networks import CombinedScore, Discriminator, GenerativeDenoiser, Precond, PrecondCondition
-from networks.posterior import combine_observations
-from sampling.images import generate_images
-from sampling.schedules import parse_ts
+from sampling.grids import parse_ts
+from sampling.posterior import combine_observations
 from sampling.seeds import SeededNoise
 from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
 from training.noise import LogNormalSigma, UniformKarrasSigma

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.posterior import combine_observations
+from sampling.posterior import combine_observations
 from sampling.seeds import SeededNoise
 
 

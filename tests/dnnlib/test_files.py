@@ -202,17 +202,17 @@ def test_json_that_is_too_large_is_not_read(tmp_path):
 def readers():
     """Everything that reads a single file of the user's, by name."""
     import networks
+    from data.dataset import ImageDataset
+    from generation.pictures import read_image
     from inverse.inputs import read_mask
     from inverse.json_files import read_json as read_output
     from inverse.tasks import load_task
-    from metrics.detectors import load_demo_classifier
+    from metrics.features.detectors import load_demo_classifier
     from metrics.references import load_reference
-    from sampling.grid import read_image
     from torch_utils import safe_pickle
     from toy.training import load_student
-    from training.dataset import ImageDataset
-    from training.plot import read_curves
     from training.presets import NCVSDConfig, load_config
+    from training.run.curves import read_curves
 
     return {
         "mask.png": read_mask,

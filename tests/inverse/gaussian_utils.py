@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from networks.posterior import expand_sigma, few_step_posterior, few_step_sigmas
+from sampling.grids import few_step_sigmas
+from sampling.posterior import expand_sigma, few_step_posterior
 
 
 def dense_matrix(operator, size):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from data.archives import DatasetError
 from inverse.inputs import ImageFolder, InputError, MeasurementFolder, name_files, read_mask, upright
-from training.dataset_files import DatasetError
 
 
 def test_names_are_unique_and_flat():

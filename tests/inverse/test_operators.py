@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from inverse import get_operator
-from inverse.kernels import gaussian_kernel, motion_kernel
 from inverse.operators import OPERATORS
+from inverse.operators.kernels import gaussian_kernel, motion_kernel
 from tests.golden_utils import golden_arrays
 
 SIZES = [(16, 16), (13, 18), (5, 9)]

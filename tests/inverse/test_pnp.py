@@ -9,7 +9,8 @@ import networks
 from inverse import get_operator, pnp_sample
 from inverse.likelihood import LangevinDivergenceError
 from inverse.pnp import LangevinSettings
-from networks.posterior import few_step_posterior, few_step_sigmas, karras_sigmas
+from sampling.grids import few_step_sigmas, karras_sigmas
+from sampling.posterior import few_step_posterior
 from sampling.seeds import SeededNoise
 from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from generation.pictures import save_image
 from inverse.report import colour_map, describe_task, write_report
-from sampling.grid import save_image
 
 NAMES = ["00000", "<b>&amp;'\"", "img 2"]
 NOTE = "put vgg16-397923af.pth into $NCVSD_DETECTORS"

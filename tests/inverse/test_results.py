@@ -127,7 +127,7 @@ def test_a_damaged_record_is_told_and_kept(text, tmp_path):
 
 
 def test_maps_of_several_runs(tmp_path):
-    from sampling.grid import read_image
+    from generation.pictures import read_image
 
     samples = torch.zeros(2, 1, 4, 4)
     samples[0, 0, 0, 0], samples[1, 0, 0, 0] = 0.5, -0.5

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from metrics.detectors import LoadedDetector
 from metrics.evaluate import evaluate_dataset
+from metrics.features.detectors import LoadedDetector
 from metrics.references import load_reference, save_reference
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from data.dataset import ImageDataset
 from metrics.collect import Collected, FeatureCollector
 from metrics.compute import check_dimensions, check_reference, compute_metrics
-from metrics.detectors import DetectorError, LoadedDetector, load_detector
 from metrics.evaluate import evaluate_dataset
+from metrics.features.detectors import DetectorError, LoadedDetector, load_detector
 from metrics.frechet import FeatureMoments
 from metrics.references import ReferenceFileError
 from metrics.sample_metrics import inception_score, kernel_distance, precision_recall
 from metrics.specs import Metric, parse_metrics
 from tests.metrics.feature_utils import Linear, linear_detector, pixels, reference_of
-from training.dataset import ImageDataset
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,12 +25,12 @@ SHARED = """
 import json, sys
 import networks
 from metrics.compute import compute_metrics
-from metrics.detectors import load_detector
+from metrics.features.detectors import load_detector
 from metrics.evaluate import evaluate_dataset, evaluate_network
 from metrics.references import load_reference
 from metrics.specs import parse_metrics
 from torch_utils import distributed
-from training.dataset import ImageDataset
+from data.dataset import ImageDataset
 
 data, net, reference, folder = sys.argv[1:]
 distributed.init("cpu")

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 import networks
+from data.dataset import ImageDataset
 from metrics.collect import Collected
-from metrics.detectors import (
+from metrics.evaluate import evaluate_dataset, evaluate_network
+from metrics.features.detectors import (
     DEMO_CLASSIFIER,
     DemoClassifier,
     load_demo_classifier,
     load_detector,
     save_demo_classifier,
 )
-from metrics.evaluate import evaluate_dataset, evaluate_network
 from metrics.frechet import frechet_distance
 from metrics.specs import parse_metrics
-from training.dataset import ImageDataset
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "assets" / "fashion16.zip"

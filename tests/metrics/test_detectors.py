@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from metrics.compute import compute_metrics
-from metrics.detectors import DEMO_CLASSIFIER, DetectorError, load_custom_detector, load_detector
 from metrics.evaluate import evaluate_dataset
-from metrics.inception import WEIGHTS as INCEPTION
+from metrics.features.detectors import DEMO_CLASSIFIER, DetectorError, load_custom_detector, load_detector
+from metrics.features.inception import WEIGHTS as INCEPTION
+from metrics.features.weights import FOLDER_VARIABLE, WeightFile, find_weights
 from metrics.specs import Metric, parse_metrics
-from metrics.weights import FOLDER_VARIABLE, WeightFile, find_weights
 from tests.metrics.feature_utils import Linear, pixels, reference_of
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_wrong_weights_are_refused_wherever_they_lie(tmp_path, monkeypatch):
 def test_wrong_downloads_do_not_stay(tmp_path, monkeypatch):
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     cached = tmp_path / "cached"
-    monkeypatch.setattr("metrics.weights.open_url", lambda url, quiet: cached)
+    monkeypatch.setattr("metrics.features.weights.open_url", lambda url, quiet: cached)
     weights = WeightFile("net.pth", "https://example.org/net.pth", "3 MB", "b94d27b9934d3e08")
     cached.write_bytes(b"hello")
     with pytest.raises(DetectorError, match="is not net.pth"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from metrics.dinov2 import DINOv2, load_dinov2, prepare_images, resize_positions
+from metrics.features.dinov2 import DINOv2, load_dinov2, prepare_images, resize_positions
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 518, "patch_size": 14}
 

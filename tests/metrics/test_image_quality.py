@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import metrics.features.weights
 import metrics.image_quality as image_quality
-import metrics.weights
 from dnnlib.download import DownloadError
 from dnnlib.files import file_sha256
+from metrics.features.weights import FOLDER_VARIABLE, DetectorError
 from metrics.image_quality import BACKBONE, LPIPS, VGG16, load_lpips, psnr, ssim
-from metrics.weights import FOLDER_VARIABLE, DetectorError
 
 # Values of other implementations, named in the file, for `image_pair` and for `random_backbone`.
 GOLDENS = json.loads((Path(__file__).parents[1] / "data" / "image_quality" / "goldens.json").read_text())["cases"]
@@ -226,7 +226,7 @@ def test_missing_weights_say_where_to_get_them(download, tmp_path, monkeypatch):
         tried.append(url)
         raise DownloadError("no connection")
 
-    monkeypatch.setattr(metrics.weights, "open_url", refuse)
+    monkeypatch.setattr(metrics.features.weights, "open_url", refuse)
     monkeypatch.setenv("NCVSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     for path in (None, tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.inception import InceptionV3, Mixed, load_inception, resize_bilinear_tf1
+from metrics.features.inception import InceptionV3, Mixed, load_inception, resize_bilinear_tf1
 
 
 def hashed(shape, stream):

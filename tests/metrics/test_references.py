@@ -12,7 +12,7 @@ import torch
 
 from metrics.collect import Collected
 from metrics.compute import check_dimensions, compute_metrics
-from metrics.detectors import LoadedDetector
+from metrics.features.detectors import LoadedDetector
 from metrics.frechet import FeatureMoments
 from metrics.references import ReferenceFileError, load_reference, save_reference
 from metrics.specs import parse_metrics

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from networks.posterior import combine_observations, expand_sigma, few_step_posterior, few_step_sigmas, karras_sigmas
-from sampling.schedules import describe_ts, parse_ts
+from sampling.grids import describe_ts, few_step_sigmas, karras_sigmas, parse_ts
+from sampling.posterior import combine_observations, expand_sigma, few_step_posterior
 from tests.golden_utils import golden_arrays
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from networks import CombinedScore
-from networks.posterior import combine_observations
+from sampling.posterior import combine_observations
 from toy.check import Bench, report
 from toy.mixture import spiral_arms
 from toy.networks import PointCondition, PointDiscriminator, PointPrecond, architecture

@@ -2,8 +2,8 @@
 
 import pytest
 
+from data.dataset import ImageDataset
 from training import loop
-from training.dataset import ImageDataset
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """What each process of `test_failures.py` does: train_ncvsd.py with data that the second process cannot read on."""
 
 import train_ncvsd
+from data import dataset
 from torch_utils import distributed
-from training import dataset
 
 read = dataset.ImageDataset.__getitem__
 

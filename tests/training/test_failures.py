@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import torch
 
+from data.dataset import ImageDataset
 from tests.training.tiny_runs import (
     NCVSD,
     ROOT,
@@ -23,10 +24,10 @@ from tests.training.tiny_runs import (
     stats,
 )
 from torch_utils import distributed
-from training import loop, parallel, state
-from training.dataset import ImageDataset
-from training.state import StateError, list_states, load_newest_state
-from training.writer import StateWriter
+from training import loop
+from training.run import parallel, state
+from training.run.state import StateError, list_states, load_newest_state
+from training.run.writer import StateWriter
 
 PROCESSES = [sys.executable, "quick_start/processes.py", "--standalone", "--nproc-per-node", "2", "--"]
 

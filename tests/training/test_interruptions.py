@@ -15,6 +15,7 @@ import time
 import pytest
 
 import networks
+from data.dataset import ImageDataset
 from tests.training.tiny_runs import (
     NCVSD,
     ROOT,
@@ -28,17 +29,16 @@ from tests.training.tiny_runs import (
     stats,
     weights,
 )
-from training import state, writer
-from training.dataset import ImageDataset
 from training.optim import DivergenceError
-from training.state import StateError, list_states, load_newest_state, load_state
-from training.stopping import StopRequest
+from training.run import state, writer
+from training.run.state import StateError, list_states, load_newest_state, load_state
+from training.run.stop import StopRequest
 
 KILLS = int(os.environ.get("NCVSD_KILLS", "4"))  # 20 for a thorough test
 # train_ncvsd.py with states that take a good part of a second to write, so that many kills hit a write
 SLOW_WRITES = """
 import time
-from training import state
+from training.run import state
 write = state.HashingFile.write
 state.HashingFile.write = lambda self, data: (time.sleep(4e-4), write(self, data))[1]
 import train_ncvsd
@@ -156,7 +156,7 @@ def test_a_signal_lets_the_step_finish_and_saves(tmp_path, dataset, tiny_teacher
 def test_a_signal_before_the_first_step_ends_the_run_with_code_0(tmp_path, tiny_data, tiny_teacher):
     early = """
 import os, signal
-from training import launch
+from training.run import launch
 real = launch._launch
 launch._launch = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a))[1]  # before torch is imported
 import train_ncvsd
@@ -207,7 +207,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_and_its_exit_code_tells(
 
 
 def test_training_saves_and_stops_before_its_time_is_over(tmp_path, dataset, tiny_teacher, monkeypatch):
-    monkeypatch.setattr("training.stopping.clock", itertools.count(0, 100).__next__)  # each look takes 100 seconds
+    monkeypatch.setattr("training.run.stop.clock", itertools.count(0, 100).__next__)  # each look takes 100 seconds
     config, deadline = dataclasses.replace(NCVSD, duration=8000), 10_000
     run_training(make_task(config, tiny_teacher), dataset, config, tmp_path, stop=StopRequest(deadline))
     iterations = load_newest_state(tmp_path)["nimg"] / config.batch

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import networks
+from data.dataset import ImageDataset, InfiniteSampler
 from tests.training.tiny_runs import (
     EDM2,
     NCVSD,
@@ -19,10 +20,10 @@ from tests.training.tiny_runs import (
     stats,
     weights,
 )
-from training import loop, resuming
-from training.dataset import ImageDataset, InfiniteSampler
+from training import loop
 from training.optim import DivergenceError
-from training.state import StateError, list_states, load_newest_state
+from training.run import resuming
+from training.run.state import StateError, list_states, load_newest_state
 from training.tasks import distillation_task
 
 # ----------------------------------------------------------------------------

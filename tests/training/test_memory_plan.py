@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.training.tiny_runs import NCVSD, make_task
-from training.memory import memory_plan, preset_networks
-from training.parallel import optimizer_state
-from training.state import state_bytes
-from training.trained import Trained
+from training.run.memory import memory_plan, preset_networks
+from training.run.parallel import optimizer_state
+from training.run.state import state_bytes
+from training.run.trained import Trained
 
 
 def plan_of(task, **options):

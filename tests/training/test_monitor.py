@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 
-from sampling.grid import read_image
+from data.dataset import ImageDataset
+from generation.pictures import read_image
 from tests.training.tiny_runs import EDM2, NCVSD, ROOT, make_task, run_training, stats
-from training.dataset import ImageDataset
-from training.evaluation import snapshot_metrics
-from training.monitor import by_level, status_line
 from training.noise import LogNormalSigma, training_noise
-from training.records import RunningMeans
+from training.run.evaluation import snapshot_metrics
+from training.run.monitor import by_level, status_line
+from training.run.record import RunningMeans
 
 
 def test_values_are_parted_by_level():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import networks
+from data.dataset import ImageDataset
 from tests.training.tiny_runs import (
     command,
     compare_states,
@@ -18,9 +19,9 @@ from tests.training.tiny_runs import (
     weights,
 )
 from tests.training.two_processes import GRADIENTS, STEPS
-from training import loop, parallel
-from training.dataset import ImageDataset
-from training.state import load_newest_state
+from training import loop
+from training.run import parallel
+from training.run.state import load_newest_state
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

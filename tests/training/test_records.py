@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.records import Recorder
+from training.run.record import Recorder
 
 SHEET = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6)
 
@@ -183,7 +183,7 @@ def test_a_terminal_that_is_gone_does_not_end_training(tmp_path):
     code = """
 import os, sys
 from pathlib import Path
-from training.records import Recorder
+from training.run.record import Recorder
 recorder = Recorder(Path(sys.argv[1]), 100, 0)
 for stream in (1, 2):
     os.dup2(os.open("/dev/full", os.O_WRONLY), stream)

@@ -11,8 +11,8 @@ import zipfile
 import pytest
 import torch
 
-from training import writer as writer_module
-from training.state import (
+from training.run import writer as writer_module
+from training.run.state import (
     StateError,
     list_states,
     load_newest_state,
@@ -24,7 +24,7 @@ from training.state import (
     state_nimg,
     to_host,
 )
-from training.writer import StateWriter
+from training.run.writer import StateWriter
 
 
 def state_at(nimg):

@@ -11,7 +11,7 @@ import networks
 from networks.encoders import RGBEncoder
 from training.loop import Run, train
 from training.presets import EDM2Config, NCVSDConfig
-from training.state import load_newest_state
+from training.run.state import load_newest_state
 from training.tasks import distillation_task, pretraining_task
 
 ROOT = Path(__file__).parents[2]

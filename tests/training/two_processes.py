@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from data.dataset import ImageDataset
 from tests.training.tiny_runs import NCVSD, make_task, run_training
 from torch_utils import distributed
 from training import loop
-from training.dataset import ImageDataset
 
 GRADIENTS = dataclasses.replace(NCVSD, batch_gpu=2, rampup_mimg=1, gan_warmup_kimg=0)  # its first update has rate 0
 STEPS = dataclasses.replace(NCVSD, batch_gpu=4, duration=24, ref_lr=1e-3, dropout=0.1, checkpoint=8)

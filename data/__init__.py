@@ -1,0 +1,1 @@
+"""Images on disk: data sets in EDM2's format, read, written and converted."""

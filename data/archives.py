@@ -1,0 +1,246 @@
+"""Reading the files of an EDM2 data set: folders and ZIP archives, images, NPY latents, and `dataset.json`.
+
+Nothing that a data set contains is ever executed: NPY headers are checked and read without pickling, labels are JSON.
+"""
+
+import io
+import json
+import math
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.zip_files import ZipMembers
+from dnnlib.files import parse_json, read_regular
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+LATENT_EXTENSION = ".npy"
+_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
+MAX_PIXELS = (1 << 30) // 12  # of one image, as many as Pillow takes without a warning
+MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
+_LABEL_BYTES = 4096  # dataset.json may hold so many per image, and 1 MiB besides
+_MAX_CLASSES = 1_000_000
+
+
+class DatasetError(ValueError):
+    """A data set cannot be used; the message is one line that names the file."""
+
+
+def one_line(error: DatasetError) -> str:
+    """The message alone, without the traceback that PyTorch puts before it when a loader process raised the error."""
+    last = str(error).rstrip().rpartition("\n")[2]
+    return last.removeprefix(f"{DatasetError.__module__}.{DatasetError.__qualname__}: ")
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception says, in one short line."""
+    text = (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0]
+    return _printable(text[:120])
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+class FileSource:
+    """Read-only view of the files in a folder (recursively) or a ZIP archive.
+
+    Names are relative, with forward slashes, sorted. Hidden files and macOS resource forks are left out.
+    Safe across processes: an archive is opened on first use in each process.
+
+    Raises `DatasetError` where the path is missing or is not a folder or ZIP archive.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._zip: ZipMembers | None = None
+        if os.path.isdir(self.path):
+            self.names = sorted(self._walk())
+        else:
+            try:
+                self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
+            except FileNotFoundError:
+                raise DatasetError(f"{self.path}: no such folder or ZIP file; check the path of the data set") from None
+            except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
+                raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
+            self.names = self._zip.names
+
+    @property
+    def is_zip(self) -> bool:
+        return self._zip is not None
+
+    def _walk(self) -> Iterator[str]:
+        for folder, subfolders, files in os.walk(self.path):
+            subfolders[:] = [s for s in subfolders if not _is_hidden(s)]
+            relative = os.path.relpath(folder, self.path).replace(os.sep, "/")
+            for name in files:
+                if not _is_hidden(name):
+                    yield name if relative == "." else f"{relative}/{name}"
+
+    def where(self, name: str) -> str:
+        """The name to show in messages, such as `faces.zip:00000/img00000000.png`."""
+        return _printable(f"{self.path}:{name}" if self.is_zip else os.path.join(self.path, name))
+
+    def signature(self, name: str) -> tuple[int, ...]:
+        """Size in bytes, and the CRC where the archive's directory has it."""
+        if self._zip is not None:
+            return self._zip.signature(name)
+        return (os.stat(os.path.join(self.path, name)).st_size,)
+
+    def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds `max_bytes`.
+
+        Members of an archive must be stored or deflated.
+        """
+        try:
+            if self._zip is None:
+                return read_regular(os.path.join(self.path, name), max_bytes)
+            size = self.signature(name)[0]
+            if size > max_bytes:
+                raise DatasetError(f"{self.where(name)}: {size:,} bytes where at most {max_bytes:,} make sense")
+            if not self._zip.readable(name):
+                raise DatasetError(f"{self.where(name)}: neither stored nor deflated; pack the archive again")
+            return self._zip.read(name)
+        except (OSError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            raise DatasetError(f"{self.where(name)}: cannot be read ({_reason(error)})") from None
+
+    def close(self) -> None:
+        if self._zip is not None:
+            self._zip.close()
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/") if part)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether the extension is that of a pixel format."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _check_shape(shape: list[int], expected: Sequence[int] | None, where: str) -> None:
+    if expected is not None and shape != list(expected):
+        raise DatasetError(
+            f"{where}: shape {shape} differs from {list(expected)} of the first image (channels, height, width); "
+            "convert with dataset_tool.py"
+        )
+
+
+def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
+    """Decode an image file to uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); palettes are expanded, alpha is dropped.
+
+    Raises `DatasetError`, naming `where`, for damaged files, for more than 8 bits per channel, and, before anything is
+    decoded, for more than MAX_PIXELS and another shape than `expected` [C,H,W].
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags, and of many pixels, which the next lines refuse
+            file = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        with file:
+            if file.width * file.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if file.mode.startswith(("I", "F")):
+                raise DatasetError(f"{where}: {file.mode} pixels; convert the image to 8 bits per channel")
+            mode = "L" if file.mode in ("1", "L", "LA", "La") else "RGB"
+            _check_shape([1 if mode == "L" else 3, file.height, file.width], expected, where)
+            if file.mode == "P":  # by way of RGBA: a transparent palette entry keeps its colour
+                pixels = np.array(file.convert("RGBA"))[..., :3]
+            else:
+                pixels = np.array(file.convert(mode))
+    except DatasetError:
+        raise
+    except Image.DecompressionBombError:
+        raise DatasetError(f"{where}: more than {MAX_PIXELS:,} pixels, too many for an image") from None
+    except UnidentifiedImageError:
+        raise DatasetError(f"{where}: damaged or not an image") from None
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged data
+        raise DatasetError(f"{where}: damaged image ({_reason(error)})") from None
+    return pixels[np.newaxis] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
+    """Decode an NPY file to float32 [C,H,W]; float16 and float32 are accepted.
+
+    Raises `DatasetError`, naming `where`, for damaged files, other dtypes or shapes (also than `expected`, if given),
+    and values that are not finite.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"NPY version {version[0]}.{version[1]}")
+    except Exception as error:  # the header is a Python literal: SyntaxError, RecursionError, ... when damaged
+        raise DatasetError(f"{where}: damaged or not an NPY file ({_reason(error)})") from None
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4):
+        raise DatasetError(f"{where}: dtype {str(dtype)[:40]}; latents must be float16 or float32")
+    if len(shape) != 3 or not all(type(n) is int and 1 <= n < 1 << 31 for n in shape):
+        raise DatasetError(f"{where}: latents must have three dimensions [C,H,W], all at least 1")
+    _check_shape(list(shape), expected, where)
+    if len(data) - stream.tell() != math.prod(shape) * dtype.itemsize:
+        raise DatasetError(f"{where}: damaged NPY file: its size does not fit shape {list(shape)}")
+    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
+    try:
+        array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
+        finite = np.isfinite(array).all()
+    except MemoryError:
+        raise DatasetError(f"{where}: shape {list(shape)} does not fit into memory") from None
+    if not finite:
+        raise DatasetError(f"{where}: holds NaN or infinite values")
+    return array
+
+
+def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
+    """Labels of `names` from the source's `dataset.json`: int64 [N] classes, float32 [N, D] vectors, or None.
+
+    Raises `DatasetError` for invalid JSON, more than 4 KiB of it per image (and 1 MiB), files without a label, and
+    labels that are neither a class index >= 0 nor a vector of numbers of one common length.
+    """
+    if "dataset.json" not in source.names:
+        return None
+    where = source.where("dataset.json")
+    try:
+        content = parse_json(source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names)))
+    except (ValueError, MemoryError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{where}: not valid JSON ({_reason(error)})") from None
+    entries = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or (entries is not None and not isinstance(entries, list)):
+        raise DatasetError(f'{where}: must be {{"labels": [[name, label], ...]}} or {{"labels": null}}')
+    if not entries:
+        return None
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise DatasetError(f"{where}: entry {number} of labels is not a pair [name, label]")
+    by_name = {name.replace("\\", "/"): label for name, label in entries}
+    missing = [name for name in names if by_name.get(name) is None]
+    if missing:
+        raise DatasetError(f"{where}: no label for {missing[0]} ({len(missing)} of {len(names)} files have none)")
+    return _label_array([by_name[name] for name in names], names, where)
+
+
+def _label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
+    if not isinstance(labels[0], list):
+        for name, label in zip(names, labels, strict=True):
+            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
+                given = f"{where}: label {json.dumps(label)[:40]} of {name}"
+                raise DatasetError(f"{given} is not a class index from 0 to {_MAX_CLASSES - 1}")
+        return np.array(labels, dtype=np.int64)
+    for name, label in zip(names, labels, strict=True):
+        if not isinstance(label, list) or len(label) != len(labels[0]) or not label:
+            raise DatasetError(f"{where}: label of {name} is not a vector of {len(labels[0])} numbers like the first")
+        if not all(type(value) in (int, float) and abs(value) < 1e30 for value in label):
+            raise DatasetError(f"{where}: label of {name} holds something that is not a finite number")
+    return np.array(labels, dtype=np.float32)

@@ -1,0 +1,207 @@
+"""Writing data sets in the EDM2 layout (see `data.dataset`): a folder or a ZIP that appears only when complete."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from data.archives import DatasetError
+
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed: the same images give the same bytes
+
+
+def encode_png(image: np.ndarray, compress: bool = False) -> bytes:
+    """PNG file of uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); stored uncompressed (fast to read) by default."""
+    from PIL import Image
+
+    pixels = image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    stream = io.BytesIO()
+    options = {"optimize": True, "compress_type": 0} if compress else {"compress_level": 0}
+    Image.fromarray(pixels).save(stream, format="png", **options)
+    return stream.getvalue()
+
+
+def encode_npy(latents: np.ndarray) -> bytes:
+    """NPY file of float32 [C,H,W]."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
+    return stream.getvalue()
+
+
+class DatasetWriter:
+    """Collects files under a temporary name beside `dest` and renames it on success; on error nothing remains.
+
+    Where `dest` cannot take the finished files at the end, they stay under another name, which the error gives. What
+    killed processes left of the same data set is removed at the start.
+
+    A `dest` ending in `.zip` becomes an uncompressed archive, anything else a folder. Use as a context manager:
+
+        with DatasetWriter('out.zip') as writer:
+            writer.add('00000/img00000000.png', data, label=3)
+
+    Labels may be class indices or lists of numbers; without any the file says `{"labels": null}`.
+    Raises `DatasetError` where `dest` exists already (an empty folder, or a link to one, is accepted) or cannot be
+    written.
+    """
+
+    def __init__(self, dest: str | os.PathLike):
+        self.dest = os.path.normpath(os.fspath(dest))
+        self._is_zip = self.dest.lower().endswith(".zip")
+        self._target = os.path.realpath(self.dest)
+        self._labels: list[list[Any]] = []
+        self._zip: zipfile.ZipFile | None = None
+        try:
+            self._check_free()
+            self._temporary, self._lock = make_temporary(self._target, folder=not self._is_zip)
+            if self._is_zip:
+                self._zip = zipfile.ZipFile(self._temporary, "w")
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> DatasetError:
+        return DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})")
+
+    def _check_free(self) -> None:
+        if len(os.path.basename(self._target).encode()) > 255:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if not os.path.lexists(self._target):
+            return
+        if self._is_zip or not os.path.isdir(self._target) or os.listdir(self._target):
+            raise DatasetError(f"{self.dest}: exists already and is kept; choose another destination or remove it")
+        if os.path.ismount(self._target) or os.path.samefile(self._target, os.curdir):
+            raise DatasetError(f"{self.dest}: the current folder or a mount point; name a new folder inside it")
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def add(self, name: str, data: bytes, label: int | list[float] | None = None) -> None:
+        """Store one image or latent file under `name` (relative, forward slashes)."""
+        self._store(name, data, zipfile.ZIP_STORED)
+        if label is not None:
+            self._labels.append([name, label])
+
+    def _store(self, name: str, data: bytes, compression: int) -> None:
+        try:
+            if self._zip is not None:
+                info = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
+                info.create_system = 3  # the same on every platform
+                info.external_attr = 0o644 << 16
+                info.compress_type = compression
+                self._zip.writestr(info, data)
+            else:
+                path = os.path.join(self._temporary, *name.split("/"))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(data)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._end(kind)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _end(self, kind: type[BaseException] | None) -> None:
+        complete = False
+        try:
+            if kind is None:
+                content = json.dumps({"labels": self._labels or None})
+                self._store("dataset.json", content.encode(), zipfile.ZIP_DEFLATED)
+                if self._zip is not None:
+                    self._zip.close()
+                complete = True
+        except OSError as error:
+            raise self._failure(error) from None
+        finally:
+            if not complete:
+                self._discard()
+        if complete:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Give the complete files their name; they are kept where that fails."""
+        try:
+            self._check_free()
+            if os.path.isdir(self._target):
+                os.rmdir(self._target)
+            os.replace(self._temporary, self._target)
+        except (DatasetError, OSError) as error:
+            reason = error if isinstance(error, DatasetError) else self._failure(error)
+            kept = self._temporary.removesuffix(".tmp")  # which no later process takes for a leftover
+            try:
+                os.replace(self._temporary, kept)
+            except OSError:
+                kept = self._temporary
+            raise DatasetError(f"{reason}; the finished data set is in {kept}") from None
+
+    def _discard(self) -> None:
+        if self._zip is None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
+            self._zip.close()
+        with contextlib.suppress(OSError):
+            os.remove(self._temporary)
+
+
+def make_temporary(target: str, *, folder: bool) -> tuple[str, int | None]:
+    """Make an empty file or folder beside `target`, and remove those that killed processes left there.
+
+    Returns its path and a file descriptor, to be closed at the end, whose lock tells other processes that this one is
+    at work (None where the file system has no locks; nothing is removed there). Raises OSError.
+    """
+    parent, base = os.path.split(target)
+    os.makedirs(parent, exist_ok=True)
+    pattern = re.compile(re.escape(f".{base[:50]}.") + r"(\d+)-[0-9a-f]{8}\.tmp")
+    with os.scandir(parent) as entries:
+        leftovers = [(entry, match) for entry in entries if (match := pattern.fullmatch(entry.name))]
+    for entry, match in leftovers:
+        lock = _lock(entry.path)
+        if lock is not None and not _lives(int(match[1])):  # it may not have had the time to lock
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+        if lock is not None:
+            os.close(lock)
+    path = os.path.join(parent, f".{base[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    if folder:
+        os.mkdir(path)
+    else:
+        open(path, "xb").close()
+    return path, _lock(path)
+
+
+def _lock(path: str) -> int | None:
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (ImportError, OSError):  # Windows; or it has gone
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True

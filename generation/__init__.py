@@ -1,0 +1,1 @@
+"""From seeds to batches of images, and from arrays to pictures."""

@@ -1,0 +1,231 @@
+"""Images by seed, batch by batch, from a teacher or from a distilled network.
+
+Per image, everything random comes from the stream of its own seed, in this order: the starting noise [C,H,W]; the
+class, where the network has classes (also when one is asked for, so that the rest does not shift); what the sampler
+draws. PyTorch is imported on first use, so that scripts can import this module and still answer --help at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_STEPS = 32  # teacher: 2·32 - 1 = 63 evaluations
+
+
+@dataclass
+class GeneratedBatch:
+    """One batch of generated images, on the device they were drawn on."""
+
+    seeds: list[int]
+    images: torch.Tensor  # uint8 [N,C,H,W], decoded pixels
+    latents: torch.Tensor  # float32 [N,C,H,W], what the network drew, before decoding
+    labels: torch.Tensor | None  # one-hot float32 [N, label_dim]; None without classes
+    batch_idx: int  # counts this process's batches from 0
+    num_batches: int  # of this process
+    paths: list[Path] = field(default_factory=list)  # files written, in the order of seeds
+
+
+def image_path(outdir: str | Path, seed: int, *, subdirs: bool = False) -> Path:
+    """Return where a seed's image goes: OUTDIR/000123.png, or OUTDIR/000000/000123.png with one folder per thousand."""
+    folder = Path(outdir) / f"{seed - seed % 1000:06d}" if subdirs else Path(outdir)
+    return folder / f"{seed:06d}.png"
+
+
+def split_seeds(seeds: Sequence[int], batch: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Return the batches of one process: nearly equal ones of at most `batch`, dealt out to the processes in turn.
+
+    Which seeds share a batch does not depend on the number of processes, unless there are fewer batches than those.
+    """
+    count = max(math.ceil(len(seeds) / batch), min(world_size, len(seeds)))
+    bounds = [len(seeds) * i // count for i in range(count + 1)] if count else [0]
+    parts = [list(seeds[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return parts[rank::world_size]
+
+
+def count_evaluations(net: Any, *, ts: Sequence[int] | None = None, num_steps: int | None = None) -> int:
+    """Return the evaluations of `net` that one image takes (a guiding network's come on top)."""
+    from networks import GenerativeDenoiser
+
+    if isinstance(net, GenerativeDenoiser):
+        return 1 if ts is None else len(ts) - 1
+    return 2 * (num_steps or DEFAULT_STEPS) - 1
+
+
+def generate_images(
+    net: Any,  # GenerativeDenoiser (few steps) or Precond (Heun)
+    encoder: Any = None,  # latents to pixels; None = plain RGB
+    *,
+    gnet: Any = None,  # guiding Precond; None = net itself
+    seeds: Sequence[int],  # one image per seed
+    class_idx: int | None = None,  # None = a class drawn from each seed
+    batch: int = 32,  # largest number of images at once, per process
+    ts: Sequence[int] | None = None,  # generator: grid indices, n+1 for n steps; None = one direct step
+    zeta: float = 1.0,  # generator with ts: share of fresh noise in each re-noising
+    guidance: float = 1.0,  # teacher: gnet + guidance·(net - gnet)
+    gnet_labels: bool = True,  # False = gnet sees no labels (classifier-free guidance)
+    num_steps: int | None = None,  # teacher: noise levels; None = 32
+    device: torch.device | str | None = None,  # None = where net is
+    dtype: torch.dtype | None = None,  # compute type of the U-Nets; None = leave as is
+    outdir: str | Path | None = None,  # write PNGs here
+    subdirs: bool = False,  # one folder per thousand seeds
+    rank: int | None = None,  # None = this process's place in its group
+    world_size: int | None = None,
+) -> Iterator[GeneratedBatch]:
+    """Check the request, then return an iterator over this process's batches.
+
+    The type of `net` decides the sampler. A seed gives the same image whatever the batch size, the number of processes
+    and the device, up to rounding. Networks are in eval mode during each batch only, and no gradients are kept;
+    `device` and `dtype` stay with the networks. Raises ValueError for options that do not fit together.
+    """
+    import torch
+
+    from networks import GenerativeDenoiser, Precond
+    from torch_utils import distributed
+
+    few_step = isinstance(net, GenerativeDenoiser)
+    if not few_step and not isinstance(net, Precond):
+        raise ValueError(f"cannot sample from a {type(net).__name__}: give a teacher (Precond) or a GenerativeDenoiser")
+    _check_options(net, few_step, gnet, ts, zeta, guidance, gnet_labels, num_steps)
+    if class_idx is not None and not 0 <= class_idx < net.label_dim:
+        known = f"has classes 0 to {net.label_dim - 1}" if net.label_dim else "has no classes"
+        raise ValueError(f"class {class_idx} is not available: the network {known}")
+    if batch < 1:
+        raise ValueError(f"the batch size must be at least 1, not {batch}")
+    if len(seeds) and not 0 <= min(seeds) <= max(seeds) < 1 << 63:
+        raise ValueError(f"seeds must lie between 0 and 2^63 - 1, not from {min(seeds)} to {max(seeds)}")
+    if outdir is not None and Path(outdir).exists() and not Path(outdir).is_dir():
+        raise ValueError(f"{outdir} is a file: give a folder to write images to")
+    device = next(net.parameters()).device if device is None else torch.device(device)
+    if dtype == torch.float16 and device.type != "cuda":
+        raise ValueError(f"float16 needs a CUDA device, not {device}: use float32 or bfloat16")
+
+    networks = [net] if gnet is None else [net, gnet]
+    for module in networks if encoder is None else [*networks, encoder]:
+        module.to(device)
+    for network in networks if dtype is not None else []:
+        network.compute_dtype = dtype
+    rank = distributed.rank() if rank is None else rank
+    world_size = distributed.world_size() if world_size is None else world_size
+    batches = split_seeds(seeds, batch, rank=rank, world_size=world_size)
+
+    def draw(batch_seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from sampling.ode import guided_denoiser, heun_sampler
+        from sampling.seeds import SeededNoise
+
+        source = SeededNoise(batch_seeds, device)
+        noise = source.randn([len(batch_seeds), net.img_channels, net.img_resolution, net.img_resolution])
+        labels = None
+        if net.label_dim > 0:
+            classes = source.randint(net.label_dim)
+            if class_idx is not None:
+                classes = torch.full_like(classes, class_idx)
+            labels = torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+        if few_step:
+            level = net.init_sigma  # y = init_sigma·noise says nothing: the posterior is the prior
+            latents = net(level * noise, level, labels, ts=ts, zeta=zeta, randn_like=source.randn_like)
+        else:
+            denoiser = guided_denoiser(net, gnet, guidance, labels, gnet_labels=gnet_labels)
+            latents = heun_sampler(denoiser, noise, num_steps=num_steps or DEFAULT_STEPS)
+        return latents, labels
+
+    def iterate() -> Iterator[GeneratedBatch]:
+        for batch_idx, batch_seeds in enumerate(batches):
+            with torch.no_grad(), _evaluation_mode(networks):
+                latents, labels = draw(batch_seeds)
+                images = _decode(encoder, latents)
+            result = GeneratedBatch(batch_seeds, images, latents, labels, batch_idx, len(batches))
+            if outdir is not None:
+                result.paths = _write(images, batch_seeds, outdir, subdirs)
+            yield result
+
+    return iterate()
+
+
+def _check_options(
+    net: Any,
+    few_step: bool,  # net is a generative denoiser, else a teacher
+    gnet: Any,
+    ts: Sequence[int] | None,
+    zeta: float,
+    guidance: float,
+    gnet_labels: bool,
+    num_steps: int | None,
+) -> None:
+    """Raise ValueError for options of `generate_images` that do not fit the network or one another."""
+    from networks import Precond
+    from sampling.grids import few_step_sigmas
+
+    if few_step:
+        if gnet is not None or guidance != 1 or not gnet_labels:
+            raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
+        if num_steps is not None:
+            raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
+        if not 0 <= zeta <= 1:
+            raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
+        if zeta != 1 and ts is None:
+            raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
+        if ts is not None:
+            few_step_sigmas(ts, sigma_max=net.init_sigma)
+        return
+    if ts is not None or zeta != 1:
+        raise ValueError("ts and zeta apply to generative denoisers only, and this network is a teacher: use steps")
+    if num_steps is not None and num_steps < 2:
+        raise ValueError(f"the teacher needs at least 2 steps, not {num_steps}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, not {guidance}")
+    if gnet is not None and not isinstance(gnet, Precond):
+        raise ValueError(f"the guiding network must be a teacher (Precond), not a {type(gnet).__name__}")
+    if gnet is not None and (gnet.img_resolution, gnet.img_channels) != (net.img_resolution, net.img_channels):
+        raise ValueError(
+            f"the guiding network draws {gnet.img_channels}x{gnet.img_resolution}x{gnet.img_resolution} "
+            f"and the network {net.img_channels}x{net.img_resolution}x{net.img_resolution}"
+        )
+    if gnet is not None and gnet_labels and gnet.label_dim not in (0, net.label_dim):
+        raise ValueError(f"the guiding network has {gnet.label_dim} classes and the network {net.label_dim}")
+    if guidance != 1 and gnet is None and (gnet_labels or net.label_dim == 0):
+        raise ValueError(
+            f"guidance {guidance} needs a guiding network gnet (a weaker or unconditional teacher), or, for a "
+            "conditional network trained with label dropout, evaluation of the network itself without labels"
+        )
+    if guidance == 1 and (gnet is not None or not gnet_labels):
+        raise ValueError("a guiding network has no effect at guidance 1: give --guidance")
+
+
+@contextlib.contextmanager
+def _evaluation_mode(networks: list[Any]) -> Iterator[None]:
+    """Put networks in eval mode, so that nothing rewrites their weights, and back as they were."""
+    before = [network.training for network in networks]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for network, training in zip(networks, before, strict=True):
+            network.train(training)
+
+
+def _decode(encoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    if encoder is None:
+        from networks.encoders import RGBEncoder
+
+        encoder = RGBEncoder()
+    return encoder.decode(latents)
+
+
+def _write(images: torch.Tensor, seeds: list[int], outdir: str | Path, subdirs: bool) -> list[Path]:
+    from generation.pictures import save_image
+
+    paths = [image_path(outdir, seed, subdirs=subdirs) for seed in seeds]
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, image in zip(paths, images.cpu(), strict=True):
+        save_image(path, image)
+    return paths

@@ -1,0 +1,58 @@
+"""Measurement operators A of the inverse problems y = A(x) + noise, by name.
+
+Every operator works for any number of channels, on any device and at any image size (`phase_retrieval`: any size at
+which its padding is whole).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from inverse.operators.base import LinearOperator, Operator
+from inverse.operators.linear import CircularBlur, Inpainting, SuperResolution, gaussian_blur_circ, motion_blur_circ
+from inverse.operators.nonlinear import HighDynamicRange, NonlinearBlur, PhaseRetrieval
+
+__all__ = [
+    "OPERATORS",
+    "CircularBlur",
+    "HighDynamicRange",
+    "Inpainting",
+    "LinearOperator",
+    "NonlinearBlur",
+    "Operator",
+    "PhaseRetrieval",
+    "SuperResolution",
+    "gaussian_blur_circ",
+    "get_operator",
+    "motion_blur_circ",
+]
+
+OPERATORS: dict[str, Callable[..., Operator]] = {
+    "inpainting": Inpainting,
+    "gaussian_blur_circ": gaussian_blur_circ,
+    "motion_blur_circ": motion_blur_circ,
+    "super_resolution": SuperResolution,
+    "phase_retrieval": PhaseRetrieval,
+    "high_dynamic_range": HighDynamicRange,
+    "nonlinear_blur": NonlinearBlur,
+}
+
+
+def get_operator(name: str, **params: Any) -> Operator:
+    """Return the operator `name` of OPERATORS with its parameters; those left out take the published values.
+
+    Raises ValueError for a name or parameter that does not exist, and for values that make no sense.
+    """
+    if name not in OPERATORS:
+        raise ValueError(f"there is no operator {name!r}: use one of {', '.join(OPERATORS)}")
+    known = inspect.signature(OPERATORS[name]).parameters
+    unknown = [key for key in params if key not in known]
+    if unknown:
+        raise ValueError(f"operator {name} has no parameter {', '.join(unknown)}: it takes {', '.join(known)}")
+    try:
+        return OPERATORS[name](**params)
+    except TypeError as error:
+        shown = ", ".join(f"{key}={value!r:.60}" for key, value in params.items())
+        raise ValueError(f"operator {name} cannot be made with {shown}: {error}") from error

@@ -1,0 +1,98 @@
+"""Blur kernels: Gaussian, and random camera shake fixed by a seed."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from inverse.operators.resize import mirror
+
+MAX_SEED = (1 << 32) - 1  # of NumPy's legacy generator
+_MAX_SIZE = 2048  # of a kernel, in pixels
+
+
+def gaussian_kernel(
+    size: int,  # pixels
+    std: float,  # pixels
+) -> np.ndarray:
+    """Return a Gaussian kernel [size, size] of sum 1, float64: a unit impulse at size//2 after a Gaussian filter.
+
+    As scipy.ndimage.gaussian_filter computes it: sampled, cut at 4 standard deviations, mirrored at the borders.
+    Raises ValueError for a size below 1 or a std that is not positive.
+    """
+    size = check_whole(size, "kernel_size", 1, _MAX_SIZE)
+    if not 0 < std <= _MAX_SIZE:
+        raise ValueError(f"std of a Gaussian kernel must be a positive number of pixels up to {_MAX_SIZE}, not {std}")
+    radius = int(4 * std + 0.5)
+    offsets = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * (offsets / std) ** 2)
+    row = np.zeros(size)
+    np.add.at(row, mirror(size // 2 + offsets, size), weights / weights.sum())
+    return np.outer(row, row)
+
+
+def motion_kernel(
+    size: int,  # pixels
+    intensity: float,  # 0 = nearly straight motion, 1 = strong shake
+    seed: int,
+) -> np.ndarray:
+    """Return a camera-shake kernel [size, size] of sum 1, float64.
+
+    The "motionblur" recipe of L. Borodenko, which DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521) use: a random
+    walk of persistent direction is drawn at twice the size, blurred a little and downsampled. The draws come from
+    NumPy's legacy generator in a fixed order, so that a seed means the same kernel everywhere.
+    Raises ValueError for a size below 3, an intensity outside [0, 1] or a seed outside 0..2^32-1.
+    """
+    size = check_whole(size, "kernel_size", 3, _MAX_SIZE)
+    if not 0 <= intensity <= 1:
+        raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity}")
+    rng = np.random.RandomState(check_whole(seed, "seed", 0, MAX_SEED))
+    diagonal = np.hypot(2 * size, 2 * size)
+
+    steps = _step_lengths(rng, diagonal, intensity)
+    angles = _step_angles(rng, len(steps), intensity)
+    path = np.cumsum(steps * np.exp(1j * angles))
+    path = (path - path.sum() / len(steps)) * np.exp(1j * rng.uniform(0, np.pi)) + (1 + 1j) * size
+
+    canvas = Image.new("L", (2 * size, 2 * size))
+    width = max(int(diagonal / 150), 1)  # Pillow's thinnest line, which its older versions draw for width 0
+    ImageDraw.Draw(canvas).line([(p.real, p.imag) for p in path], fill=255, width=width)
+    canvas = canvas.filter(ImageFilter.GaussianBlur(int(0.01 * diagonal)))
+    kernel = np.asarray(canvas.resize((size, size), Image.Resampling.LANCZOS), dtype=np.float64)
+    if not kernel.sum() > 0:
+        raise ValueError(f"the motion kernel of seed {seed} is empty at intensity {intensity}: take another seed")
+    return kernel / kernel.sum()
+
+
+def check_whole(value: float, name: str, least: int, most: float = math.inf) -> int:
+    """Return `value` as an int; raises ValueError unless it is a whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 or not least <= value <= most:
+        upto = "at least {}" if most == math.inf else "from {} to {}"
+        raise ValueError(f"{name} must be a whole number {upto.format(least, most)}, not {value!r:.60}")
+    return int(value)
+
+
+def _step_lengths(rng: np.random.RandomState, diagonal: float, intensity: float) -> np.ndarray:
+    wanted = 0.75 * diagonal * (rng.uniform() + rng.uniform(0, intensity**2))
+    lengths: list[float] = []
+    total = 0.0
+    while total < wanted:
+        length = rng.beta(1, 30) * (1 - intensity + 0.1) * diagonal
+        if length < wanted:
+            lengths.append(length)
+            total += length
+    return np.asarray(lengths)
+
+
+def _step_angles(rng: np.random.RandomState, count: int, intensity: float) -> np.ndarray:
+    largest = rng.uniform(0, intensity * np.pi)
+    jitter = rng.beta(2, 20)
+    angles = [rng.uniform(-largest, largest)]
+    while len(angles) < count:
+        angle = rng.triangular(0, intensity * largest, largest + 0.1)
+        sign = -1.0 if angles[-1] < 0 else 1.0
+        angles.append(angle * (-sign if rng.uniform() < jitter else sign))
+    return np.asarray(angles)

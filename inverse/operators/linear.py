@@ -1,0 +1,225 @@
+"""Linear operators, each with its adjoint and its exact likelihood step.
+
+Matrices and transfer functions are computed on first use at a size and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inverse.likelihood import gaussian_conditional
+from inverse.operators.base import LinearOperator, check_image_shape
+from inverse.operators.kernels import MAX_SEED, check_whole, gaussian_kernel, motion_kernel
+from inverse.operators.resize import bicubic_matrix
+
+Kernel = Tensor | np.ndarray | Sequence[Sequence[float]]
+
+
+class Inpainting(LinearOperator):
+    """Pixels removed, by a mask, a box or at random: y = mask·x, zero where removed, same for all channels.
+
+    The exact step is diagonal. Give one of `mask`, `box` or `fraction`.
+    Settings of DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521).
+    """
+
+    def __init__(
+        self,
+        *,
+        mask: Tensor | np.ndarray | None = None,  # [H,W], 1 = measured, 0 = removed
+        box: Sequence[int] | None = None,  # removed: (top, left, height, width) in pixels
+        fraction: float | None = None,  # share of pixels removed at random, the same ones in every image
+        seed: int = 0,  # of the random removal
+    ) -> None:
+        if sum(option is not None for option in (mask, box, fraction)) != 1:
+            raise ValueError("inpainting needs exactly one of mask, box or fraction")
+        if mask is not None:
+            mask = torch.as_tensor(mask, dtype=torch.float32).cpu()
+            if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(
+                    f"inpainting mask must be [H,W] of 0 (removed) and 1 (measured), this one is {list(mask.shape)}"
+                    + (" with other values" if mask.ndim == 2 else "")
+                )
+        if box is not None:
+            if len(box) != 4:
+                raise ValueError(f"inpainting box must be top, left, height, width in pixels, not {list(box)}")
+            box = [
+                check_whole(v, "inpainting box: every entry", least) for v, least in zip(box, (0, 0, 1, 1), strict=True)
+            ]
+        if fraction is not None and not 0 <= fraction < 1:
+            raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction}")
+        self._given, self._box, self._fraction = mask, box, fraction
+        self._seed = check_whole(seed, "seed", 0, MAX_SEED)
+        self._masks: dict[Any, Tensor] = {}
+
+    def mask(self, height: int, width: int) -> Tensor:
+        """Return the mask [H,W] at an image size, float32 on the CPU.
+
+        Raises ValueError if it does not fit, or removes every pixel.
+        """
+        mask = self._given if self._given is not None else self._make_mask(height, width)
+        if tuple(mask.shape) != (height, width):
+            raise ValueError(f"inpainting mask is {list(mask.shape)} and the images are {[height, width]}")
+        if not mask.any():
+            raise ValueError(f"inpainting removes every pixel of images of {height}x{width}: nothing is measured")
+        return mask
+
+    def _make_mask(self, height: int, width: int) -> Tensor:
+        mask = torch.ones(height, width)
+        if self._box is not None:
+            top, left, rows, columns = self._box
+            if top + rows > height or left + columns > width:
+                raise ValueError(f"inpainting box {self._box} reaches beyond images of {height}x{width} pixels")
+            mask[top : top + rows, left : left + columns] = 0
+        else:
+            order = np.random.RandomState(self._seed).permutation(height * width)
+            mask.view(-1)[torch.from_numpy(order[: round(self._fraction * height * width)])] = 0
+        return mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._mask_for(x) * x
+
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return self._mask_for(y) * y
+
+    def measure(self, x, noise_std, randn_like=torch.randn_like):
+        return self._mask_for(x) * super().measure(x, noise_std, randn_like)
+
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the root-mean-square error [N] of the measured pixels."""
+        self.check_pair(x, y)
+        mask = self._mask_for(x)
+        return (mask * (x - y)).flatten(1).square().sum(1).div(mask.sum() * x.shape[1]).sqrt()
+
+    def sample_conditional(self, x, y, likelihood_std, rho, randn_like=torch.randn_like):
+        self.check_pair(x, y)
+        mask = self._mask_for(x)
+        gain, std = gaussian_conditional(mask, likelihood_std, rho)
+        return x + gain * (y - mask * x) + std * randn_like(x)
+
+    def _mask_for(self, x: Tensor) -> Tensor:
+        *_, height, width = check_image_shape(x.shape)
+        key = (height, width, x.dtype, x.device)
+        if key not in self._masks:
+            self._masks[key] = self.mask(height, width).to(x.device, x.dtype)
+        return self._masks[key]
+
+
+class CircularBlur(LinearOperator):
+    """Circular convolution with a centred kernel [h,w]: a unit impulse at (h//2, w//2) leaves the image unmoved.
+
+    The exact step is diagonal in the Fourier basis. A kernel larger than the image wraps around.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = check_kernel(kernel)  # [h,w] float64 on the CPU
+        self._transfers: dict[Any, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._inverse(self._transfer(x) * torch.fft.rfft2(x), x)
+
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return self._inverse(self._transfer(y).conj() * torch.fft.rfft2(y), y)
+
+    def sample_conditional(self, x, y, likelihood_std, rho, randn_like=torch.randn_like):
+        self.check_pair(x, y)
+        transfer = self._transfer(x)
+        gain, std = gaussian_conditional(transfer, likelihood_std, rho)
+        innovation = torch.fft.rfft2(y) - transfer * torch.fft.rfft2(x)
+        return x + self._inverse(gain * innovation + std * torch.fft.rfft2(randn_like(x)), x)
+
+    @staticmethod
+    def _inverse(spectrum: Tensor, x: Tensor) -> Tensor:
+        return torch.fft.irfft2(spectrum, s=x.shape[-2:])
+
+    def _transfer(self, x: Tensor) -> Tensor:
+        *_, height, width = check_image_shape(x.shape)
+        key = (height, width, x.dtype, x.device)
+        if key not in self._transfers:
+            rows, columns = (
+                (torch.arange(n) - n // 2) % size for n, size in zip(self.kernel.shape, (height, width), strict=True)
+            )
+            placed = torch.zeros(height, width, dtype=torch.float64)
+            placed.index_put_((rows[:, None], columns[None]), self.kernel, accumulate=True)
+            self._transfers[key] = torch.fft.rfft2(placed).to(x.dtype.to_complex()).to(x.device)
+        return self._transfers[key]
+
+
+class SuperResolution(LinearOperator):
+    """Antialiased bicubic downsampling (a = -0.5) by an integer factor: [N,C,H,W] to [N,C,ceil(H/f),ceil(W/f)].
+
+    See `resize.bicubic_matrix`. Separable, y = R_h x R_wᵀ, so that the singular vectors of A are products of those of
+    the two small matrices and the exact step takes no iteration: inside their span u is drawn singular value by
+    singular value, and in the null space from the prior.
+    """
+
+    def __init__(self, *, factor: int = 4) -> None:
+        self.factor = check_whole(factor, "super_resolution factor", 1, 1024)
+        self._matrices: dict[Any, tuple[Tensor, ...]] = {}
+
+    def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        n, c, height, width = check_image_shape(shape)
+        return n, c, -(-height // self.factor), -(-width // self.factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image_shape(x.shape)
+        rows, columns = (self._resize(size, x)[0] for size in x.shape[-2:])
+        return _separable(rows, x, columns)
+
+    def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return A*y. `size` = (H, W) of the image; factor times y's size if left out."""
+        height, width = size or (self.factor * y.shape[-2], self.factor * y.shape[-1])
+        if self.measurement_shape((*y.shape[:2], height, width)) != tuple(y.shape):
+            raise ValueError(f"measurements {list(y.shape)} are not {self.factor}x fewer pixels than {height}x{width}")
+        rows, columns = (self._resize(n, y)[0] for n in (height, width))
+        return _separable(rows.T, y, columns.T)
+
+    def sample_conditional(self, x, y, likelihood_std, rho, randn_like=torch.randn_like):
+        self.check_pair(x, y)
+        (_, u_h, s_h, v_h), (_, u_w, s_w, v_w) = (self._resize(size, x) for size in x.shape[-2:])
+        singular = s_h[:, None] * s_w
+        gain, std = gaussian_conditional(singular, likelihood_std, rho)
+        noise = randn_like(x)
+        innovation = _separable(u_h.T, y, u_w.T) - singular * _separable(v_h.T, x, v_w.T)
+        inside = gain * innovation + (std - rho) * _separable(v_h.T, noise, v_w.T)
+        return x + rho * noise + _separable(v_h, inside, v_w)
+
+    def _resize(self, size: int, x: Tensor) -> tuple[Tensor, ...]:
+        """The matrix R [h,H] of one dimension and its thin SVD: U [h,h], singular values [h], V [H,h]."""
+        key = (size, x.dtype, x.device)
+        if key not in self._matrices:
+            matrix = bicubic_matrix(size, self.factor)
+            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+            self._matrices[key] = tuple(torch.from_numpy(m).to(x.dtype).to(x.device) for m in (matrix, u, s, vt.T))
+        return self._matrices[key]
+
+
+def gaussian_blur_circ(*, kernel_size: int = 61, std: float = 3.0, kernel: Kernel | None = None) -> CircularBlur:
+    """Circular Gaussian blur; `std` in pixels. A `kernel` given replaces it."""
+    return CircularBlur(gaussian_kernel(kernel_size, std) if kernel is None else kernel)
+
+
+def motion_blur_circ(
+    *, kernel_size: int = 61, intensity: float = 0.5, seed: int = 0, kernel: Kernel | None = None
+) -> CircularBlur:
+    """Circular blur by random camera shake, see `kernels.motion_kernel`. A `kernel` given replaces it."""
+    return CircularBlur(motion_kernel(kernel_size, intensity, seed) if kernel is None else kernel)
+
+
+def check_kernel(kernel: Kernel) -> Tensor:
+    """Return a blur kernel as [h,w] float64 on the CPU; raises ValueError for another rank or non-finite weights."""
+    kernel = torch.as_tensor(kernel, dtype=torch.float64).detach().cpu()
+    if kernel.ndim != 2 or not kernel.numel() or not kernel.isfinite().all():
+        raise ValueError(f"a blur kernel must be [h,w] of finite numbers, not of shape {list(kernel.shape)}")
+    return kernel
+
+
+def _separable(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
+    """rows [h,H] · x [N,C,H,W] · columnsᵀ, columns [w,W]: the smaller intermediate result first."""
+    if columns.shape[0] <= columns.shape[1]:
+        return rows @ (x @ columns.T)
+    return (rows @ x) @ columns.T

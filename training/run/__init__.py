@@ -1,0 +1,1 @@
+"""All that a long run needs and the mathematics does not: states, stopping, records, processes, memory."""

@@ -1,0 +1,208 @@
+"""Where a run writes what happens: terminal, log.txt, stats.jsonl, TensorBoard and a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.files import atomic_write, read_regular
+from dnnlib.streams import lead_nowhere
+from torch_utils import distributed
+from training.run.curves import MAX_STATISTICS, read_entry
+
+
+class RunningMeans:
+    """Means of named quantities since they were last read. Tensors stay on their device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Any, Any]] = {}
+
+    def add(self, name: str, total: Any, count: Any = 1) -> None:
+        """Take in a value, or the sum of `count` values."""
+        old_total, old_count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (old_total + total, old_count + count)
+
+    def read(self) -> dict[str, float]:
+        """Means over all processes by name, of those with any value; starts afresh. Collective."""
+        own = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        sums: dict[str, list[float]] = {}
+        for part in _everyone(own):
+            for name, pair in part.items():
+                sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), pair, strict=True)]
+        return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def _everyone(item: Any) -> list[Any]:
+    if distributed.world_size() == 1:
+        return [item]
+    parts = [None] * distributed.world_size()
+    torch.distributed.all_gather_object(parts, item)
+    return parts
+
+
+class Recorder:
+    """Log, statistics and progress of one run in `run_dir`. Only the main process makes one that writes.
+
+    A disk that refuses to be written to does not end training: what could not be written is missing, and each file is
+    named once, until it can be written again. A run that starts from nothing (`start` 0) begins its statistics anew;
+    one that resumes removes those of images after `start`.
+    """
+
+    def __init__(self, run_dir: Path, duration: int, start: int, *, active: bool = True, quiet: bool = False) -> None:
+        self.run_dir = run_dir
+        self.active = active
+        self.duration = duration
+        self.start = start
+        if not active:
+            return
+        from tqdm import tqdm
+
+        self._failing: set[str] = set()  # files that could not be written the last time
+        self._events = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._events_begun = False
+        self._bar = tqdm(
+            total=duration,
+            initial=start,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=quiet,
+            smoothing=0.05,
+        )
+        statistics = run_dir / "stats.jsonl"
+        try:
+            bad = _drop_after(statistics, start)
+        except OSError as error:
+            self.log(f"{statistics} keeps what it holds of an earlier start ({error.strerror or error})")
+        else:
+            if bad:
+                self.log(f"{statistics}: left out {bad} damaged or foreign {'line' if bad == 1 else 'lines'}")
+
+    def log(self, message: str, *, terminal: bool = True) -> None:
+        """One line to the terminal and to log.txt, with the time."""
+        if not self.active:
+            return
+        if terminal:
+            self._say(message)
+        self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n".encode(errors="replace"))
+
+    def progress(self, count: int) -> None:
+        """Advance the bar by `count` images."""
+        if self.active:
+            self._show(lambda: self._bar.update(count))
+
+    def stats(self, nimg: int, values: dict[str, float]) -> None:
+        """One line of stats.jsonl, and the same numbers as TensorBoard scalars."""
+        if not self.active:
+            return
+        affected = {k.split("/")[1]: v for k, v in values.items() if k.startswith("Nonfinite/") and v}
+        if any(name.endswith("_updates") for name in affected):
+            means = ", ".join(f"{name} {value:.3g}" for name, value in affected.items())
+            self.log(f"at {nimg} images: non-finite gradients, mean per update and total: {means}")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._append("stats.jsonl", json.dumps({"nimg": nimg, **finite}, allow_nan=False).encode() + b"\n")
+        self._to_board(nimg, [{"tag": name, "simple_value": value} for name, value in values.items()])
+
+    def image(self, nimg: int, name: str, sheet: np.ndarray) -> None:
+        """A picture uint8 [C,H,W] for TensorBoard."""
+        if not self.active:
+            return
+        from PIL import Image
+
+        channels, height, width = sheet.shape
+        png = io.BytesIO()
+        Image.fromarray(sheet[0] if channels == 1 else sheet.transpose(1, 2, 0)).save(png, format="PNG")
+        picture = dict(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+        self._to_board(nimg, [{"tag": name, "image": picture}])
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self.active:
+            self._show(self._bar.close)
+
+    def _say(self, message: str) -> None:
+        self._show(lambda: self._bar.write(message))
+
+    @staticmethod
+    def _show(write: Callable[[], Any]) -> None:
+        """Write to the terminal. One that is closed must not end training: what fails leads nowhere from then on."""
+        try:
+            write()
+            sys.stdout.flush()
+        except OSError:
+            for stream in (sys.stdout, sys.stderr):
+                lead_nowhere(stream)
+
+    def _append(self, name: str, data: bytes) -> bool:
+        """Write to the end of a file, all or nothing. Whether that worked."""
+        path, size = self.run_dir / name, None
+        try:
+            with open(path, "ab") as file:
+                size = file.tell()
+                file.write(data)
+        except OSError as error:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
+            if name not in self._failing:
+                self._say(f"{path} could not be written ({error.strerror or error})")
+            self._failing.add(name)
+            return False
+        self._failing.discard(name)
+        return True
+
+    def _to_board(self, nimg: int, values: list[dict[str, Any]]) -> None:
+        """Values for TensorBoard, which drops what earlier starts wrote for images that this one sees again.
+
+        Written at once: SummaryWriter's thread dies with a traceback where a disk is full.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time.time()
+        events = [Event(wall_time=now, step=nimg, summary=Summary(value=[Summary.Value(**value) for value in values]))]
+        if not self._events_begun:
+            first = self.start + 1 if self.start else 0
+            session = Event(wall_time=now, step=first, session_log=SessionLog(status=SessionLog.START))
+            events = [Event(wall_time=now, step=first, file_version="brain.Event:2"), session, *events]
+        data = io.BytesIO()
+        for event in events:
+            RecordWriter(data).write(event.SerializeToString())
+        self._events_begun = self._append(self._events, data.getvalue()) or self._events_begun
+
+
+def _drop_after(path: Path, nimg: int) -> int:
+    """Remove from a statistics file the lines of a run that was cut off after the state it resumes from, or all of them
+    where there is none. How many others were removed because they are no statistics.
+    """
+    if not nimg:
+        path.unlink(missing_ok=True)
+        return 0
+    if not path.exists():
+        return 0
+    data = read_regular(path, MAX_STATISTICS)
+    lines = [line for line in data.splitlines() if line.strip()]
+    entries = [read_entry(line) for line in lines]
+    kept = b"".join(
+        line + b"\n" for line, entry in zip(lines, entries, strict=True) if entry is not None and entry["nimg"] <= nimg
+    )
+    if data.startswith(kept):
+        os.truncate(path, len(kept))  # also on a full disk
+    else:
+        with atomic_write(path) as file:
+            file.write(kept)
+    return entries.count(None)
