@@ -80,4 +80,4 @@ def test_no_file_imports_itself_by_way_of_others():
 
 def test_the_reader_of_imports_sees_all_kinds():
     text = "import a.b\nfrom a import b as c, other\ndef f():\n    from d import e\n    from d.e import g\n"
-    assert imports(text, {"a", "a.b", "d", "d.e"}) == {"a", "a.b", "d", "d.e"}
+    assert imports(text, {"a", "a.b", "d", "d.e"}) == {"a", "a.b", "d.e"}
