@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def normalize(x: Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
     """Scale each group of `x` to unit root-mean-square (EDM2, Eq. 65-66).
 
-    dims are the dimensions of one group; None means all but the first. The norm is taken in float32.
+    dims are the dimensions of one group; None means all but the first. The magnitude is taken in float32.
     """
-    dims = tuple(range(1, x.ndim)) if dims is None else tuple(dims)
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
-    scale = torch.add(eps, norm, alpha=math.sqrt(norm.numel() / x.numel()))
-    return x * scale.reciprocal().to(x.dtype)
+    group = tuple(dims or range(1, x.ndim))
+    length = torch.linalg.vector_norm(x, dim=group, keepdim=True, dtype=torch.float32)
+    rms = length * math.prod(x.shape[d] for d in group) ** -0.5
+    return x * (1 / (rms + eps)).to(x.dtype)
 
 
 MP_SILU_GAIN = 1 / 0.596
@@ -89,26 +89,34 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Bias-free convolution, or linear layer for kernel [], with normalised weights (EDM2, Eq. 47 and 66).
+    """Bias-free convolution, or linear layer for kernel [], whose filters count by direction only (EDM2, Eq. 47).
 
-    With `forced` (EDM2's forced weight normalisation) a training-mode forward pass first replaces the stored
+    With `forced` (EDM2's forced weight normalisation, Eq. 66) a training-mode forward pass first replaces the stored
     weight by its normalised value, without gradient.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
         super().__init__()
         self.forced = True
+        self.fan_in = in_channels * math.prod(kernel)
+        self.padding = tuple(size // 2 for size in kernel)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
+    def filters(self) -> Tensor:
+        """The weight in float32, each filter of unit root-mean-square."""
+        return normalize(self.weight.to(torch.float32))
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Store the filters in the weight's place."""
+        self.weight.copy_(self.filters())
+
     def forward(self, x: Tensor, gain: float | Tensor = 1.0) -> Tensor:
+        """[N,in_channels,...] to [N,out_channels,...]; uncorrelated inputs of unit variance keep it, times `gain`."""
         if self.training and self.forced:
-            with torch.no_grad():
-                self.weight.copy_(normalize(self.weight.to(torch.float32)))
-        w = normalize(self.weight.to(torch.float32))
-        w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
-        if w.ndim == 2:
-            return x @ w.t()
-        return F.conv2d(x, w, padding=w.shape[-1] // 2)
+            self.normalize_()
+        weight = (self.filters() * (gain * self.fan_in**-0.5)).to(x.dtype)
+        return F.conv2d(x, weight, padding=self.padding) if self.padding else F.linear(x, weight)
 
 
 class Block(nn.Module):
@@ -153,27 +161,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = resample(x, self.resample_mode, self.resample_filter)
+        main = x if self.conv_skip is None else self.conv_skip(x)
         if self.flavor == "enc":
-            if self.conv_skip is not None:
-                x = self.conv_skip(x)
-            x = normalize(x, dims=(1,))
-
-        # Constant factors of mp_silu and mp_sum ride on the convolutions' weights: fewer passes over activations.
+            main = x = normalize(main, dims=(1,))
         keep, take = mp_sum_weights(self.res_balance)
-        gain = self.emb_linear(emb, gain=self.emb_gain) + 1
-        h = self.conv_res0(F.silu(x), gain=MP_SILU_GAIN)
-        h = F.silu(h * gain[:, :, None, None].to(h.dtype))
-        if self.training and self.dropout:
-            h = F.dropout(h, p=self.dropout)
-        h = self.conv_res1(h, gain=MP_SILU_GAIN * take)
-        if self.flavor == "dec" and self.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = torch.add(h, x, alpha=keep)
-
+        main = torch.add(self._residual(x, emb, take), main, alpha=keep)
         if self.num_heads:
             keep, take = mp_sum_weights(self.attn_balance)
-            x = torch.add(self._attention(x, gain=take), x, alpha=keep)
-        return x if self.clip_act is None else F.hardtanh(x, -self.clip_act, self.clip_act)
+            main = torch.add(self._attention(main, take), main, alpha=keep)
+        return main if self.clip_act is None else F.hardtanh(main, -self.clip_act, self.clip_act)
+
+    def _residual(self, x: Tensor, emb: Tensor, gain: float) -> Tensor:
+        """Two convolutions, between them one gain per channel from the embedding; the result times `gain`.
+
+        The constant factors of mp_silu and mp_sum ride on the weights: fewer passes over activations.
+        """
+        h = self.conv_res0(F.silu(x), gain=MP_SILU_GAIN)
+        channel_gain = 1 + self.emb_linear(emb, gain=self.emb_gain)
+        h = F.silu(h * channel_gain[..., None, None].to(h.dtype))
+        h = F.dropout(h, self.dropout, training=self.training)
+        return self.conv_res1(h, gain=MP_SILU_GAIN * gain)
 
     @contextmanager
     def weights_kept(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,35 +110,36 @@ class UNetConfig:
 def build_encoder(config: UNetConfig) -> nn.ModuleDict:
     """Layers from the image (with its channel of ones) down to the lowest level, keyed as in EDM2's checkpoints."""
     layers = nn.ModuleDict()
-    channels = config.img_channels + 1
-    for level, (res, width) in enumerate(config.levels):
-        if level == 0:
-            layers[f"{res}x{res}_conv"] = MPConv(channels, width, (3, 3))
-            channels = width
+    above = None  # width of the finer level
+    for res, width in config.levels:
+        if above is None:
+            layers[f"{res}x{res}_conv"] = MPConv(config.img_channels + 1, width, (3, 3))
         else:
-            layers[f"{res}x{res}_down"] = config.block(channels, channels, "enc", resample_mode="down")
-        for i in range(config.num_blocks):
+            layers[f"{res}x{res}_down"] = config.block(above, above, "enc", resample_mode="down")
+        inputs = [above or width] + [width] * (config.num_blocks - 1)
+        for i, channels in enumerate(inputs):
             attention = res in config.attn_resolutions
             layers[f"{res}x{res}_block{i}"] = config.block(channels, width, "enc", attention=attention)
-            channels = width
+        above = width
     return layers
 
 
 def build_decoder(config: UNetConfig) -> nn.ModuleDict:
     """Layers from the lowest level up to full resolution, keyed as in EDM2's checkpoints."""
     layers = nn.ModuleDict()
-    skips = config.skip_channels
-    channels = skips[-1]
-    for level, (res, width) in reversed(list(enumerate(config.levels))):
-        if level == len(config.levels) - 1:
-            layers[f"{res}x{res}_in0"] = config.block(channels, channels, "dec", attention=True)
-            layers[f"{res}x{res}_in1"] = config.block(channels, channels, "dec")
+    skips = iter(reversed(config.skip_channels))
+    below = None  # width of the coarser level
+    for res, width in reversed(config.levels):
+        if below is None:
+            layers[f"{res}x{res}_in0"] = config.block(width, width, "dec", attention=True)
+            layers[f"{res}x{res}_in1"] = config.block(width, width, "dec")
         else:
-            layers[f"{res}x{res}_up"] = config.block(channels, channels, "dec", resample_mode="up")
-        for i in range(config.num_blocks + 1):
+            layers[f"{res}x{res}_up"] = config.block(below, below, "dec", resample_mode="up")
+        inputs = [below or width] + [width] * config.num_blocks
+        for i, (channels, skip) in enumerate(zip(inputs, skips, strict=False)):
             attention = res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = config.block(channels + skips.pop(), width, "dec", attention=attention)
-            channels = width
+            layers[f"{res}x{res}_block{i}"] = config.block(channels + skip, width, "dec", attention=attention)
+        below = width
     return layers
 
 
@@ -167,11 +169,10 @@ def set_recompute(net: nn.Module, recompute: bool) -> None:
 
 def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
     """Every output of the encoder for image [N,C,H,W] and embedding [N,emb_channels], finest first."""
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    outputs = []
-    for layer in layers.values():
-        x = layer(x) if isinstance(layer, MPConv) else run_block(layer, x, emb)
-        outputs.append(x)
+    entry, *blocks = layers.values()
+    outputs = [entry(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))]  # a channel of ones stands for the bias
+    for block in blocks:
+        outputs.append(run_block(block, outputs[-1], emb))
     return outputs
 
 
