@@ -110,44 +110,24 @@ def measure(
     """One row: 2 + `steps` iterations of the three phases, with the averages, as one process trains."""
     import torch
 
-    from networks import Precond
-    from training.noise import training_noise
-    from training.optim import update_network
     from training.presets import NCVSDConfig, load_config
     from training.run.launch import compute_dtype
     from training.run.record import RunningMeans
     from training.run.trained import Trained
-    from training.tasks import Batch, distillation_task
+    from training.tasks import distillation_task
 
     dtype, options = _parse(variant)
-    torch.manual_seed(0)
     overrides = {"batch": batch_gpu, "batch_gpu": batch_gpu, "gan_warmup_kimg": 0.0}
     config = load_config(NCVSDConfig, preset, overrides)
     layout = torch.contiguous_format if "contiguous" in options else torch.channels_last
-    teacher = Precond(**TEACHERS[preset]).to(device, memory_format=layout)
-    for name, p in teacher.named_parameters():
-        if name.endswith(("emb_gain", "out_gain")):
-            torch.nn.init.constant_(p, 0.5)
-    teacher.eval()
-    shape = [batch_gpu, teacher.img_channels, teacher.img_resolution, teacher.img_resolution]
-    images = (torch.randn(shape, device=device) * 0.5).contiguous(memory_format=layout)
-    labels = None
-    if teacher.label_dim:
-        classes = torch.randint(teacher.label_dim, [batch_gpu], device=device)
-        labels = torch.nn.functional.one_hot(classes, teacher.label_dim).float()
-
+    teacher, images, labels = _teacher_and_data(preset, batch_gpu, device, layout)
     task = distillation_task(teacher, config)
     for phase in task.phases:
         phase.net.to(memory_format=layout).eval().requires_grad_(False)
-    errors = {}
-    for name, net, noise in (("teacher", teacher, None), ("student", task.result, torch.randn_like(images))):
-        outputs = []
-        for kind in ("float32", dtype):
-            net.compute_dtype = compute_dtype(kind, device)
-            draw = {} if noise is None else {"randn_like": lambda x, noise=noise: noise}
-            with torch.no_grad():
-                outputs.append(net(images, 1.0, labels, **draw))
-        errors[name] = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+    errors = {
+        "teacher": _rounding(teacher, images, labels, dtype),
+        "student": _rounding(task.result, images, labels, dtype, noise=torch.randn_like(images)),
+    }
     if "compile" in options:
         import torch._dynamo.config
 
@@ -160,23 +140,7 @@ def measure(
     means = RunningMeans()
 
     def iterate(seconds: dict[str, float]) -> None:
-        """One iteration; adds what each phase took."""
-        for index, phase in enumerate(task.order):
-            started = time.perf_counter()
-            phase.net.train().requires_grad_(True)
-            first = trained.nimg * len(task.order) + index * batch_gpu
-            noise = training_noise(0, range(first, first + batch_gpu), device)
-            terms = phase.loss(Batch(images, labels, noise, trained.nimg), phase.net)
-            terms.total.sum().mul(config.loss_scaling / batch_gpu).backward()
-            update_network(phase, trained.optimizers[phase.name], 1e-4, trained.health[phase.name], config, means)
-            phase.net.eval().requires_grad_(False)
-            _synchronize(device)
-            seconds[phase.name] = seconds.get(phase.name, 0.0) + time.perf_counter() - started
-        started = time.perf_counter()
-        trained.nimg += batch_gpu
-        trained.ema.update(trained.nimg, batch_gpu)
-        _synchronize(device)
-        seconds["ema"] = seconds.get("ema", 0.0) + time.perf_counter() - started
+        _iterate(task, config, trained, images, labels, means, seconds)
 
     warm: dict[str, float] = {}
     for _ in range(2):
@@ -197,6 +161,68 @@ def measure(
     if state_dir:
         row["state"] = write_state(trained, iterate, batch_gpu, Path(state_dir))
     return row
+
+
+def _iterate(
+    task: Any, config: Any, trained: Any, images: Any, labels: Any, means: Any, seconds: dict[str, float]
+) -> None:
+    """One iteration; adds what each phase took."""
+    from training.noise import training_noise
+    from training.optim import update_network
+    from training.tasks import Batch
+
+    batch, device = len(images), images.device
+    for index, phase in enumerate(task.order):
+        started = time.perf_counter()
+        phase.net.train().requires_grad_(True)
+        first = trained.nimg * len(task.order) + index * batch
+        noise = training_noise(0, range(first, first + batch), device)
+        terms = phase.loss(Batch(images, labels, noise, trained.nimg), phase.net)
+        terms.total.sum().mul(config.loss_scaling / batch).backward()
+        update_network(phase, trained.optimizers[phase.name], 1e-4, trained.health[phase.name], config, means)
+        phase.net.eval().requires_grad_(False)
+        _synchronize(device)
+        seconds[phase.name] = seconds.get(phase.name, 0.0) + time.perf_counter() - started
+    started = time.perf_counter()
+    trained.nimg += batch
+    trained.ema.update(trained.nimg, batch)
+    _synchronize(device)
+    seconds["ema"] = seconds.get("ema", 0.0) + time.perf_counter() - started
+
+
+def _teacher_and_data(preset: str, count: int, device: Any, layout: Any) -> tuple[Any, Any, Any]:
+    """A teacher with random weights that matter, images [N,C,H,W] and class weights."""
+    import torch
+
+    from networks import Precond
+
+    torch.manual_seed(0)
+    teacher = Precond(**TEACHERS[preset]).to(device, memory_format=layout)
+    for name, p in teacher.named_parameters():
+        if name.endswith(("emb_gain", "out_gain")):
+            torch.nn.init.constant_(p, 0.5)
+    shape = [count, teacher.img_channels, teacher.img_resolution, teacher.img_resolution]
+    images = (torch.randn(shape, device=device) * 0.5).contiguous(memory_format=layout)
+    labels = None
+    if teacher.label_dim:
+        classes = torch.randint(teacher.label_dim, [count], device=device)
+        labels = torch.nn.functional.one_hot(classes, teacher.label_dim).float()
+    return teacher.eval(), images, labels
+
+
+def _rounding(net: Any, images: Any, labels: Any, dtype: str, noise: Any = None) -> float:
+    """Relative difference between the outputs in `dtype` and in float32."""
+    import torch
+
+    from training.run.launch import compute_dtype
+
+    outputs = []
+    for kind in ("float32", dtype):
+        net.compute_dtype = compute_dtype(kind, images.device)
+        draw = {} if noise is None else {"randn_like": lambda x: noise}
+        with torch.no_grad():
+            outputs.append(net(images, 1.0, labels, **draw))
+    return float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
 
 
 def write_state(

@@ -102,11 +102,20 @@ class PreconditionedNet(nn.Module):
             )
         self._compute_dtype = dtype
 
-    def _prepare(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Scalings, Tensor]:
-        """Float32 image, its scalings, and the U-Net's input in the compute dtype."""
+    def _scaled(self, x: Tensor, sigma: Sigma) -> tuple[Scalings, Tensor]:
+        """The scalings at sigma, and the U-Net's input in the compute dtype."""
         x = x.to(torch.float32)
         scalings = preconditioning(expand_sigma(sigma, x), self.sigma_data)
-        return x, scalings, (scalings.c_in * x).to(self.compute_dtype)
+        return scalings, (scalings.c_in * x).to(self.compute_dtype)
+
+    def _encode(
+        self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None
+    ) -> tuple[Scalings, Tensor | None, list[Tensor], list[Tensor]]:
+        """The scalings of x, class weights, and every output of `enc` for x and of `ctrl` for y."""
+        (s, x_in), (s_y, y_in) = self._scaled(x, sigma), self._scaled(y, sigma_y)
+        labels = self._prepare_labels(labels, len(x))
+        control = self.ctrl(y_in, s_y.c_noise, labels)
+        return s, labels, self.enc(x_in, s.c_noise, labels), control
 
     def _prepare_labels(self, labels: Tensor | None, batch: int) -> Tensor | None:
         """Class weights [N,label_dim] in float32; the zero vector where a conditional net gets none."""
@@ -124,6 +133,10 @@ class Denoiser(PreconditionedNet):
         self.logvar_fourier = MPFourier(self.logvar_channels)
         self.logvar_linear = MPConv(self.logvar_channels, 1)
 
+    def _denoised(self, x: Tensor, s: Scalings, output: Tensor, return_logvar: bool) -> Tensor | tuple[Tensor, Tensor]:
+        denoised = s.c_skip * x.to(torch.float32) + s.c_out * output.to(torch.float32)
+        return (denoised, self.logvar(s.c_noise)) if return_logvar else denoised
+
     def logvar(self, c_noise: Tensor) -> Tensor:
         """Log variance u [N,1,1,1] at c_noise [N]."""
         return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
@@ -139,10 +152,8 @@ class Precond(Denoiser):
 
     def forward(self, x: Tensor, sigma: Sigma, labels: Tensor | None = None, *, return_logvar: bool = False):
         """Denoised [N,C,H,W] for x [N,C,H,W] and class weights [N,label_dim]; with return_logvar also [N,1,1,1]."""
-        x, s, x_in = self._prepare(x, sigma)
-        f = self.unet(x_in, s.c_noise, self._prepare_labels(labels, len(x)))
-        denoised = s.c_skip * x + s.c_out * f.to(torch.float32)
-        return (denoised, self.logvar(s.c_noise)) if return_logvar else denoised
+        s, x_in = self._scaled(x, sigma)
+        return self._denoised(x, s, self.unet(x_in, s.c_noise, self._prepare_labels(labels, len(x))), return_logvar)
 
 
 class PrecondCondition(Denoiser):
@@ -169,14 +180,8 @@ class PrecondCondition(Denoiser):
         return_logvar: bool = False,
     ):
         """Denoised [N,C,H,W] for x and y [N,C,H,W] at their noise levels; with return_logvar also [N,1,1,1]."""
-        x, s, x_in = self._prepare(x, sigma)
-        _, s_y, y_in = self._prepare(y, sigma_y)
-        labels = self._prepare_labels(labels, len(x))
-        control = self.ctrl(y_in, s_y.c_noise, labels)
-        features = self.enc(x_in, s.c_noise, labels)
-        f = self.dec(features, control, s.c_noise, labels)
-        denoised = s.c_skip * x + s.c_out * f.to(torch.float32)
-        return (denoised, self.logvar(s.c_noise)) if return_logvar else denoised
+        s, labels, features, control = self._encode(x, sigma, y, sigma_y, labels)
+        return self._denoised(x, s, self.dec(features, control, s.c_noise, labels), return_logvar)
 
     @torch.no_grad()
     def init_from_teacher(self, net: Precond) -> PrecondCondition:
@@ -204,12 +209,8 @@ class Discriminator(PreconditionedNet):
 
     def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None) -> Tensor:
         """Logits [N] for x and y [N,C,H,W] at their noise levels; with a local head [N,P], one for each of P places."""
-        x, s, x_in = self._prepare(x, sigma)
-        _, s_y, y_in = self._prepare(y, sigma_y)
-        labels = self._prepare_labels(labels, len(x))
-        control = self.ctrl(y_in, s_y.c_noise, labels)[-1]
-        features = self.enc(x_in, s.c_noise, labels)[-1]
-        joined = mp_cat(control, features)
+        *_, features, control = self._encode(x, sigma, y, sigma_y, labels)
+        joined = mp_cat(control[-1], features[-1])
         if self.local:
             return self.out_conv(joined.to(torch.float32))
         return self.out_conv(joined.mean(dim=(2, 3), dtype=torch.float32)).flatten()
@@ -234,28 +235,49 @@ def copy_part(target: nn.Module, source: nn.Module, except_for: Sequence[str] = 
         tensor.copy_(weights[name])
 
 
-class CombinedScore(nn.Module):
-    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t.
-
-    The published one is preconditioned for x_t alone. Where y is much the better observation, its output is then a
-    small difference of large terms; here the error shrinks with sigma, and it starts as the true posterior's score.
-    """
+class Wrapper(nn.Module):
+    """What stands around a `PrecondCondition` called `model`, and answers for it."""
 
     def __init__(self, model: PrecondCondition) -> None:
         super().__init__()
         self.model = model
 
     @property
+    def img_resolution(self) -> int:
+        return self.model.img_resolution
+
+    @property
+    def img_channels(self) -> int:
+        return self.model.img_channels
+
+    @property
+    def label_dim(self) -> int:
+        return self.model.label_dim
+
+    @property
+    def sigma_data(self) -> float:
+        return self.model.sigma_data
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     def compute_dtype(self) -> torch.dtype:
+        """Precision of the U-Net's activations, see `PreconditionedNet.compute_dtype`."""
         return self.model.compute_dtype
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype | None) -> None:
         self.model.compute_dtype = dtype
 
-    @property
-    def sigma_data(self) -> float:
-        return self.model.sigma_data
+
+class CombinedScore(Wrapper):
+    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t.
+
+    The published one is preconditioned for x_t alone. Where y is much the better observation, its output is then a
+    small difference of large terms; here the error shrinks with sigma, and it starts as the true posterior's score.
+    """
 
     def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None, **options: Any):
         """As `PrecondCondition`: denoised [N,C,H,W], with return_logvar also [N,1,1,1]."""
@@ -280,42 +302,16 @@ class DiscriminatorHead(nn.Module):
         return self.output(x).flatten(1)
 
 
-class GenerativeDenoiser(nn.Module):
+class GenerativeDenoiser(Wrapper):
     """G(y, sigma): a sample of p(x0 | y) for y = x0 + sigma·n, in one network evaluation (NCVSD, Section 4).
 
     y is first noised a little further, to (1 + gamma)·sigma: that noise is the sample's source of randomness.
     """
 
     def __init__(self, model: PrecondCondition, gamma: float = 0.414, init_sigma: float = 80.0) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.gamma = gamma
         self.init_sigma = init_sigma
-
-    @property
-    def img_resolution(self) -> int:
-        return self.model.img_resolution
-
-    @property
-    def img_channels(self) -> int:
-        return self.model.img_channels
-
-    @property
-    def label_dim(self) -> int:
-        return self.model.label_dim
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Precision of the U-Net's activations, see `PreconditionedNet.compute_dtype`."""
-        return self.model.compute_dtype
-
-    @compute_dtype.setter
-    def compute_dtype(self, dtype: torch.dtype | None) -> None:
-        self.model.compute_dtype = dtype
 
     def forward(
         self,

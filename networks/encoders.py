@@ -93,8 +93,7 @@ class StabilityVAEEncoder:
         if (scale is None) != (bias is None):
             raise ValueError("sd-vae encoder: give both scale and bias, or neither")
         if scale is None:
-            scale = np.float32(final_std) / np.float32(raw_std)
-            bias = np.float32(final_mean) - np.float32(raw_mean) * scale
+            scale, bias = rescaling(raw_mean, raw_std, final_mean, final_std)
         self.vae_name = str(vae_name)
         self.scale = np.array(scale, dtype=np.float32)
         self.bias = np.array(bias, dtype=np.float32)
@@ -200,6 +199,12 @@ class StabilityVAEEncoder:
             "bias": self.bias.tolist(),
             "batch_size": self.batch_size,
         }
+
+
+def rescaling(mean: Any, std: Any, new_mean: Any, new_std: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and bias, float32, of the map that carries numbers of one mean and deviation to another, per channel."""
+    scale = np.divide(new_std, std, dtype=np.float32)
+    return scale, np.subtract(new_mean, scale * np.float32(mean), dtype=np.float32)
 
 
 Encoder: TypeAlias = RGBEncoder | StabilityVAEEncoder
