@@ -18,6 +18,7 @@ import numpy as np
 
 from data.zip_files import ZipMembers
 from dnnlib.files import parse_json, read_regular
+from dnnlib.text import first_line
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LATENT_EXTENSION = ".npy"
@@ -40,8 +41,7 @@ def one_line(error: DatasetError) -> str:
 
 def _reason(error: BaseException) -> str:
     """What an exception says, in one short line."""
-    text = (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0]
-    return _printable(text[:120])
+    return _printable(first_line(getattr(error, "strerror", None) or error)[:120])
 
 
 def _printable(text: str) -> str:

@@ -59,6 +59,11 @@ def format_bytes(count: float) -> str:
     return f"{count / 1024:.1f} TiB"
 
 
+def first_line(error: object) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
 def printable(text: object) -> str:
     """One line of at most 300 characters that a terminal can show."""
     return "".join(c if c.isprintable() else " " for c in str(text))[:300].strip()

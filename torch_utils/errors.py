@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from dnnlib.streams import LastingStream, lasting_streams
-from dnnlib.text import redact
+from dnnlib.text import first_line, redact
 
 
 class MainProcessError(ValueError):
@@ -55,8 +55,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
             raise click.ClickException("lost the connection to another process") from error
         if not _out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise click.ClickException(f"out of memory: try a smaller {batch_option} ({reason})") from error
+        raise click.ClickException(f"out of memory: try a smaller {batch_option} ({first_line(error)})") from error
     finally:
         group = _process_group()
         # After an error, leaving a group of GPUs could wait for processes that are still at work.
