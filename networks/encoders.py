@@ -17,7 +17,6 @@ from dnnlib.files import read_json
 from dnnlib.text import first_line, printable
 from sampling.posterior import RandnLike
 
-
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of an autoencoder
 _MAX_LAYERS = 16
 
