@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import zipfile
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,22 @@ def encode_npy(latents: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
     return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    num_images: int
+    image_shape: list[int]  # [C,H,W]
+    labelled: bool
+    num_skipped: int = 0  # images left out as too small
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        labels = "with labels" if self.labelled else "without labels"
+        skipped = f"; {self.num_skipped} too small for the resolution were left out" if self.num_skipped else ""
+        return f"{self.num_images} files of {shape} (channels, height, width) {labels}{skipped}"
 
 
 class DatasetWriter:

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import dataset_tool
+from data import latents
 from data.convert import transform_image
 from data.dataset import ImageDataset
 from tests.image_utils import picture
@@ -389,10 +390,10 @@ def test_encode_grey_and_errors(tmp_path, vae):
 def test_out_of_memory_costs_one_line(tmp_path, monkeypatch, kind):
     import torch
 
-    def fail(*args):
+    def fail(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate") if kind == "torch" else MemoryError
 
-    monkeypatch.setattr(dataset_tool, "make_encoder", fail)
+    monkeypatch.setattr(latents, "StabilityVAEEncoder", fail)
     line = run("encode", "--source", tmp_path, "--dest", tmp_path / "out", code=1)
     assert "out of memory: try a smaller --batch" in line
 
