@@ -15,8 +15,8 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from data import archives as dataset_files
+from data.archives import ZipMembers
 from data.dataset import DatasetError, ImageDataset, one_line
-from data.zip_files import ZipMembers
 from tests.memory_utils import HAS_LIMITS, run_script
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nquit\n%%EOF\n"
