@@ -26,7 +26,10 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._attempt(self._stream.write, text)
+        try:
+            self._attempt(self._stream.write, text)
+        except UnicodeEncodeError:  # such as of a file's name in another encoding
+            self._attempt(self._stream.write, text.encode("ascii", "backslashreplace").decode())
         return len(text)
 
     def flush(self) -> None:

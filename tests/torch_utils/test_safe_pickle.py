@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import networks
+from metrics.references import load_reference
 from tests.memory_utils import HAS_LIMITS, run_script
 from torch_utils import pickle_machine
 from torch_utils.safe_pickle import CheckpointError, Record, UnsafeCheckpointError, load
@@ -265,6 +267,8 @@ def test_damaged(case, untouched):
 
 MEMORY = f"""
 import pathlib
+import networks
+from metrics.references import load_reference
 from tests.memory_utils import refuse_all
 from tests.torch_utils.test_safe_pickle import DAMAGED, DATA, PICKLES, UNSAFE, load
 
@@ -290,6 +294,35 @@ def test_steps_within_nested_files_count(monkeypatch):
     again = call("torch.storage", "_load_from_bytes", b"h\x00") * 500  # 3,000 instructions
     with pytest.raises(UnsafeCheckpointError, match="needs more than 10000 steps"):
         load(P4 + b"(" + blob(bytes(1 << 20)) + blob(HONEST) + b"\x94" + again + b"t" + STOP)
+
+
+@pytest.mark.parametrize("read", [networks.load, load_reference, load])
+def test_attributes_that_many_objects_share_are_refused_before_they_are_looked_at_often(tmp_path, monkeypatch, read):
+    """450 KB: each of 33,000 objects takes the same dictionary of 20,000 attributes as its state."""
+
+    def made(attributes, objects):
+        shared = b"}\x94(" + b"".join(text(str(i)) + b"N" for i in range(attributes)) + b"u"
+        build = b"h\x00)\x81h\x01b"
+        return (
+            P4
+            + name("torch.nn.modules.container", "ModuleDict")
+            + b"\x94"
+            + shared
+            + b"("
+            + build * objects
+            + b"t\x87."
+        )
+
+    looked, check = [], pickle_machine.attributes
+    monkeypatch.setattr(pickle_machine, "attributes", lambda m, state: looked.append(len(state)) or check(m, state))
+    _, shared, objects = load(made(20, 30))
+    assert len(objects) == 30 and all(item.state is shared for item in objects) and looked == [20] * 30
+    path = tmp_path / "shared.pkl"
+    path.write_bytes(made(20_000, 33_000))
+    assert 440_000 < path.stat().st_size < 460_000
+    with pytest.raises(ValueError, match="refused at byte [0-9]+: needs more than 1000000 steps to be read$"):
+        read(path)
+    assert sum(looked) < 1_020_000
 
 
 def test_the_offending_name_is_given(untouched):
