@@ -161,7 +161,9 @@ class FileSource:
             try:
                 self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
             except FileNotFoundError:
-                raise DatasetError(f"{self.path}: no such folder or ZIP file; check the path of the data set") from None
+                raise DatasetError(
+                    f"{self.path or repr('')}: no such folder or ZIP file; check the path of the data set"
+                ) from None
             except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
                 raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
             self.names = self._zip.names

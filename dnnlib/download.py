@@ -62,7 +62,7 @@ class RemoteFile:
 
 
 def cache_path(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where `open_url` keeps a URL: in `cache_dir`, else in NCVSD_CACHE (of the environment), else in ~/.cache/ncvsd."""
+    """Where `open_url` keeps a URL: in `cache_dir`, else in the environment's NCVSD_CACHE, else in ~/.cache/ncvsd."""
     base = re.sub(r"[^\w.-]+", "_", redact(url).split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
     folder = Path(cache_dir or os.environ.get("NCVSD_CACHE") or "~/.cache/ncvsd")
     try:

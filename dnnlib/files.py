@@ -111,7 +111,7 @@ def temporary_beside(path: str | os.PathLike[str], folder: bool = False) -> Iter
     or remove it. The folder around it is created if missing. Raises OSError.
     """
     path, random = Path(path), False
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     name = f".{path.name[:50]}{{}}.{'dir' if folder else 'tmp'}"
     for number in itertools.count():
         middle = f".{secrets.token_hex(8)}" if random else f".{number}" if number else ""
@@ -162,6 +162,14 @@ def _lock(path: Path) -> Iterator[bool | None]:
         yield locked
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it, unless it is there. Raises OSError; a file in its place is no folder."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 def discard(path: Path) -> None:
@@ -244,7 +252,6 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[st
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON data, infinities and NaN as null, into a folder that is made if need be; whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "w", encoding="utf-8") as file:
         json.dump(_finite(content), file, indent=1, allow_nan=False)
         file.write("\n")
