@@ -185,7 +185,7 @@ def test_pictures_of_too_many_pixels_are_not_decoded(tmp_path, size, monkeypatch
 MEMORY = """
 import pathlib, sys
 from tests.memory_utils import refuse_all
-from tests.training.test_hostile_datasets import archive, large_directory, lying_archive, png, webp
+from tests.datasets.test_hostile_datasets import archive, large_directory, lying_archive, png, webp
 from data.dataset import ImageDataset
 
 folder = pathlib.Path(sys.argv[1])
