@@ -54,8 +54,7 @@ def device_for(name: str | torch.device = "auto") -> torch.device:
     become this process's own GPU. Raises ValueError for an unknown or absent device.
     """
     if str(name) == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -154,8 +153,7 @@ def from_main(value: T) -> T:
     """The main process's value, a small picklable one, in every process. Collective."""
     if not in_group():
         return value
-    message = [value]
-    dist.broadcast_object_list(message, src=0)
+    dist.broadcast_object_list(message := [value], src=0)
     return message[0]
 
 

@@ -10,10 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
-from dnnlib.streams import LastingStream, lasting_streams
+from dnnlib.streams import lasting_streams
 from dnnlib.text import first_line, redact
 
 
@@ -40,7 +39,11 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     try:
         with lasting_streams() as output, _stopped_by_signals():
             yield
-        _check_told(output)
+        if output.error is not None:  # all else is done, but the exit code must tell
+            if isinstance(output.error, BrokenPipeError):
+                sys.exit(1)  # who closed it knows
+            reason = output.error.strerror or output.error
+            raise click.ClickException(f"standard output cannot be written ({reason}); all files are complete")
         failed = False
     except MainProcessError:
         _let_others_speak()
@@ -50,7 +53,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
             _let_others_speak()
         raise click.ClickException(redact(_text(error))) from error
     except (MemoryError, RuntimeError) as error:
-        if _lost_another_process(error):
+        if _process_group() and re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error)):
             _let_others_speak()
             raise click.ClickException("lost the connection to another process") from error
         if not _out_of_memory(error):
@@ -67,7 +70,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
 def _stopped_by_signals() -> Iterator[None]:
     owner, before = os.getpid(), {}
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
         if os.getpid() == owner:
             raise _Stopped(number)
@@ -88,17 +91,6 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_told(output: LastingStream) -> None:
-    """Where the output could not be written: all else is done, but the exit code must tell."""
-    import click
-
-    if isinstance(output.error, BrokenPipeError):
-        sys.exit(1)  # who closed it knows
-    if output.error is not None:
-        reason = output.error.strerror or output.error
-        raise click.ClickException(f"standard output cannot be written ({reason}); all files are complete")
 
 
 def _text(error: Exception) -> str:
@@ -125,11 +117,6 @@ def _process_group() -> Any:
     """torch.distributed, where this process has joined a group; None otherwise."""
     group = sys.modules.get("torch.distributed")
     return group if group is not None and group.is_available() and group.is_initialized() else None
-
-
-def _lost_another_process(error: MemoryError | RuntimeError) -> bool:
-    lost = re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error))
-    return lost is not None and _process_group() is not None
 
 
 def _out_of_memory(error: MemoryError | RuntimeError) -> bool:

@@ -76,12 +76,12 @@ class BoundedReader:
         self._file, self._left = file, size
 
     def read(self, count: int) -> bytes:
-        data = self._file.read(max(min(count, self._left), 0))
-        self._left -= len(data)
-        return data
+        return self._taken(self._file.read(max(min(count, self._left), 0)))
 
     def readline(self) -> bytes:
-        data = self._file.readline(min(self._left, 1024))
+        return self._taken(self._file.readline(min(self._left, 1024)))
+
+    def _taken(self, data: bytes) -> bytes:
         self._left -= len(data)
         return data
 
@@ -146,32 +146,24 @@ class Machine:
             pass
         elif opcode in ("BINGET", "LONG_BINGET"):
             push(self._memo[argument])
-        elif opcode in ("BINPUT", "LONG_BINPUT"):
-            self._memoize(argument)
-        elif opcode == "MEMOIZE":
-            self._memoize(len(self._memo))
+        elif opcode in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._memoize(len(self._memo) if argument is None else argument)
         elif opcode == "MARK":
             push(_MARK)
         elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
             push(tuple(self._pop(int(opcode[-1]))))
         elif opcode == "TUPLE":
             push(tuple(self._pop_mark()))
-        elif opcode == "APPEND":
-            (item,) = self._pop(1)
-            self._top(list).append(item)
-        elif opcode == "APPENDS":
-            items = self._pop_mark()
+        elif opcode in ("APPEND", "APPENDS"):
+            items = self._pop(1) if opcode == "APPEND" else self._pop_mark()
             self._top(list).extend(items)
         elif opcode == "ADDITEMS":
             items = self._pop_mark()
             self._top(set).update(scalar_key(item) for item in items)
         elif opcode == "FROZENSET":
             push(frozenset(scalar_key(item) for item in self._pop_mark()))
-        elif opcode == "SETITEM":
-            key, value = self._pop(2)
-            self._top(dict)[scalar_key(key)] = value
-        elif opcode == "SETITEMS":
-            items = self._pop_mark()
+        elif opcode in ("SETITEM", "SETITEMS"):
+            items = self._pop(2) if opcode == "SETITEM" else self._pop_mark()
             self._top(dict).update((scalar_key(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
         elif opcode == "GLOBAL":
             push(self._name(*argument.split(" ", 1)))
@@ -182,8 +174,7 @@ class Machine:
         elif opcode == "NEWOBJ":
             push(self._create(*self._pop(2)))
         elif opcode == "BUILD":
-            (state,) = self._pop(1)
-            self._build(self._top(), state)
+            self._build(*self._pop(1))
         elif opcode == "BINPERSID" and self.persistent is not None:
             push(self.persistent(*self._pop(1)))
         else:
@@ -208,10 +199,10 @@ class Machine:
         return items
 
     def _pop_mark(self) -> list[Any]:
-        for index in range(len(self._stack) - 1, -1, -1):
-            if self._stack[index] is _MARK:
-                items = self._stack[index + 1 :]
-                del self._stack[index:]
+        for count, item in enumerate(reversed(self._stack)):
+            if item is _MARK:
+                items = self._pop(count) if count else []
+                self._stack.pop()
                 return items
         raise ValueError("no mark on the stack")
 
@@ -238,7 +229,8 @@ class Machine:
                 return Record(cls.module, cls.name)
         raise UnsafeCheckpointError(f"creates an object of {_describe(cls)}")
 
-    def _build(self, target: Any, state: Any) -> None:
+    def _build(self, state: Any) -> None:
+        target = self._top()
         if type(target) in self.vocabulary.builders:
             self.vocabulary.builders[type(target)](self, target, state)
         elif type(target) is Record:

@@ -10,8 +10,9 @@ import io
 import math
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,37 +33,31 @@ from torch_utils.pickle_machine import (
 __all__ = ["MAX_BYTES", "CheckpointError", "Record", "UnsafeCheckpointError", "load"]
 
 MAX_BYTES = 16 * 2**30  # largest file read by default
-_MAX_DIMS = 16
 
 
-def load(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Reads a pickle (protocols 2 to 5) from a path, bytes or a binary file.
+def load(source: str | os.PathLike[str] | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Reads a pickle (protocols 2 to 5) from a path, or out of bytes.
 
     Returns dicts, lists, tuples, sets, strings, numbers, numpy arrays, CPU torch tensors (parameters become tensors)
     and `Record`s. Objects may be shared within the result and may contain themselves: walk it with care.
     Memory stays within a small multiple of the file's size. Raises UnsafeCheckpointError, naming the offending item,
     for anything outside the allowed set, and CheckpointError for damaged, truncated or too large input.
     """
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _run(io.BytesIO(source), len(source), "pickle", max_bytes)
-    if hasattr(source, "read"):
-        data = source.read(max_bytes + 1)
-        return _run(io.BytesIO(data), len(data), str(getattr(source, "name", "pickle")), max_bytes)
-    path = Path(source)
+    is_path = not isinstance(source, bytes)
+    name = str(Path(source)) if is_path else "pickle"
     try:
-        file = open_regular(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        file = open_regular(name) if is_path else io.BytesIO(source)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise CheckpointError(f"{name}: {reason}") from None
     with file:
-        return _run(file, os.fstat(file.fileno()).st_size, str(path), max_bytes)
+        size = os.fstat(file.fileno()).st_size if is_path else len(source)
+        if size > max_bytes:
+            raise CheckpointError(f"{name}: larger than the limit of {max_bytes} bytes")
+        return _run(Machine(BoundedReader(file, size), size, _VOCABULARY), name)
 
 
-def _run(file: BinaryIO, size: int, name: str, max_bytes: int) -> Any:
-    if size > max_bytes:
-        raise CheckpointError(f"{name}: larger than the limit of {max_bytes} bytes")
-    machine = Machine(BoundedReader(file, size), size, _VOCABULARY)
+def _run(machine: Machine, name: str) -> Any:
     try:
         return machine.run()
     except UnsafeCheckpointError as error:
@@ -97,10 +92,6 @@ def _set(machine: Machine, items: Any = ()) -> set[Any]:
     return {scalar_key(item) for item in items}
 
 
-def _empty_bytes(machine: Machine) -> bytes:
-    return b""
-
-
 def _encode(machine: Machine, text: Any, encoding: Any) -> bytes:
     """How protocol 2 stores bytes."""
     if type(text) is not str or encoding != "latin1":
@@ -113,11 +104,11 @@ def _encode(machine: Machine, text: Any, encoding: Any) -> bytes:
 # numpy
 
 
+@dataclass(eq=False)
 class _DType:
     """numpy.dtype under construction: the byte order arrives after the kind and size."""
 
-    def __init__(self, value: np.dtype) -> None:
-        self.value = value
+    value: np.dtype
 
 
 def _dtype(machine: Machine, code: Any, align: Any = False, copy: Any = False) -> _DType:
@@ -171,7 +162,7 @@ def _scalar(machine: Machine, dtype: Any, data: Any) -> Any:
 
 def _counts(values: Any) -> tuple[int, ...]:
     """A shape or strides, checked to be a short tuple of natural numbers."""
-    if type(values) is not tuple or len(values) > _MAX_DIMS:
+    if type(values) is not tuple or len(values) > 16:
         raise ValueError("a shape is not a short tuple")
     return tuple(_count(value) for value in values)
 
@@ -186,11 +177,11 @@ def _count(value: Any) -> int:
 # torch
 
 
+@dataclass(eq=False)
 class _Storage:
     """A torch storage, as a one-dimensional tensor."""
 
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
+    values: torch.Tensor
 
 
 def _rebuild_tensor(
@@ -270,7 +261,7 @@ _VOCABULARY = Vocabulary(
         Name("collections", "OrderedDict"): _ordered_dict,
         Name("builtins", "set"): _set,
         Name("__builtin__", "set"): _set,
-        Name("__builtin__", "bytes"): _empty_bytes,
+        Name("__builtin__", "bytes"): lambda machine: b"",
         Name("_codecs", "encode"): _encode,
         Name("numpy", "dtype"): _dtype,
         **{Name(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},

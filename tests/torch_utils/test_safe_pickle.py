@@ -392,8 +392,7 @@ def test_plain_data(protocol):
 
 
 def test_reference_statistics():
-    with open(DATA + "dataset-ref-tiny.pkl", "rb") as file:
-        data = load(file)
+    data = load(DATA + "dataset-ref-tiny.pkl")
     assert data.keys() == {"fid", "num_images"} and data["num_images"] == 64
     assert data["fid"]["mu"].shape == (32,) and data["fid"]["sigma"].shape == (32, 32)
     assert np.allclose(data["fid"]["sigma"], data["fid"]["sigma"].T)
@@ -433,6 +432,6 @@ def test_sizes_and_missing_files(tmp_path):
     with pytest.raises(CheckpointError, match="larger than the limit"):
         load(DATA + PICKLES[0], max_bytes=1000)
     with pytest.raises(CheckpointError, match="larger than the limit"):
-        load(io.BytesIO(bytes(2000)), max_bytes=1000)
+        load(bytes(2000), max_bytes=1000)
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "none.pkl")
