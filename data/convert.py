@@ -27,29 +27,19 @@ _Item = tuple[str, np.ndarray, Any]  # name for messages, uint8 [C,H,W], label
 
 
 def convert_dataset(
-    source: str,
-    dest: str,
+    source: str,  # folder (searched recursively) or ZIP of images, or a folder or file in the IDX format of MNIST
+    dest: str,  # folder, or archive where it ends in `.zip`
     *,
-    size: tuple[int, int] | None = None,
-    transform: str = "none",
+    size: tuple[int, int] | None = None,  # (width, height); None = as they are
+    transform: str = "none",  # see `transform_image`, as for the next
     resample: str = "lanczos",
-    pad: int = 0,
-    rgb: bool = False,
-    labels: str = "auto",
-    max_images: int | None = None,
-    compress: bool = False,
+    pad: int = 0,  # black pixels to add on every side first
+    rgb: bool = False,  # store grey images with three channels; otherwise they keep their one
+    labels: str = "auto",  # none; json = the source's; folders = number of the top-level one; auto = as there is
+    max_images: int | None = None,  # take the first so many in sorted order; None = all
+    compress: bool = False,  # compress the PNG files (smaller, slower to read)
 ) -> Conversion:
-    """Write `source` as an EDM2 data set to `dest` (a folder, or an archive where it ends in `.zip`).
-
-    Args:
-        source: folder (searched recursively) or ZIP of images, or a folder or file in the IDX format of MNIST.
-        size, transform, resample: see `transform_image`; size = (width, height), None = as they are.
-        pad: black pixels to add on every side first.
-        rgb: store grey images with three channels; otherwise they keep their one.
-        labels: 'none'; 'json' = the source's `dataset.json`; 'folders' = index of the top-level folder in sorted
-            order; 'auto' = json where there is one, else folders where there are several. IDX: the labels file.
-        max_images: take the first so many in sorted order; None = all.
-        compress: compress the PNG files (smaller, slower to read).
+    """Write `source` as an EDM2 data set to `dest`. Labels of IDX files stand in a file beside them.
 
     Raises `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that
     exists; ValueError as `transform_image`. Nothing is left at `dest` then.

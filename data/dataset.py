@@ -35,29 +35,20 @@ class ImageDataset:
     `ds[i]` is (image, label): image uint8 [C,H,W] for pixels or float32 [C,H,W] for latents; label float32
     [label_dim], one-hot for class indices, as stored for vectors, of length 0 without labels.
 
-    Args:
-        path: folder or ZIP of PNG (or other image) files, or of NPY latents.
-        resolution: height and width that the images must have; None = that of the first image.
-        use_labels: read `dataset.json`; False = unconditional.
-        xflip: append a mirrored copy of every image, which doubles the length.
-        max_size: keep a random subset of this many images (before mirroring); None = all.
-        random_seed: seed of that subset.
-        cache: decode everything once and keep it in memory (for small data sets).
-
     Raises `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first
     are checked against it when they are read.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike,  # folder or ZIP of PNG (or other image) files, or of NPY latents
         *,
-        resolution: int | None = None,
-        use_labels: bool = True,
-        xflip: bool = False,
-        max_size: int | None = None,
-        random_seed: int = 0,
-        cache: bool = False,
+        resolution: int | None = None,  # height and width that the images must have; None = that of the first
+        use_labels: bool = True,  # read `dataset.json`; False = unconditional
+        xflip: bool = False,  # append a mirrored copy of every image, which doubles the length
+        max_size: int | None = None,  # keep a random subset of so many (before mirroring); None = all
+        random_seed: int = 0,  # of that subset
+        cache: bool = False,  # decode everything once and keep it in memory (for small data sets)
     ):
         self._source = FileSource(path)
         self.path = self._source.path
@@ -74,9 +65,10 @@ class ImageDataset:
             raise DatasetError(f"{self.path}: no images (PNG) or latents (NPY) found")
         self._decode = decode_latents if latents else decode_pixels
         self._labels = read_labels(self._source, self._names) if use_labels else None
-        self.label_dim = 0  # of all, also where a subset lacks some classes
+        self.has_onehot_labels = self._labels is not None and self._labels.ndim == 1  # classes rather than vectors
+        self.label_dim = 0  # of all images, also where a subset lacks some classes
         if self._labels is not None:
-            self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
+            self.label_dim = int(self._labels.max()) + 1 if self.has_onehot_labels else self._labels.shape[1]
         if max_size is not None:
             self._keep(max_size, random_seed)
 
@@ -84,11 +76,11 @@ class ImageDataset:
         self._fingerprint: str | None = None
         self.image_shape: list[int] | None = None
         self.image_shape = list(self._read(0).shape)
-        _, height, width = self.image_shape
-        found = f"{self._source.where(self._names[0])}: {width}x{height} pixels"
-        if height != width:
+        self.num_channels, self.resolution, width = self.image_shape
+        found = f"{self._source.where(self._names[0])}: {width}x{self.resolution} pixels"
+        if self.resolution != width:
             raise DatasetError(f"{found}; images must be square (see dataset_tool.py)")
-        if resolution is not None and height != resolution:
+        if resolution is not None and self.resolution != resolution:
             raise DatasetError(f"{found}, but {resolution}x{resolution} are needed")
         if cache:
             self._cache = np.stack([self._read(i) for i in range(len(self._names))])
@@ -136,24 +128,6 @@ class ImageDataset:
         """Label of image `index` as `dataset.json` stores it: class index, vector, or None without labels."""
         _, number = self._locate(index)
         return None if self._labels is None else self._labels[number].tolist()
-
-    @property
-    def resolution(self) -> int:
-        """Height = width in pixels."""
-        return self.image_shape[1]
-
-    @property
-    def num_channels(self) -> int:
-        return self.image_shape[0]
-
-    @property
-    def has_labels(self) -> bool:
-        return self._labels is not None
-
-    @property
-    def has_onehot_labels(self) -> bool:
-        """Whether labels are classes rather than stored vectors."""
-        return self._labels is not None and self._labels.ndim == 1
 
     def facts(self) -> dict[str, Any]:
         """What to record beside a model trained on these images; JSON-able. num_images is without mirrored copies."""

@@ -68,4 +68,4 @@ def _write(
             results = turn(torch.from_numpy(np.stack([dataset[i][0] for i in indices]))).cpu().numpy()
             for i, result in zip(indices, results, strict=True):
                 writer.add(f"{i // 1000:05d}/{name.format(i)}", encode(result), dataset.get_raw_label(i))
-    return Conversion(count, list(result.shape), dataset.has_labels)
+    return Conversion(count, list(result.shape), dataset.label_dim > 0)
