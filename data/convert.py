@@ -70,7 +70,6 @@ def convert_dataset(
     return Conversion(written, shape, label is not None, skipped)
 
 
-# ----------------------------------------------------------------------------
 # Crops and scaling; images are uint8 [C,H,W], sizes (width, height)
 
 
@@ -120,24 +119,22 @@ def transform_image(
         if transform == "none":
             return image
         raise ValueError(f"transform {transform} needs a resolution, such as 256x256")
-    width, height = size
-    if transform == "none":
-        return _resize(image, size, resample)
+    (width, height), (channels, rows, columns) = size, image.shape
     if transform == "center-crop-wide":
         if height > width:
             raise ValueError(f"transform center-crop-wide needs a resolution wider than high, not {width}x{height}")
-        rows = round(width * image.shape[1] / image.shape[2])
-        if image.shape[2] < width or rows < height:
+        kept = round(width * rows / columns)
+        if columns < width or kept < height:
             return None
-        canvas = np.zeros([image.shape[0], width, width], dtype=np.uint8)
         top = (width - height) // 2
-        canvas[:, top : top + height] = _resize(_center(image, image.shape[2], rows), size, resample)
+        canvas = np.zeros([channels, width, width], dtype=np.uint8)
+        canvas[:, top : top + height] = _resize(_center(image, columns, kept), size, resample)
         return canvas
-    if width != height:
+    if transform != "none" and width != height:
         raise ValueError(f"transform {transform} needs a square resolution, not {width}x{height}")
-    if transform == "center-crop":
-        side = min(image.shape[1:])
-        return _resize(_center(image, side, side), size, resample)
+    if transform != "center-crop-dhariwal":
+        side = min(rows, columns)
+        return _resize(image if transform == "none" else _center(image, side, side), size, resample)
     while min(image.shape[1:]) >= 2 * width:
         image = _resize(image, (image.shape[2] // 2, image.shape[1] // 2), "box-halve")
     scale = width / min(image.shape[1:])
@@ -157,7 +154,6 @@ def _check_shape(shape: tuple[int, ...], expected: list[int], where: str) -> Non
         raise DatasetError(f"{where}: {channels} channels where images before have {expected[0]}; use --rgb")
 
 
-# ----------------------------------------------------------------------------
 # Sources: a number of images, and those in a fixed order, each decoded only when it is asked for
 
 

@@ -59,11 +59,11 @@ class Record:
 class Vocabulary:
     """What the names in a pickle stand for."""
 
-    functions: Mapping[Name, Callable[..., Any]]  # called as f(machine, *arguments in the file); must check them
-    record_classes: frozenset[Name]  # whose objects become `Record`s
-    dict_classes: frozenset[Name]  # whose objects become plain dicts
-    words: frozenset[Name]  # may be mentioned, cannot be called
-    builders: Mapping[type, Callable[..., None]]  # sets the state of an object: f(machine, object, state)
+    functions: Mapping[Name, Callable[..., Any]] = field(default_factory=dict)  # f(machine, *arguments), checks them
+    record_classes: frozenset[Name] = frozenset()  # whose objects become `Record`s
+    dict_classes: frozenset[Name] = frozenset()  # whose objects become plain dicts
+    words: frozenset[Name] = frozenset()  # may be mentioned, cannot be called
+    builders: Mapping[type, Callable[..., None]] = field(default_factory=dict)  # f(machine, object, its state)
 
     def __contains__(self, name: Name) -> bool:
         return any(name in part for part in (self.functions, self.record_classes, self.dict_classes, self.words))

@@ -2,8 +2,8 @@
 
 A pickle is a program for a small stack machine whose instructions may import and call anything. It is run here on a
 machine that knows no importing (see `pickle_machine`), with the vocabulary at the end of this file: what a name stands
-for is a function of this module that checks its arguments. Classes become inert `Record`s; source code that a file
-carries is dropped unread.
+for is a function of this module, of the machine and the arguments found in the file, which it checks. Classes become
+inert `Record`s; source code that a file carries is dropped unread.
 """
 
 import io
@@ -54,21 +54,14 @@ def load(source: str | os.PathLike[str] | bytes, *, max_bytes: int = MAX_BYTES) 
         size = os.fstat(file.fileno()).st_size if is_path else len(source)
         if size > max_bytes:
             raise CheckpointError(f"{name}: larger than the limit of {max_bytes} bytes")
-        return _run(Machine(BoundedReader(file, size), size, _VOCABULARY), name)
-
-
-def _run(machine: Machine, name: str) -> Any:
-    try:
-        return machine.run()
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(f"{name}: refused at byte {machine.position}: {error}") from None
-    except Exception as error:  # whatever damaged input makes the reader stumble over
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise CheckpointError(f"{name}: damaged or not a checkpoint (byte {machine.position}): {reason}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Containers and objects. Each function takes the machine, then the arguments found in the file.
+        machine = Machine(BoundedReader(file, size), size, _VOCABULARY)
+        try:
+            return machine.run()
+        except UnsafeCheckpointError as error:
+            raise UnsafeCheckpointError(f"{name}: refused at byte {machine.position}: {error}") from None
+        except Exception as error:  # whatever damaged input makes the reader stumble over
+            reason = " ".join((str(error) or type(error).__name__).split())[:200]
+            raise CheckpointError(f"{name}: damaged or not a checkpoint (byte {machine.position}): {reason}") from None
 
 
 def _persistent_object(machine: Machine, meta: Any) -> Record:
@@ -79,17 +72,20 @@ def _persistent_object(machine: Machine, meta: Any) -> Record:
 
 
 def _ordered_dict(machine: Machine, items: Any = ()) -> dict[Any, Any]:
-    if type(items) not in (list, tuple) or not all(type(item) in (list, tuple) and len(item) == 2 for item in items):
+    if not all(type(item) in (list, tuple) and len(item) == 2 for item in _listed(machine, items)):
         raise ValueError("an OrderedDict is not made of pairs")
-    machine.spend(200 * len(items))
     return {scalar_key(key): value for key, value in items}
 
 
 def _set(machine: Machine, items: Any = ()) -> set[Any]:
+    return {scalar_key(item) for item in _listed(machine, items)}
+
+
+def _listed(machine: Machine, items: Any) -> Any:
     if type(items) not in (list, tuple):
-        raise ValueError("a set is not made of a list")
+        raise ValueError("a container is not made of a list")
     machine.spend(200 * len(items))
-    return {scalar_key(item) for item in items}
+    return items
 
 
 def _encode(machine: Machine, text: Any, encoding: Any) -> bytes:
@@ -98,10 +94,6 @@ def _encode(machine: Machine, text: Any, encoding: Any) -> bytes:
         raise UnsafeCheckpointError("encodes text in an unexpected way")
     machine.spend(len(text))
     return text.encode("latin1")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# numpy
 
 
 @dataclass(eq=False)
@@ -173,10 +165,6 @@ def _count(value: Any) -> int:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch
-
-
 @dataclass(eq=False)
 class _Storage:
     """A torch storage, as a one-dimensional tensor."""
@@ -241,10 +229,6 @@ def _load_storage(machine: Machine, data: Any) -> _Storage:
         return _Storage(torch.empty(0, dtype=dtype).set_(storage.untyped()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The vocabulary
-
-
 _PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")
 _NUMPY_CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())
 _STORAGE_TYPES = {
@@ -271,17 +255,13 @@ _VOCABULARY = Vocabulary(
         Name("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         Name("torch.storage", "_load_from_bytes"): _load_storage,
     },
-    record_classes=frozenset(
-        {
-            Name("torch.nn.modules.container", "ModuleDict"),
-            Name("training.networks_edm2", "GenerativeDenoiser"),
-            Name("training.training_loop", "LogNormalNoiseSampler"),
-        }
-    ),
+    record_classes=frozenset({
+        Name("torch.nn.modules.container", "ModuleDict"),
+        Name("training.networks_edm2", "GenerativeDenoiser"),
+        Name("training.training_loop", "LogNormalNoiseSampler"),
+    }),
     dict_classes=frozenset({Name("dnnlib.util", "EasyDict")}),
     words=frozenset({Name("numpy", "ndarray")}),
     builders={_DType: _set_byte_order, np.ndarray: _fill_array},
-)
-_STORAGE_VOCABULARY = Vocabulary(
-    functions={}, record_classes=frozenset(), dict_classes=frozenset(), words=frozenset(_STORAGE_TYPES), builders={}
-)
+)  # fmt: skip
+_STORAGE_VOCABULARY = Vocabulary(words=frozenset(_STORAGE_TYPES))
