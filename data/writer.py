@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +76,19 @@ class DatasetWriter:
         self._labels: list[list[Any]] = []
         self._zip: zipfile.ZipFile | None = None
         self._place = contextlib.ExitStack()
-        try:
+        with self._telling():
             self._check_free()
             self._temporary = self._place.enter_context(temporary_beside(self._target, folder=not self._is_zip))
             if self._is_zip:
                 self._zip = zipfile.ZipFile(self._temporary, "w")
-        except OSError as error:
-            raise self._failure(error) from None
 
-    def _failure(self, error: OSError) -> DatasetError:
-        return DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})")
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turns errors of the system into those of the data set."""
+        try:
+            yield
+        except OSError as error:
+            raise DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})") from None
 
     def _check_free(self) -> None:
         if len(os.fsencode(os.path.basename(self._target))) > 255:
@@ -106,7 +110,7 @@ class DatasetWriter:
             self._labels.append([name, label])
 
     def _store(self, name: str, data: bytes, compression: int) -> None:
-        try:
+        with self._telling():
             if self._zip is not None:
                 info = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
                 info.create_system = 3  # the same on every platform
@@ -117,12 +121,10 @@ class DatasetWriter:
                 path = self._temporary / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-        except OSError as error:
-            raise self._failure(error) from None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         complete = False
-        with self._place:
+        with self._place, self._telling():
             try:
                 if kind is None:
                     content = json.dumps({"labels": self._labels or None})
@@ -130,8 +132,6 @@ class DatasetWriter:
                     if self._zip is not None:
                         self._zip.close()
                     complete = True
-            except OSError as error:
-                raise self._failure(error) from None
             finally:
                 if not complete:
                     with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
@@ -144,12 +144,12 @@ class DatasetWriter:
     def _publish(self) -> None:
         """Give the complete files their name; they are kept where that fails."""
         try:
-            self._check_free()
-            if os.path.isdir(self._target):
-                os.rmdir(self._target)
-            os.replace(self._temporary, self._target)
-        except (DatasetError, OSError) as error:
-            reason = error if isinstance(error, DatasetError) else self._failure(error)
+            with self._telling():
+                self._check_free()
+                if os.path.isdir(self._target):
+                    os.rmdir(self._target)
+                os.replace(self._temporary, self._target)
+        except DatasetError as reason:
             kept = self._temporary.with_name(f"{self._temporary.stem}.{secrets.token_hex(4)}")  # no later leftover
             try:
                 os.replace(self._temporary, kept)

@@ -298,7 +298,7 @@ def test_steps_within_nested_files_count(monkeypatch):
 
 @pytest.mark.parametrize("read", [networks.load, load_reference, load])
 def test_attributes_that_many_objects_share_are_refused_before_they_are_looked_at_often(tmp_path, monkeypatch, read):
-    """450 KB: each of 33,000 objects takes the same dictionary of 20,000 attributes as its state."""
+    """450 KB: each of 34,400 objects takes the same dictionary of 20,000 attributes as its state."""
 
     def made(attributes, objects):
         shared = b"}\x94(" + b"".join(text(str(i)) + b"N" for i in range(attributes)) + b"u"
@@ -318,8 +318,8 @@ def test_attributes_that_many_objects_share_are_refused_before_they_are_looked_a
     _, shared, objects = load(made(20, 30))
     assert len(objects) == 30 and all(item.state is shared for item in objects) and looked == [20] * 30
     path = tmp_path / "shared.pkl"
-    path.write_bytes(made(20_000, 33_000))
-    assert 440_000 < path.stat().st_size < 460_000
+    path.write_bytes(made(20_000, 34_400))
+    assert 445_000 < path.stat().st_size < 455_000
     with pytest.raises(ValueError, match="refused at byte [0-9]+: needs more than 1000000 steps to be read$"):
         read(path)
     assert sum(looked) < 1_020_000
