@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from dnnlib.files import open_regular, parse_json, read_regular
 from dnnlib.text import first_line
@@ -161,16 +162,12 @@ class FileSource:
             try:
                 self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
             except FileNotFoundError:
-                raise DatasetError(
-                    f"{self.path or repr('')}: no such folder or ZIP file; check the path of the data set"
-                ) from None
+                shown = self.path or "''"
+                raise DatasetError(f"{shown}: no such folder or ZIP file; check the path of the data set") from None
             except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
                 raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
             self.names = self._zip.names
-
-    @property
-    def is_zip(self) -> bool:
-        return self._zip is not None
+        self.is_zip = self._zip is not None
 
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, files in os.walk(self.path):
@@ -233,8 +230,6 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
     Raises `DatasetError`, naming `where`, for damaged files, for more than 8 bits per channel, and, before anything is
     decoded, for more than MAX_PIXELS and another shape than `expected` [C,H,W].
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged tags, and of many pixels, which the next lines refuse
@@ -301,14 +296,13 @@ def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
     if "dataset.json" not in source.names:
         return None
     where = source.where("dataset.json")
+    text = source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names))
     try:
-        content = parse_json(source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names)))
+        content = parse_json(text)
     except (ValueError, MemoryError) as error:
-        if isinstance(error, DatasetError):
-            raise
         raise DatasetError(f"{where}: not valid JSON ({_reason(error)})") from None
-    entries = content.get("labels") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or (entries is not None and not isinstance(entries, list)):
+    entries = content.get("labels") if isinstance(content, dict) else 0
+    if entries is not None and not isinstance(entries, list):
         raise DatasetError(f'{where}: must be {{"labels": [[name, label], ...]}} or {{"labels": null}}')
     if not entries:
         return None

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from data.archives import MAX_PIXELS, DatasetError, FileSource, decode_pixels, is_image_name, read_labels
@@ -74,8 +75,6 @@ def convert_dataset(
 
 
 def _resize(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
-    from PIL import Image
-
     if (image.shape[2], image.shape[1]) == size:
         return image
     if size[0] * max(size[1], image.shape[1]) > MAX_PIXELS:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import click
+
 from dnnlib.streams import lasting_streams
 from dnnlib.text import first_line, redact
 
@@ -33,8 +35,6 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     that failed only because the main one did. Where several processes meet the same mistake one of them tells it.
     Ctrl-C, SIGTERM and SIGHUP end in one line and exit code 128 + number, after temporary files have been removed.
     """
-    import click
-
     failed = True
     try:
         with lasting_streams() as output, _stopped_by_signals():
