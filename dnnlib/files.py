@@ -4,7 +4,6 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import secrets
 import shutil
@@ -20,8 +19,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-_CHUNK = 1 << 20  # bytes read for hashing at a time
 
 
 class OutputError(ValueError):
@@ -40,13 +37,12 @@ def check_output(
 
     A file that is there is replaced only if it is of that kind. Raises OutputError.
     """
-    text = printable(path)
     try:
         reason = _reason_against(Path(path), suffix, reads)
     except OSError as error:
         reason = f"{error.strerror or error}: name another file"
     if reason is not None:
-        raise OutputError(f"{text or 'the output'}: {reason}")
+        raise OutputError(f"{printable(path) or 'the output'}: {reason}")
 
 
 def _reason_against(path: Path, suffix: str, reads: Iterable[str | os.PathLike[str] | None]) -> str | None:
@@ -224,17 +220,11 @@ def parse_json(text: str | bytes) -> Any:
     Whole numbers of more than 20 digits, which would overflow wherever they are used, become floating-point ones.
     """
     try:
-        return json.loads(text, parse_int=_number)
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits))
     except RecursionError:
         raise ValueError("lists within lists, too deep") from None
     except UnicodeDecodeError:
         raise ValueError("no text in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _number(digits: str) -> int | float:
-    return int(digits) if len(digits) <= 20 else float(digits)
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[str, Any]:
@@ -252,18 +242,10 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[st
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON data, infinities and NaN as null, into a folder that is made if need be; whole or not at all."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=1, allow_nan=False)
+        json.dump(finite, file, indent=1, allow_nan=False)
         file.write("\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: null instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -302,7 +284,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     with open_regular(path) as file:
         left = os.fstat(file.fileno()).st_size
-        while chunk := file.read(min(left, _CHUNK)):
+        while chunk := file.read(min(left, 1 << 20)):
             digest.update(chunk)
             left -= len(chunk)
     return digest.hexdigest()
