@@ -9,7 +9,6 @@ inert `Record`s; source code that a file carries is dropped unread.
 import io
 import math
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,36 +196,36 @@ _STORAGE_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 
 
 def _load_storage(machine: Machine, data: Any) -> _Storage:
-    """torch.load with `weights_only`, after checking that the bytes are one storage of the size it claims."""
+    """One storage of the size that it claims, and nothing else."""
     if type(data) is not bytes or not data.startswith(_STORAGE_START):
         raise UnsafeCheckpointError("holds a nested file that is not one torch storage in the format without ZIP")
     stream = io.BytesIO(data)
     stream.seek(len(_STORAGE_START))
-    described: list[tuple[torch.dtype, int]] = []
+    described: list[tuple[torch.dtype, int, Any]] = []
 
     def describe(item: Any) -> Any:
         if type(item) is not tuple or len(item) != 6 or item[0] != "storage" or item[5] is not None or described:
             raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
         if type(item[1]) is not Name or item[1] not in _STORAGE_TYPES:
             raise UnsafeCheckpointError("a nested file holds a storage of an unknown type")
-        described.append((_STORAGE_TYPES[item[1]], _count(item[4])))
+        described.append((_STORAGE_TYPES[item[1]], _count(item[4]), item[2]))
         return described
 
     machine.spend(len(data))
     parts = [Machine(stream, len(data), _STORAGE_VOCABULARY, describe) for _ in range(3)]
     system, content, keys = (part.run() for part in parts)
     machine.work(sum(part.steps for part in parts))
-    if content is not described or type(keys) is not list or len(keys) != 1:
+    if content is not described or type(keys) is not list or [type(key) for key in keys] != [str]:
         raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
     if type(system) is not dict or system.get("little_endian") is not True:
         raise ValueError("a storage was not written on a little-endian machine")
-    dtype, numel = described[0]
+    dtype, numel, key = described[0]
+    if type(key) is not str or key != keys[0]:
+        raise ValueError("a storage is not the one that its file lists")
     if int.from_bytes(stream.read(8), "little") != numel or len(data) - stream.tell() != numel * dtype.itemsize:
         raise ValueError("a storage does not have the size it claims")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on typed storages, which are what these files hold
-        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return _Storage(torch.empty(0, dtype=dtype).set_(storage.untyped()))
+    values = bytearray(memoryview(data)[stream.tell() :])  # a copy, writable
+    return _Storage(torch.frombuffer(values, dtype=dtype) if numel else torch.empty(0, dtype=dtype))
 
 
 _PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")

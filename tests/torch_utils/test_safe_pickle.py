@@ -118,6 +118,7 @@ def shared_attributes(item):
 
 
 HONEST = storage(torch.arange(4.0))
+KEY = pickle.loads(HONEST[HONEST.rindex(b"\x80\x02") : -24])[0].encode()  # of the storage, given twice
 
 # Each makes one file, given a folder in which nothing may appear.
 UNSAFE = {
@@ -227,6 +228,7 @@ DAMAGED = {
     "storage beyond its bytes": load_from_bytes(HONEST[:-4]),
     "storage with more bytes": load_from_bytes(HONEST + b"xxxx"),
     "storage that claims 2^40": load_from_bytes(HONEST.replace(b"K\x04N", b"\x8a\x06\x00\x00\x00\x00\x00\x01N")),
+    "storage under another key": load_from_bytes(HONEST.replace(KEY, b"x" * len(KEY), 1)),
     "storage cut in its head": load_from_bytes(HONEST[:40]),
     "tensor beyond its storage": P4 + tensor(blob(HONEST), size=(5,)) + STOP,
     "tensor behind its storage": P4 + tensor(blob(HONEST), offset=3) + STOP,
