@@ -140,12 +140,11 @@ def main_first(function: Callable[[], T]) -> T:
             result = function()
         except Exception as caught:  # of any kind: the others are waiting to hear of it
             error = caught
-    message = [None if error is None else str(error)]
-    dist.broadcast_object_list(message, src=0)
+    told = from_main(None if error is None else str(error))
     if error is not None:
         raise error
-    if message[0] is not None:
-        raise MainProcessError(message[0])
+    if told is not None:
+        raise MainProcessError(told)
     return result if is_main() else function()
 
 
