@@ -146,9 +146,8 @@ def _check_shape(shape: tuple[int, ...], expected: list[int], where: str) -> Non
     if height != width:
         raise DatasetError(f"{where}: {width}x{height} is not square; use --transform center-crop with --resolution")
     if [height, width] != expected[1:]:
-        raise DatasetError(
-            f"{where}: {width}x{height} differs from {expected[2]}x{expected[1]} before; set --resolution"
-        )
+        before = f"{expected[2]}x{expected[1]} before"
+        raise DatasetError(f"{where}: {width}x{height} differs from {before}; set --resolution")
     if channels != expected[0]:
         raise DatasetError(f"{where}: {channels} channels where images before have {expected[0]}; use --rgb")
 
@@ -173,17 +172,16 @@ def _open_images(path: str, labels: str) -> tuple[int, Iterable[_Item]]:
     names = [name for name in source.names if is_image_name(name)]
     if not names:
         raise DatasetError(f"{path}: no image files found")
-    has_json = "dataset.json" in source.names
     values: Any = None
-    if labels == "json" and not has_json:
-        raise DatasetError(f"{path}: has no dataset.json to take labels from")
-    if labels == "folders" or (labels == "auto" and not has_json):
-        values = _folder_labels(names, path, required=labels == "folders")
-    elif labels != "none":
+    if labels in ("json", "auto") and "dataset.json" in source.names:
         array = read_labels(source, names)
         if array is None and labels == "json":
             raise DatasetError(f"{source.where('dataset.json')}: holds no labels")
         values = None if array is None else array.tolist()
+    elif labels == "json":
+        raise DatasetError(f"{path}: has no dataset.json to take labels from")
+    elif labels != "none":
+        values = _folder_labels(names, path, required=labels == "folders")
 
     def read(name: str, label: Any) -> _Item:
         where = source.where(name)
@@ -246,9 +244,8 @@ def _opened(path: str, dims: int) -> Iterator[tuple[BinaryIO, list[int]]]:
             raise DatasetError(f"{path}: not an IDX file of bytes with {dims} dimensions")
         size = math.prod(shape)
         if size > _MAX_IDX_BYTES or math.prod(shape[1:]) > MAX_PIXELS:
-            raise DatasetError(
-                f"{path}: claims shape {shape}, more than {_MAX_IDX_BYTES:,} bytes or {MAX_PIXELS:,} pixels"
-            )
+            limits = f"{_MAX_IDX_BYTES:,} bytes or {MAX_PIXELS:,} pixels"
+            raise DatasetError(f"{path}: claims shape {shape}, more than {limits}")
         if file is packed and os.fstat(packed.fileno()).st_size < file.tell() + size:
             raise DatasetError(f"{path}: damaged: its size does not fit shape {shape}")
         yield file, shape
