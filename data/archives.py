@@ -3,6 +3,7 @@
 Nothing that a data set contains is ever executed: NPY headers are checked and read without pickling, labels are JSON.
 """
 
+import bisect
 import io
 import json
 import math
@@ -11,19 +12,25 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
-from data.zip_files import ZipMembers
-from dnnlib.files import parse_json, read_regular
+from dnnlib.files import open_regular, parse_json, read_regular
+from dnnlib.text import first_line
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LATENT_EXTENSION = ".npy"
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
 MAX_PIXELS = (1 << 30) // 12  # of one image, as many as Pillow takes without a warning
 MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
+_MAX_READ = 1 << 30  # bytes of an archive at a time; the directory of ImageNet-21k takes as many
+_ROW = np.dtype([  # what is kept of a zipfile.ZipInfo
+    ("header_offset", "u8"), ("compress_size", "u8"), ("file_size", "u8"), ("CRC", "u4"), ("compress_type", "u2"),
+    ("flag_bits", "u2"),
+])  # fmt: skip
 _LABEL_BYTES = 4096  # dataset.json may hold so many per image, and 1 MiB besides
 _MAX_CLASSES = 1_000_000
 
@@ -40,12 +47,101 @@ def one_line(error: DatasetError) -> str:
 
 def _reason(error: BaseException) -> str:
     """What an exception says, in one short line."""
-    text = (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0]
-    return _printable(text[:120])
+    return _printable(first_line(getattr(error, "strerror", None) or error)[:120])
 
 
 def _printable(text: str) -> str:
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+class ZipReader(io.BufferedReader):
+    """An archive for zipfile, which reads its directory at once, whatever size that claims."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _MAX_READ:
+            raise zipfile.BadZipFile(f"its directory or a file in it claims {size:,} bytes")
+        return super().read(size)
+
+
+class ZipMembers:
+    """Files of an archive by name: its directory is read once, and kept in some 100 bytes for each.
+
+    Python's own takes half a kilobyte per file, and each process would read it anew. Safe across processes: the archive
+    is opened on first use in each.
+
+    Raises what zipfile does where the archive cannot be used.
+    """
+
+    def __init__(self, path: str, keep: Callable[[str], bool]) -> None:
+        with ZipReader(open_regular(path).detach()) as file, zipfile.ZipFile(file) as archive:
+            infos = {i.filename: i for i in archive.infolist() if not i.is_dir() and keep(i.filename)}
+        self.path = path
+        self.names = sorted(infos)
+        rows = (tuple(getattr(infos[name], key) for key in _ROW.names) for name in self.names)
+        try:
+            self._rows = np.fromiter(rows, dtype=_ROW, count=len(self.names))
+        except OverflowError:
+            raise zipfile.BadZipFile("a file begins before the archive") from None
+        del infos, archive, rows  # with new names the memory of the old ones, and of what lay between, goes back
+        self.names = "\0".join(self.names).split("\0") if self.names else []
+        self._file: BinaryIO | None = None
+        self._pid = -1
+
+    def signature(self, name: str) -> tuple[int, int]:
+        """Size in bytes and CRC."""
+        row = self._row(name)
+        return int(row["file_size"]), int(row["CRC"])
+
+    def readable(self, name: str) -> bool:
+        """Whether a file is stored or deflated, and not encrypted."""
+        row = self._row(name)
+        return row["compress_type"] in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not row["flag_bits"] & 1
+
+    def read(self, name: str) -> bytes:
+        """Content of a readable file, never more than its stated size, whatever it unpacks to.
+
+        Raises BadZipFile, EOFError or zlib.error for a damaged one.
+        """
+        row = self._row(name)
+        packed, size = int(row["compress_size"]), int(row["file_size"])
+        stored = row["compress_type"] == zipfile.ZIP_STORED
+        if packed != size if stored else packed > 2 * size + 4096:
+            raise zipfile.BadZipFile("its sizes contradict one another")
+        file = self._open()
+        file.seek(int(row["header_offset"]))
+        header = file.read(30)  # what stands before the name
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise zipfile.BadZipFile("no file begins at its place")
+        skipped = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        file.seek(skipped, os.SEEK_CUR)
+        data = file.read(packed)
+        if not stored and size:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
+        if len(data) < size:
+            raise EOFError("the archive ends early")
+        if zlib.crc32(data[:size]) != row["CRC"]:
+            raise zipfile.BadZipFile("Bad CRC-32")
+        return data[:size]
+
+    def close(self) -> None:
+        """Close the archive in this process, until it is used again."""
+        if self._file is not None and self._pid == os.getpid():
+            self._file.close()
+        self._file = None
+
+    def _open(self) -> BinaryIO:
+        if self._file is None or self._pid != os.getpid():  # a forked child must not share the file's position
+            self._file, self._pid = open_regular(self.path), os.getpid()
+        return self._file
+
+    def _row(self, name: str) -> Any:
+        i = bisect.bisect_left(self.names, name)
+        if i == len(self.names) or self.names[i] != name:
+            raise KeyError(f"there is no {name}")
+        return self._rows[i]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_pid": -1}
 
 
 class FileSource:
@@ -66,14 +162,12 @@ class FileSource:
             try:
                 self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
             except FileNotFoundError:
-                raise DatasetError(f"{self.path}: no such folder or ZIP file; check the path of the data set") from None
+                shown = self.path or "''"
+                raise DatasetError(f"{shown}: no such folder or ZIP file; check the path of the data set") from None
             except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
                 raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
             self.names = self._zip.names
-
-    @property
-    def is_zip(self) -> bool:
-        return self._zip is not None
+        self.is_zip = self._zip is not None
 
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, files in os.walk(self.path):
@@ -126,10 +220,8 @@ def is_image_name(name: str) -> bool:
 
 def _check_shape(shape: list[int], expected: Sequence[int] | None, where: str) -> None:
     if expected is not None and shape != list(expected):
-        raise DatasetError(
-            f"{where}: shape {shape} differs from {list(expected)} of the first image (channels, height, width); "
-            "convert with dataset_tool.py"
-        )
+        first = f"{list(expected)} of the first image (channels, height, width)"
+        raise DatasetError(f"{where}: shape {shape} differs from {first}; convert with dataset_tool.py")
 
 
 def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
@@ -138,8 +230,6 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
     Raises `DatasetError`, naming `where`, for damaged files, for more than 8 bits per channel, and, before anything is
     decoded, for more than MAX_PIXELS and another shape than `expected` [C,H,W].
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged tags, and of many pixels, which the next lines refuse
@@ -151,10 +241,8 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
                 raise DatasetError(f"{where}: {file.mode} pixels; convert the image to 8 bits per channel")
             mode = "L" if file.mode in ("1", "L", "LA", "La") else "RGB"
             _check_shape([1 if mode == "L" else 3, file.height, file.width], expected, where)
-            if file.mode == "P":  # by way of RGBA: a transparent palette entry keeps its colour
-                pixels = np.array(file.convert("RGBA"))[..., :3]
-            else:
-                pixels = np.array(file.convert(mode))
+            # A palette by way of RGBA: a transparent entry keeps its colour.
+            pixels = np.array(file.convert("RGBA"))[..., :3] if file.mode == "P" else np.array(file.convert(mode))
     except DatasetError:
         raise
     except Image.DecompressionBombError:
@@ -175,12 +263,10 @@ def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = Non
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
+        if version not in ((1, 0), (2, 0)):
             raise ValueError(f"NPY version {version[0]}.{version[1]}")
+        read_header = (np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0)[version[0] - 1]
+        shape, fortran_order, dtype = read_header(stream)
     except Exception as error:  # the header is a Python literal: SyntaxError, RecursionError, ... when damaged
         raise DatasetError(f"{where}: damaged or not an NPY file ({_reason(error)})") from None
     if dtype.kind != "f" or dtype.itemsize not in (2, 4):
@@ -210,14 +296,13 @@ def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
     if "dataset.json" not in source.names:
         return None
     where = source.where("dataset.json")
+    text = source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names))
     try:
-        content = parse_json(source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names)))
+        content = parse_json(text)
     except (ValueError, MemoryError) as error:
-        if isinstance(error, DatasetError):
-            raise
         raise DatasetError(f"{where}: not valid JSON ({_reason(error)})") from None
-    entries = content.get("labels") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or (entries is not None and not isinstance(entries, list)):
+    entries = content.get("labels") if isinstance(content, dict) else 0
+    if entries is not None and not isinstance(entries, list):
         raise DatasetError(f'{where}: must be {{"labels": [[name, label], ...]}} or {{"labels": null}}')
     if not entries:
         return None

@@ -1,43 +1,80 @@
-"""Making data sets in the EDM2 layout out of images of any kind, and turning them into autoencoder latents and back."""
+"""Making data sets in the EDM2 layout out of folders and archives of images, and out of the IDX files of MNIST."""
 
+import gzip
+import io
+import math
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from data.archives import MAX_PIXELS, DatasetError, FileSource, decode_pixels, is_image_name, read_labels
-from data.dataset import ImageDataset
-from data.idx_files import IdxImages, find_idx
-from data.writer import DatasetWriter, encode_npy, encode_png
-
-if TYPE_CHECKING:  # only names: converting needs no torch
-    from networks.encoders import StabilityVAEEncoder
+from data.writer import Conversion, DatasetWriter, encode_png
+from dnnlib.files import open_regular
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide", "center-crop-dhariwal")
 _SHARD = re.compile(r"\d{5}/img[^/]*$")
+_IDX_IMAGES = re.compile(r"(.*)images([-.])idx3-ubyte(\.gz)?$")
+_MAX_IDX_BYTES = 1 << 32  # unpacked
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class ConversionResult:
-    """What was written: number of images, shape [C,H,W] of each, images left out as too small, labelled or not."""
-
-    num_images: int
-    image_shape: list[int]
-    num_skipped: int
-    labelled: bool
+_Item = tuple[str, np.ndarray, Any]  # name for messages, uint8 [C,H,W], label
 
 
-# ----------------------------------------------------------------------------
+def convert_dataset(
+    source: str,  # folder (searched recursively) or ZIP of images, or a folder or file in the IDX format of MNIST
+    dest: str,  # folder, or archive where it ends in `.zip`
+    *,
+    size: tuple[int, int] | None = None,  # (width, height); None = as they are
+    transform: str = "none",  # see `transform_image`, as for the next
+    resample: str = "lanczos",
+    pad: int = 0,  # black pixels to add on every side first
+    rgb: bool = False,  # store grey images with three channels; otherwise they keep their one
+    labels: str = "auto",  # none; json = the source's; folders = number of the top-level one; auto = as there is
+    max_images: int | None = None,  # take the first so many in sorted order; None = all
+    compress: bool = False,  # compress the PNG files (smaller, slower to read)
+) -> Conversion:
+    """Write `source` as an EDM2 data set to `dest`. Labels of IDX files stand in a file beside them.
+
+    Raises `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that
+    exists; ValueError as `transform_image`. Nothing is left at `dest` then.
+    """
+    idx = _find_idx(source)
+    shape: list[int] = []
+    written = skipped = 0
+    with _open_idx(idx, labels) if idx else nullcontext(_open_images(source, labels)) as (count, images):
+        with DatasetWriter(dest) as writer:
+            steps = tqdm(range(min(count, max_images or count)), unit="img", dynamic_ncols=True)
+            for _, (where, image, label) in zip(steps, images, strict=False):
+                if rgb and image.shape[0] == 1:
+                    image = np.repeat(image, 3, axis=0)
+                image = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+                try:
+                    result = transform_image(image, transform, size, resample)
+                except DatasetError as error:
+                    raise DatasetError(f"{where}: {error}") from None
+                if result is None:
+                    skipped += 1
+                    continue
+                shape = shape or list(result.shape)
+                _check_shape(result.shape, shape, where)
+                writer.add(f"{written // 1000:05d}/img{written:08d}.png", encode_png(result, compress), label)
+                written += 1
+            if not written:
+                raise DatasetError(f"{source}: all {skipped} images are smaller than the resolution asked for")
+    return Conversion(written, shape, label is not None, skipped)
+
+
 # Crops and scaling; images are uint8 [C,H,W], sizes (width, height)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
-    from PIL import Image
-
     if (image.shape[2], image.shape[1]) == size:
         return image
     if size[0] * max(size[1], image.shape[1]) > MAX_PIXELS:
@@ -81,24 +118,22 @@ def transform_image(
         if transform == "none":
             return image
         raise ValueError(f"transform {transform} needs a resolution, such as 256x256")
-    width, height = size
-    if transform == "none":
-        return _resize(image, size, resample)
+    (width, height), (channels, rows, columns) = size, image.shape
     if transform == "center-crop-wide":
         if height > width:
             raise ValueError(f"transform center-crop-wide needs a resolution wider than high, not {width}x{height}")
-        rows = round(width * image.shape[1] / image.shape[2])
-        if image.shape[2] < width or rows < height:
+        kept = round(width * rows / columns)
+        if columns < width or kept < height:
             return None
-        canvas = np.zeros([image.shape[0], width, width], dtype=np.uint8)
         top = (width - height) // 2
-        canvas[:, top : top + height] = _resize(_center(image, image.shape[2], rows), size, resample)
+        canvas = np.zeros([channels, width, width], dtype=np.uint8)
+        canvas[:, top : top + height] = _resize(_center(image, columns, kept), size, resample)
         return canvas
-    if width != height:
+    if transform != "none" and width != height:
         raise ValueError(f"transform {transform} needs a square resolution, not {width}x{height}")
-    if transform == "center-crop":
-        side = min(image.shape[1:])
-        return _resize(_center(image, side, side), size, resample)
+    if transform != "center-crop-dhariwal":
+        side = min(rows, columns)
+        return _resize(image if transform == "none" else _center(image, side, side), size, resample)
     while min(image.shape[1:]) >= 2 * width:
         image = _resize(image, (image.shape[2] // 2, image.shape[1] // 2), "box-halve")
     scale = width / min(image.shape[1:])
@@ -106,24 +141,18 @@ def transform_image(
     return _center(image, width, width)
 
 
-# ----------------------------------------------------------------------------
-# Sources: (name for messages, uint8 [C,H,W], label) in a fixed order
+def _check_shape(shape: tuple[int, ...], expected: list[int], where: str) -> None:
+    channels, height, width = shape
+    if height != width:
+        raise DatasetError(f"{where}: {width}x{height} is not square; use --transform center-crop with --resolution")
+    if [height, width] != expected[1:]:
+        before = f"{expected[2]}x{expected[1]} before"
+        raise DatasetError(f"{where}: {width}x{height} differs from {before}; set --resolution")
+    if channels != expected[0]:
+        raise DatasetError(f"{where}: {channels} channels where images before have {expected[0]}; use --rgb")
 
-_Item = tuple[str, np.ndarray, int | list[float] | None]
 
-
-@dataclass(frozen=True)
-class _Source:
-    """Items by number; each is decoded only when it is asked for."""
-
-    count: int
-    get: Callable[[int], _Item]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[_Item]:
-        return map(self.get, range(self.count))
+# Sources: a number of images, and those in a fixed order, each decoded only when it is asked for
 
 
 def _folder_labels(names: list[str], where: str, required: bool) -> list[int] | None:
@@ -138,168 +167,95 @@ def _folder_labels(names: list[str], where: str, required: bool) -> list[int] | 
     return [index[name.split("/")[0]] for name in names]
 
 
-def _open_images(path: str, labels: str) -> _Source:
+def _open_images(path: str, labels: str) -> tuple[int, Iterable[_Item]]:
     source = FileSource(path)
     names = [name for name in source.names if is_image_name(name)]
     if not names:
         raise DatasetError(f"{path}: no image files found")
     values: Any = None
-    if labels == "json" and "dataset.json" not in source.names:
-        raise DatasetError(f"{path}: has no dataset.json to take labels from")
-    if labels == "folders" or (labels == "auto" and "dataset.json" not in source.names):
-        values = _folder_labels(names, path, required=labels == "folders")
-    elif labels != "none":
+    if labels in ("json", "auto") and "dataset.json" in source.names:
         array = read_labels(source, names)
         if array is None and labels == "json":
             raise DatasetError(f"{source.where('dataset.json')}: holds no labels")
         values = None if array is None else array.tolist()
+    elif labels == "json":
+        raise DatasetError(f"{path}: has no dataset.json to take labels from")
+    elif labels != "none":
+        values = _folder_labels(names, path, required=labels == "folders")
 
-    def get(i: int) -> _Item:
-        where = source.where(names[i])
-        return where, decode_pixels(source.read(names[i]), where), None if values is None else values[i]
+    def read(name: str, label: Any) -> _Item:
+        where = source.where(name)
+        return where, decode_pixels(source.read(name), where), label
 
-    return _Source(len(names), get)
-
-
-# ----------------------------------------------------------------------------
-# The three operations
-
-
-def convert_dataset(
-    source: str,
-    dest: str,
-    *,
-    size: tuple[int, int] | None = None,
-    transform: str = "none",
-    resample: str = "lanczos",
-    pad: int = 0,
-    rgb: bool = False,
-    labels: str = "auto",
-    max_images: int | None = None,
-    compress: bool = False,
-    progress: Progress = iter,
-) -> ConversionResult:
-    """Write `source` as an EDM2 data set to `dest` (a folder, or an archive where it ends in `.zip`).
-
-    Args:
-        source: folder (searched recursively) or ZIP of images, or a folder or file in the IDX format of MNIST.
-        size, transform, resample: see `transform_image`; size = (width, height), None = as they are.
-        pad: black pixels to add on every side first.
-        rgb: store grey images with three channels; otherwise they keep their one.
-        labels: 'none'; 'json' = the source's `dataset.json`; 'folders' = index of the top-level folder in sorted
-            order; 'auto' = json where there is one, else folders where there are several. IDX: the labels file.
-        max_images: take the first so many in sorted order; None = all.
-        compress: compress the PNG files (smaller, slower to read).
-        progress: wraps the iteration, as tqdm does.
-
-    Raises `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that
-    exists; ValueError as `transform_image`. Nothing is left at `dest` then.
-    """
-    idx = find_idx(source)
-    opened = IdxImages(idx, labels) if idx else _open_images(source, labels)
-    count = min(len(opened), max_images or len(opened))
-    shape: list[int] | None = None
-    written = skipped = 0
-    labelled = False
-    with DatasetWriter(dest) as writer:
-        for _, (where, image, label) in zip(progress(range(count)), opened, strict=False):
-            if rgb and image.shape[0] == 1:
-                image = np.repeat(image, 3, axis=0)
-            image = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
-            try:
-                result = transform_image(image, transform, size, resample)
-            except DatasetError as error:
-                raise DatasetError(f"{where}: {error}") from None
-            if result is None:
-                skipped += 1
-                continue
-            shape = shape or list(result.shape)
-            _check_shape(result.shape, shape, where)
-            writer.add(f"{written // 1000:05d}/img{written:08d}.png", encode_png(result, compress), label)
-            labelled = label is not None
-            written += 1
-        if shape is None:
-            raise DatasetError(f"{source}: all {skipped} images are smaller than the resolution asked for")
-    return ConversionResult(written, shape, skipped, labelled)
+    return len(names), map(read, names, values or [None] * len(names))
 
 
-def _check_shape(shape: tuple[int, ...], expected: list[int], where: str) -> None:
-    channels, height, width = shape
-    if height != width:
-        raise DatasetError(f"{where}: {width}x{height} is not square; use --transform center-crop with --resolution")
-    if [height, width] != expected[1:]:
-        raise DatasetError(
-            f"{where}: {width}x{height} differs from {expected[2]}x{expected[1]} before; set --resolution"
-        )
-    if channels != expected[0]:
-        raise DatasetError(f"{where}: {channels} channels where images before have {expected[0]}; use --rgb")
+@contextmanager
+def _open_idx(path: str, labels: str) -> Iterator[tuple[int, Iterable[_Item]]]:
+    """An IDX file of images, and the file of their labels beside it; read one by one: their claims take no memory."""
+    if labels in ("folders", "json"):
+        raise DatasetError(f"{path}: an IDX source has its labels in a file beside it; use labels auto or none")
+    beside = _find_labels(path) if labels == "auto" else None
+    with _opened(path, 3) as (file, (count, *size)):
+        with _opened(beside, 1) if beside else nullcontext((None, [count])) as (label_file, (label_count,)):
+            if label_count != count:
+                raise DatasetError(f"{beside}: {label_count} labels for {count} images")
+
+            def read(i: int) -> _Item:
+                pixels = np.frombuffer(_read(file, math.prod(size), path), dtype=np.uint8).reshape(1, *size)
+                return f"{path}[{i}]", pixels, _read(label_file, 1, beside)[0] if beside else None
+
+            yield count, map(read, range(count))
 
 
-def _batches(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+def _find_idx(path: str) -> str | None:
+    """Path of an MNIST-style image file: `path` itself, or the training set's in folder `path`."""
+    if os.path.isfile(path):
+        return path if _IDX_IMAGES.match(os.path.basename(path)) else None
+    found = sorted(n for n in os.listdir(path) if _IDX_IMAGES.match(n)) if os.path.isdir(path) else []
+    train = [n for n in found if n.startswith("train")]
+    if not found:
+        return None
+    if len(train or found) > 1:
+        raise DatasetError(f"{path}: holds {', '.join(train or found)}; name one of them as the source")
+    return os.path.join(path, (train or found)[0])
 
 
-def encode_dataset(
-    source: str,
-    dest: str,
-    encoder: "StabilityVAEEncoder",
-    *,
-    batch_size: int = 16,
-    max_images: int | None = None,
-    progress: Progress = iter,
-) -> ConversionResult:
-    """Write the posteriors (mean, std; float32 [8,h,w]) of an image data set as NPY files, labels kept.
-
-    Grey images are given three equal channels. Raises `DatasetError` as `ImageDataset` does, and ValueError where
-    the autoencoder cannot be found or does not divide the image size.
-    """
-    import torch
-
-    dataset = ImageDataset(source)
-    if dataset.num_channels not in (1, 3):
-        raise DatasetError(f"{source}: {dataset.num_channels} channels; only pixels can be encoded")
-    count = min(len(dataset), max_images or len(dataset))
-    shape: list[int] = []
-    with DatasetWriter(dest) as writer:
-        for indices in progress(_batches(count, batch_size)):
-            pixels = torch.from_numpy(np.stack([dataset[i][0] for i in indices]))
-            raw = encoder.encode_pixels(pixels.expand(-1, 3, -1, -1)).cpu().numpy()
-            shape = list(raw.shape[1:])
-            for i, latents in zip(indices, raw, strict=True):
-                name = f"{i // 1000:05d}/img-mean-std-{i:08d}.npy"
-                writer.add(name, encode_npy(latents), dataset.get_raw_label(i))
-    return ConversionResult(count, shape, 0, dataset.has_labels)
+def _find_labels(path: str) -> str:
+    folder, base = os.path.split(path)
+    stem, separator, suffix = _IDX_IMAGES.match(base).groups()
+    candidates = [os.path.join(folder, f"{stem}labels{separator}idx1-ubyte{s}") for s in (suffix or "", ".gz", "")]
+    existing = [c for c in candidates if os.path.exists(c)]
+    if not existing:
+        raise DatasetError(f"{path}: no labels beside it ({candidates[0]}); choose labels none to do without")
+    return existing[0]
 
 
-def decode_dataset(
-    source: str,
-    dest: str,
-    encoder: "StabilityVAEEncoder",
-    *,
-    batch_size: int = 16,
-    max_images: int | None = None,
-    progress: Progress = iter,
-) -> ConversionResult:
-    """Write the pixels that the posterior means of a latent data set decode to as PNG files, labels kept.
+@contextmanager
+def _opened(path: str, dims: int) -> Iterator[tuple[BinaryIO, list[int]]]:
+    """An IDX file of bytes after its header, and the shape that this claims."""
+    try:
+        packed = open_regular(path)
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror})") from None
+    with packed, io.BufferedReader(gzip.GzipFile(fileobj=packed)) if path.endswith(".gz") else packed as file:
+        magic, *shape = struct.unpack(f">{1 + dims}i", _read(file, 4 + 4 * dims, path))
+        if magic != 0x800 + dims or min(shape) < 1:
+            raise DatasetError(f"{path}: not an IDX file of bytes with {dims} dimensions")
+        size = math.prod(shape)
+        if size > _MAX_IDX_BYTES or math.prod(shape[1:]) > MAX_PIXELS:
+            limits = f"{_MAX_IDX_BYTES:,} bytes or {MAX_PIXELS:,} pixels"
+            raise DatasetError(f"{path}: claims shape {shape}, more than {limits}")
+        if file is packed and os.fstat(packed.fileno()).st_size < file.tell() + size:
+            raise DatasetError(f"{path}: damaged: its size does not fit shape {shape}")
+        yield file, shape
 
-    Raises `DatasetError` as `ImageDataset` does or where the data are not latents, and ValueError where the
-    autoencoder cannot be found.
-    """
-    import torch
 
-    dataset = ImageDataset(source)
-    channels = dataset.num_channels // 2
-    if dataset.num_channels != 2 * encoder.scale.size:
-        raise DatasetError(
-            f"{source}: {dataset.num_channels} channels; latents have {2 * encoder.scale.size} (mean, std)"
-        )
-    count = min(len(dataset), max_images or len(dataset))
-    shape: list[int] = []
-    with DatasetWriter(dest) as writer:
-        for indices in progress(_batches(count, batch_size)):
-            means = torch.from_numpy(np.stack([dataset[i][0][:channels] for i in indices]))
-            pixels = encoder.decode_raw(means).cpu().numpy()
-            shape = list(pixels.shape[1:])
-            for i, image in zip(indices, pixels, strict=True):
-                writer.add(f"{i // 1000:05d}/img{i:08d}.png", encode_png(image), dataset.get_raw_label(i))
-    return ConversionResult(count, shape, 0, dataset.has_labels)
+def _read(file: BinaryIO, count: int, path: str) -> bytes:
+    try:
+        data = file.read(count)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path}: cannot be read ({error})") from None
+    if len(data) != count:
+        raise DatasetError(f"{path}: damaged: it ends early")
+    return data

@@ -35,29 +35,20 @@ class ImageDataset:
     `ds[i]` is (image, label): image uint8 [C,H,W] for pixels or float32 [C,H,W] for latents; label float32
     [label_dim], one-hot for class indices, as stored for vectors, of length 0 without labels.
 
-    Args:
-        path: folder or ZIP of PNG (or other image) files, or of NPY latents.
-        resolution: height and width that the images must have; None = that of the first image.
-        use_labels: read `dataset.json`; False = unconditional.
-        xflip: append a mirrored copy of every image, which doubles the length.
-        max_size: keep a random subset of this many images (before mirroring); None = all.
-        random_seed: seed of that subset.
-        cache: decode everything once and keep it in memory (for small data sets).
-
     Raises `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first
     are checked against it when they are read.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike,  # folder or ZIP of PNG (or other image) files, or of NPY latents
         *,
-        resolution: int | None = None,
-        use_labels: bool = True,
-        xflip: bool = False,
-        max_size: int | None = None,
-        random_seed: int = 0,
-        cache: bool = False,
+        resolution: int | None = None,  # height and width that the images must have; None = that of the first
+        use_labels: bool = True,  # read `dataset.json`; False = unconditional
+        xflip: bool = False,  # append a mirrored copy of every image, which doubles the length
+        max_size: int | None = None,  # keep a random subset of so many (before mirroring); None = all
+        random_seed: int = 0,  # of that subset
+        cache: bool = False,  # decode everything once and keep it in memory (for small data sets)
     ):
         self._source = FileSource(path)
         self.path = self._source.path
@@ -65,105 +56,78 @@ class ImageDataset:
         self.name = os.path.splitext(base)[0] if self._source.is_zip else base
         self.xflip = bool(xflip)
         self.max_size = max_size
-        names = [n for n in self._source.names if is_image_name(n)]
+        images = [n for n in self._source.names if is_image_name(n)]
         latents = [n for n in self._source.names if n.lower().endswith(LATENT_EXTENSION)]
-        if names and latents:
-            raise DatasetError(f"{self.path}: mixes images ({names[0]}) and latents ({latents[0]}); keep one kind")
-        names = names or latents
-        if not names:
+        if images and latents:
+            raise DatasetError(f"{self.path}: mixes images ({images[0]}) and latents ({latents[0]}); keep one kind")
+        self._names = images or latents
+        if not self._names:
             raise DatasetError(f"{self.path}: no images (PNG) or latents (NPY) found")
         self._decode = decode_latents if latents else decode_pixels
-        labels = read_labels(self._source, names) if use_labels else None
-        self.label_dim = 0
-        if labels is not None:
-            self.label_dim = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
-
-        order = np.arange(len(names))
+        self._labels = read_labels(self._source, self._names) if use_labels else None
+        self.has_onehot_labels = self._labels is not None and self._labels.ndim == 1  # classes rather than vectors
+        self.label_dim = 0  # of all images, also where a subset lacks some classes
+        if self._labels is not None:
+            self.label_dim = int(self._labels.max()) + 1 if self.has_onehot_labels else self._labels.shape[1]
         if max_size is not None:
-            if max_size < 1:
-                raise DatasetError(f"{self.path}: max_size is {max_size}; it must be at least 1")
-            if max_size < len(names):
-                np.random.RandomState(random_seed % (1 << 31)).shuffle(order)
-                order = np.sort(order[:max_size])
-        self._names = [names[i] for i in order]
-        self._labels = None if labels is None else labels[order]
+            self._keep(max_size, random_seed)
 
         self._cache: np.ndarray | None = None
-        self.image_shape: list[int] | None = None
-        self.image_shape = list(self._decode_file(0).shape)
-        _, height, width = self.image_shape
-        if height != width:
-            raise DatasetError(
-                f"{self._where(0)}: {width}x{height} pixels; images must be square (see dataset_tool.py)"
-            )
-        if resolution is not None and height != resolution:
-            raise DatasetError(f"{self._where(0)}: {width}x{height} pixels, but {resolution}x{resolution} are needed")
-        if cache:
-            self._cache = np.stack([self._read_raw(i) for i in range(len(self._names))])
         self._fingerprint: str | None = None
+        self.image_shape: list[int] | None = None
+        self.image_shape = list(self._read(0).shape)
+        self.num_channels, self.resolution, width = self.image_shape
+        found = f"{self._source.where(self._names[0])}: {width}x{self.resolution} pixels"
+        if self.resolution != width:
+            raise DatasetError(f"{found}; images must be square (see dataset_tool.py)")
+        if resolution is not None and self.resolution != resolution:
+            raise DatasetError(f"{found}, but {resolution}x{resolution} are needed")
+        if cache:
+            self._cache = np.stack([self._read(i) for i in range(len(self._names))])
 
-    def _where(self, raw_index: int) -> str:
-        return self._source.where(self._names[raw_index])
+    def _keep(self, count: int, seed: int) -> None:
+        """Reduce the data set to `count` images that a seed draws without replacement; their order stays."""
+        if count < 1:
+            raise DatasetError(f"{self.path}: max_size is {count}; it must be at least 1")
+        if count < len(self._names):
+            drawn = np.random.RandomState(seed % (1 << 31)).permutation(len(self._names))[:count]
+            drawn.sort()
+            self._names = [self._names[i] for i in drawn]
+            self._labels = None if self._labels is None else self._labels[drawn]
 
-    def _decode_file(self, raw_index: int) -> np.ndarray:
-        return self._decode(self._source.read(self._names[raw_index]), self._where(raw_index), self.image_shape)
-
-    def _read_raw(self, raw_index: int) -> np.ndarray:
+    def _read(self, number: int) -> np.ndarray:
+        """One file's image."""
         if self._cache is not None:
-            return self._cache[raw_index].copy()
-        return self._decode_file(raw_index)
+            return self._cache[number].copy()
+        name = self._names[number]
+        return self._decode(self._source.read(name), self._source.where(name), self.image_shape)
 
-    def __len__(self) -> int:
-        return len(self._names) * (2 if self.xflip else 1)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        image = self._read_raw(self._raw_index(index))
-        if index % len(self) >= len(self._names):  # the second half is mirrored
-            image = np.ascontiguousarray(image[:, :, ::-1])
-        return image, self.get_label(index)
-
-    def _raw_index(self, index: int) -> int:
+    def _locate(self, index: int) -> tuple[bool, int]:
+        """Whether image `index` is a mirrored one (they follow all the others), and the number of its file."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
-        return int(index) % len(self._names)
+        mirrored, number = divmod(int(index) % len(self), len(self._names))
+        return bool(mirrored), number
+
+    def __len__(self) -> int:
+        return len(self._names) * (1 + self.xflip)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        mirrored, number = self._locate(index)
+        image = self._read(number)
+        return np.flip(image, axis=2).copy() if mirrored else image, self.get_label(index)
 
     def get_label(self, index: int) -> np.ndarray:
         """Label of image `index`: float32 [label_dim]."""
-        raw_index = self._raw_index(index)
-        if self._labels is None:
-            return np.zeros([0], dtype=np.float32)
-        if self._labels.ndim == 2:
-            return self._labels[raw_index].copy()
-        onehot = np.zeros([self.label_dim], dtype=np.float32)
-        onehot[self._labels[raw_index]] = 1
-        return onehot
+        label = self.get_raw_label(index)
+        if isinstance(label, int):
+            return np.eye(1, self.label_dim, label, dtype=np.float32)[0]
+        return np.array(label or [], dtype=np.float32)
 
     def get_raw_label(self, index: int) -> int | list[float] | None:
         """Label of image `index` as `dataset.json` stores it: class index, vector, or None without labels."""
-        raw_index = self._raw_index(index)
-        return None if self._labels is None else self._labels[raw_index].tolist()
-
-    @property
-    def resolution(self) -> int:
-        """Height = width in pixels."""
-        return self.image_shape[1]
-
-    @property
-    def num_channels(self) -> int:
-        return self.image_shape[0]
-
-    @property
-    def label_shape(self) -> list[int]:
-        return [self.label_dim]
-
-    @property
-    def has_labels(self) -> bool:
-        return self._labels is not None
-
-    @property
-    def has_onehot_labels(self) -> bool:
-        """Whether labels are classes rather than stored vectors."""
-        return self._labels is not None and self._labels.ndim == 1
+        _, number = self._locate(index)
+        return None if self._labels is None else self._labels[number].tolist()
 
     def facts(self) -> dict[str, Any]:
         """What to record beside a model trained on these images; JSON-able. num_images is without mirrored copies."""

@@ -5,23 +5,23 @@ import errno
 import io
 import json
 import os
-import re
 import secrets
-import shutil
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from data.archives import DatasetError
+from dnnlib.files import discard, temporary_beside
 
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed: the same images give the same bytes
 
 
 def encode_png(image: np.ndarray, compress: bool = False) -> bytes:
     """PNG file of uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); stored uncompressed (fast to read) by default."""
-    from PIL import Image
-
     pixels = image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
     stream = io.BytesIO()
     options = {"optimize": True, "compress_type": 0} if compress else {"compress_level": 0}
@@ -34,6 +34,22 @@ def encode_npy(latents: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
     return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    num_images: int
+    image_shape: list[int]  # [C,H,W]
+    labelled: bool
+    num_skipped: int = 0  # images left out as too small
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        labels = "with labels" if self.labelled else "without labels"
+        skipped = f"; {self.num_skipped} too small for the resolution were left out" if self.num_skipped else ""
+        return f"{self.num_images} files of {shape} (channels, height, width) {labels}{skipped}"
 
 
 class DatasetWriter:
@@ -58,19 +74,23 @@ class DatasetWriter:
         self._target = os.path.realpath(self.dest)
         self._labels: list[list[Any]] = []
         self._zip: zipfile.ZipFile | None = None
-        try:
+        self._place = contextlib.ExitStack()
+        with self._telling():
             self._check_free()
-            self._temporary, self._lock = make_temporary(self._target, folder=not self._is_zip)
+            self._temporary = self._place.enter_context(temporary_beside(self._target, folder=not self._is_zip))
             if self._is_zip:
                 self._zip = zipfile.ZipFile(self._temporary, "w")
-        except OSError as error:
-            raise self._failure(error) from None
 
-    def _failure(self, error: OSError) -> DatasetError:
-        return DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})")
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turns errors of the system into those of the data set."""
+        try:
+            yield
+        except OSError as error:
+            raise DatasetError(f"{self.dest}: cannot be written ({error.strerror or error})") from None
 
     def _check_free(self) -> None:
-        if len(os.path.basename(self._target).encode()) > 255:
+        if len(os.fsencode(os.path.basename(self._target))) > 255:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if not os.path.lexists(self._target):
             return
@@ -89,7 +109,7 @@ class DatasetWriter:
             self._labels.append([name, label])
 
     def _store(self, name: str, data: bytes, compression: int) -> None:
-        try:
+        with self._telling():
             if self._zip is not None:
                 info = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
                 info.create_system = 3  # the same on every platform
@@ -97,111 +117,41 @@ class DatasetWriter:
                 info.compress_type = compression
                 self._zip.writestr(info, data)
             else:
-                path = os.path.join(self._temporary, *name.split("/"))
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "wb") as file:
-                    file.write(data)
-        except OSError as error:
-            raise self._failure(error) from None
+                path = self._temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._end(kind)
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
-
-    def _end(self, kind: type[BaseException] | None) -> None:
         complete = False
-        try:
-            if kind is None:
-                content = json.dumps({"labels": self._labels or None})
-                self._store("dataset.json", content.encode(), zipfile.ZIP_DEFLATED)
-                if self._zip is not None:
-                    self._zip.close()
-                complete = True
-        except OSError as error:
-            raise self._failure(error) from None
-        finally:
-            if not complete:
-                self._discard()
-        if complete:
-            self._publish()
+        with self._place, self._telling():
+            try:
+                if kind is None:
+                    content = json.dumps({"labels": self._labels or None})
+                    self._store("dataset.json", content.encode(), zipfile.ZIP_DEFLATED)
+                    if self._zip is not None:
+                        self._zip.close()
+                    complete = True
+            finally:
+                if not complete:
+                    with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
+                        if self._zip is not None:
+                            self._zip.close()
+                    discard(self._temporary)
+            if complete:
+                self._publish()
 
     def _publish(self) -> None:
         """Give the complete files their name; they are kept where that fails."""
         try:
-            self._check_free()
-            if os.path.isdir(self._target):
-                os.rmdir(self._target)
-            os.replace(self._temporary, self._target)
-        except (DatasetError, OSError) as error:
-            reason = error if isinstance(error, DatasetError) else self._failure(error)
-            kept = self._temporary.removesuffix(".tmp")  # which no later process takes for a leftover
+            with self._telling():
+                self._check_free()
+                if os.path.isdir(self._target):
+                    os.rmdir(self._target)
+                os.replace(self._temporary, self._target)
+        except DatasetError as reason:
+            kept = self._temporary.with_name(f"{self._temporary.stem}.{secrets.token_hex(4)}")  # no later leftover
             try:
                 os.replace(self._temporary, kept)
             except OSError:
                 kept = self._temporary
             raise DatasetError(f"{reason}; the finished data set is in {kept}") from None
-
-    def _discard(self) -> None:
-        if self._zip is None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            return
-        with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
-            self._zip.close()
-        with contextlib.suppress(OSError):
-            os.remove(self._temporary)
-
-
-def make_temporary(target: str, *, folder: bool) -> tuple[str, int | None]:
-    """Make an empty file or folder beside `target`, and remove those that killed processes left there.
-
-    Returns its path and a file descriptor, to be closed at the end, whose lock tells other processes that this one is
-    at work (None where the file system has no locks; nothing is removed there). Raises OSError.
-    """
-    parent, base = os.path.split(target)
-    os.makedirs(parent, exist_ok=True)
-    pattern = re.compile(re.escape(f".{base[:50]}.") + r"(\d+)-[0-9a-f]{8}\.tmp")
-    with os.scandir(parent) as entries:
-        leftovers = [(entry, match) for entry in entries if (match := pattern.fullmatch(entry.name))]
-    for entry, match in leftovers:
-        lock = _lock(entry.path)
-        if lock is not None and not _lives(int(match[1])):  # it may not have had the time to lock
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
-        if lock is not None:
-            os.close(lock)
-    path = os.path.join(parent, f".{base[:50]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    if folder:
-        os.mkdir(path)
-    else:
-        open(path, "xb").close()
-    return path, _lock(path)
-
-
-def _lock(path: str) -> int | None:
-    try:
-        import fcntl
-
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (ImportError, OSError):  # Windows; or it has gone
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass
-    return True

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dnnlib.files import file_sha256
+from dnnlib.files import fcntl, file_sha256
 from dnnlib.text import format_bytes, format_time, printable, redact
 
 _CHUNK = 1 << 18  # bytes read from the network at a time, at most
@@ -61,19 +61,14 @@ class RemoteFile:
     sha256: str | None
 
 
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The download cache: `cache_dir`, else the environment variable NCVSD_CACHE, else ~/.cache/ncvsd."""
+def cache_path(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where `open_url` keeps a URL: in `cache_dir`, else in the environment's NCVSD_CACHE, else in ~/.cache/ncvsd."""
+    base = re.sub(r"[^\w.-]+", "_", redact(url).split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
     folder = Path(cache_dir or os.environ.get("NCVSD_CACHE") or "~/.cache/ncvsd")
     try:
-        return folder.expanduser()
+        return folder.expanduser() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
     except RuntimeError:
         raise DownloadError(f"{folder}: no home folder is known; set NCVSD_CACHE to a folder for downloads") from None
-
-
-def cache_path(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where `open_url` keeps what it downloads from `url`."""
-    base = re.sub(r"[^\w.-]+", "_", redact(url).split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
-    return cache_folder(cache_dir) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
 
 
 def open_url(
@@ -110,7 +105,9 @@ def open_url(
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_name(target.name + ".lock")):
+        with open(target.with_name(target.name + ".lock"), "w") as lock:
+            if fcntl is not None:  # one process at a time, where the platform has locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if target.is_file() and not _fault(target, sha256):
                 return target
             _download(text, part, sha256 is not None, quiet, limits)
@@ -145,19 +142,6 @@ def _linked_hash(response: Any) -> str | None:
     return match[1] if match else None
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time into the block, where the platform has file locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _fault(path: Path, sha256: str | None) -> str:
     """Why a file is not what was asked for; empty if it may be."""
     if sha256 is not None:
@@ -174,8 +158,7 @@ def _note(part: Path) -> Path:
 
 def _received(part: Path) -> tuple[int, str]:
     """Bytes of `part` that can be continued, and the version they belong to."""
-    both = os.path.isfile(part) and os.path.isfile(_note(part))
-    version = _note(part).read_text(errors="replace") if both else ""
+    version = _note(part).read_text(errors="replace") if part.is_file() and _note(part).is_file() else ""
     return (part.stat().st_size, version) if re.fullmatch(_VERSION, version) else (0, "")
 
 
@@ -221,8 +204,7 @@ def _attempt(url: str, part: Path, hash_known: bool, quiet: bool, limits: Limits
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=quiet)
         with open(part, "ab") as file, bar:
             while max(total or 0, received) <= limits.max_bytes and (chunk := _read(response, limits.timeout)):
-                file.write(chunk)
-                received += len(chunk)
+                received += file.write(chunk)
                 bar.update(len(chunk))
                 now = limits.clock()
                 if now > end:
@@ -231,12 +213,14 @@ def _attempt(url: str, part: Path, hash_known: bool, quiet: bool, limits: Limits
                     if received - mark < limits.min_rate * (now - since):
                         raise _Failure(f"it comes slower than {format_bytes(limits.min_rate)}/s")
                     since, mark = now, received
-    if received < (total or 0) <= limits.max_bytes:
-        raise _Failure("the connection was cut")
-    if (too_large := max(total or 0, received) > limits.max_bytes) or received > (total or received):
+    if max(total or 0, received) > limits.max_bytes:
         _discard(part)
-        limit = f"larger than the limit of {format_bytes(limits.max_bytes)}"
-        raise _Failure(limit if too_large else "the server sends more than it told", permanent=too_large)
+        raise _Failure(f"larger than the limit of {format_bytes(limits.max_bytes)}", permanent=True)
+    if received < (total or 0):
+        raise _Failure("the connection was cut")
+    if received > (total or received):
+        _discard(part)
+        raise _Failure("the server sends more than it told")
 
 
 def _begin(response: Any, part: Path, hash_known: bool) -> tuple[int, int | None]:

@@ -4,9 +4,9 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +19,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-_CHUNK = 1 << 20  # bytes read for hashing at a time
 
 
 class OutputError(ValueError):
@@ -39,13 +37,12 @@ def check_output(
 
     A file that is there is replaced only if it is of that kind. Raises OutputError.
     """
-    text = printable(path)
     try:
         reason = _reason_against(Path(path), suffix, reads)
     except OSError as error:
         reason = f"{error.strerror or error}: name another file"
     if reason is not None:
-        raise OutputError(f"{text or 'the output'}: {reason}")
+        raise OutputError(f"{printable(path) or 'the output'}: {reason}")
 
 
 def _reason_against(path: Path, suffix: str, reads: Iterable[str | os.PathLike[str] | None]) -> str | None:
@@ -86,9 +83,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     holds either the old or the new content, entire. On an error the temporary file is removed and `path` untouched; an
     OSError of the temporary file, or of no named one, names `path`. What a killed process left is taken over.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_file(path) as temporary:
+    with temporary_beside(path) as temporary:
         try:
             mode = temporary.stat().st_mode
             yield temporary
@@ -96,51 +91,114 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if error.errno is None or error.filename not in (None, str(temporary)):
-                raise
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            discard(temporary)
+            if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
 
 
 @contextmanager
-def _temporary_file(path: Path) -> Iterator[Path]:
-    """Makes an empty file beside `path` and holds a lock on it for as long as this process lives and the block lasts.
+def temporary_beside(path: str | os.PathLike[str], folder: bool = False) -> Iterator[Path]:
+    """An empty file or folder beside `path`, locked for as long as this process lives and the block lasts.
 
-    A file without a lock, which a killed process left, is taken; with one it is another's, and the next name is tried.
-    Where the file system has no locks, names are random.
+    One without a lock, which a killed process left, is taken, and others like it are removed; with a lock it is another
+    process's, and the next name is tried. Where the file system has no locks, names are random. The block is to rename
+    or remove it. The folder around it is created if missing. Raises OSError.
     """
-    start, random = f".{path.name[:50]}", False
-    for attempt in itertools.count():
-        middle = secrets.token_hex(8) if random else str(attempt) if attempt else ""
-        temporary = path.with_name(f"{start}.{middle}.tmp" if middle else f"{start}.tmp")
+    path, random = Path(path), False
+    make_folder(path.parent)
+    name = f".{path.name[:50]}{{}}.{'dir' if folder else 'tmp'}"
+    for number in itertools.count():
+        middle = f".{secrets.token_hex(8)}" if random else f".{number}" if number else ""
+        temporary = path.with_name(name.format(middle))
         try:
-            file = open(temporary, "ab")
+            temporary.mkdir(exist_ok=True) if folder else temporary.touch()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
-        with file:
-            locked = random or _try_lock(file)
-            if locked is None:
-                random = True
-                temporary.unlink(missing_ok=True)
-            if locked and temporary.exists() and os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                file.truncate(0)
+        with _lock(temporary) as locked:
+            if locked or (locked is None and random):
+                for entry in temporary.iterdir() if folder else ():
+                    discard(entry)
+                if not folder:
+                    os.truncate(temporary, 0)
+                for other in range(number + 1, number + 9) if locked else ():
+                    with _lock(left := path.with_name(name.format(f".{other}"))) as unused:
+                        if unused:
+                            discard(left)
                 yield temporary
                 return
+            if locked is None:
+                random = True
+                discard(temporary)
 
 
-def _try_lock(file: IO[Any]) -> bool | None:
-    """Whether this process has the lock of a file now; None where there are no locks."""
+@contextmanager
+def _lock(path: Path) -> Iterator[bool | None]:
+    """Holds the lock of a file or folder; yields False where another process does, and None where there are no locks.
+
+    What its owner has renamed or removed meanwhile is another's too.
+    """
+    if fcntl is None:
+        yield None
+        return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (AttributeError, OSError):  # Windows has no fcntl
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = os.path.samestat(os.fstat(handle), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        locked = False
+    except OSError:
+        locked = None
+    try:
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it, unless it is there. Raises OSError; a file in its place is no folder."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with what it holds, as far as that can be done."""
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class FolderInUseError(ValueError):
+    """Another process is using a folder."""
+
+
+def lock_folder(folder: str | os.PathLike[str]) -> IO[bytes] | None:
+    """Keep other processes out of a folder that exists, by a lock on `.lock` in it, until the file returned is closed.
+
+    Raises FolderInUseError where another process holds it. File systems without locks are trusted (None).
+    """
+    if fcntl is None:
         return None
-    return True
+    file = os.fdopen(os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: loader processes do not inherit it
+    except OSError as error:
+        holder = file.read(200).decode(errors="replace").strip() or "unknown"
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        advice = "stop it, or use another --outdir"
+        raise FolderInUseError(f"{folder} is in use by another run ({holder}): {advice}") from None
+    with suppress(OSError):  # a full disk: the lock holds without a name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+    return file
 
 
 @contextmanager
@@ -162,17 +220,11 @@ def parse_json(text: str | bytes) -> Any:
     Whole numbers of more than 20 digits, which would overflow wherever they are used, become floating-point ones.
     """
     try:
-        return json.loads(text, parse_int=_number)
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits))
     except RecursionError:
         raise ValueError("lists within lists, too deep") from None
     except UnicodeDecodeError:
         raise ValueError("no text in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _number(digits: str) -> int | float:
-    return int(digits) if len(digits) <= 20 else float(digits)
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[str, Any]:
@@ -190,19 +242,10 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[st
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON data, infinities and NaN as null, into a folder that is made if need be; whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic_write(path, "w", encoding="utf-8") as file:
-        json.dump(_finite(content), file, indent=1, allow_nan=False)
+        json.dump(finite, file, indent=1, allow_nan=False)
         file.write("\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinities: null instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -241,7 +284,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     with open_regular(path) as file:
         left = os.fstat(file.fileno()).st_size
-        while chunk := file.read(min(left, _CHUNK)):
+        while chunk := file.read(min(left, 1 << 20)):
             digest.update(chunk)
             left -= len(chunk)
     return digest.hexdigest()

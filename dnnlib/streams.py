@@ -18,15 +18,19 @@ def lead_nowhere(stream: TextIO) -> None:
 class LastingStream:
     """A text stream whose writing raises nothing; `error` is the first that it would have raised."""
 
+    error: OSError | None = None
+
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._attempt(self._stream.write, text)
+        try:
+            self._attempt(self._stream.write, text)
+        except UnicodeEncodeError:  # such as of a file's name in another encoding
+            self._attempt(self._stream.write, text.encode("ascii", "backslashreplace").decode())
         return len(text)
 
     def flush(self) -> None:
@@ -47,8 +51,7 @@ def lasting_streams() -> Iterator[LastingStream]:
     with open(os.devnull, "w") as null:
         try:
             sys.stdout, sys.stderr = LastingStream(stdout or null), LastingStream(stderr or null)
-            output = sys.stdout
-            yield output
+            yield sys.stdout
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -24,13 +24,10 @@ def parse_si(text: str | int) -> int:
 def format_time(seconds: float) -> str:
     """Formats a duration with its two leading units: 42s, 3m 07s, 5h 02m, 2d 04h."""
     s = max(int(round(seconds)), 0)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m {s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h {s // 60 % 60:02d}m"
-    return f"{s // 86400}d {s // 3600 % 24:02d}h"
+    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if s >= length:
+            return f"{s // length}{unit} {s % length // part:02d}{smaller}"
+    return f"{s}s"
 
 
 def parse_duration(text: str) -> float:
@@ -50,13 +47,16 @@ def parse_duration(text: str) -> float:
 
 def format_bytes(count: float) -> str:
     """Formats a number of bytes in powers of 1024: 512 B, 1.5 KiB, 2.3 GiB."""
-    if abs(count) < 1024:
-        return f"{int(count)} B"
-    for unit in ("KiB", "MiB", "GiB"):
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(count) >= 1024 and len(units) > 1:
         count /= 1024
-        if abs(count) < 1024:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} TiB"
+        del units[0]
+    return f"{int(count)} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
+
+
+def first_line(error: object) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 def printable(text: object) -> str:

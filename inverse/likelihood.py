@@ -7,19 +7,18 @@ deviation rho, and Gaussian measurement noise of standard deviation sqrt(beta/2)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sampling.posterior import RandnLike
 from sampling.seeds import SeededNoise
 
 if TYPE_CHECKING:
     from inverse.operators.base import Operator
 
-RandnLike = Callable[[Tensor], Tensor]
 
 RETRY_SHRINK = 0.25  # each retry of a diverged chain takes this fraction of the previous step size
 ENERGY_PER_DIMENSION = 10.0  # excess energy of a diverged chain; at equilibrium it is 1/2, plus discretisation error

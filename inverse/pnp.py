@@ -13,8 +13,7 @@ from torch import Tensor
 from inverse.likelihood import langevin_step, likelihood_std
 from inverse.operators.base import Operator
 from inverse.tasks import LIKELIHOODS, LangevinSettings
-
-RandnLike = Callable[[Tensor], Tensor]
+from sampling.posterior import RandnLike
 
 
 class LangevinWarning(UserWarning):

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.files import atomic_write, write_json
-from dnnlib.locks import lock_folder
+from dnnlib.files import atomic_write, lock_folder, write_json
 from generation.pictures import save_image
 from inverse.json_files import JsonFileError, read_json
 from inverse.operators.base import Operator

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
-from data.writer import DatasetWriter, encode_png, make_temporary
+from data.writer import DatasetWriter, encode_png
+from dnnlib.files import discard, temporary_beside
 from generation.images import GeneratedBatch
 from torch_utils import distributed
 
@@ -21,7 +21,7 @@ class ImageArchive:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._parts = Path()  # known when entered
-        self._lock: int | None = None  # of the parts
+        self._place = temporary_beside(os.path.realpath(path), folder=True)  # of the parts
         self._writer: DatasetWriter | None = None  # the main process's
 
     def __enter__(self) -> ImageArchive:
@@ -32,8 +32,7 @@ class ImageArchive:
     def _open(self) -> None:
         if distributed.is_main():
             self._writer = DatasetWriter(self.path)  # refuses what stands there, before anything is drawn
-            parts, self._lock = make_temporary(os.path.realpath(self.path), folder=True)
-            self._parts = Path(parts)
+            self._parts = self._place.__enter__()
 
     def add(self, batch: GeneratedBatch) -> None:
         """Keep a batch."""
@@ -57,9 +56,8 @@ class ImageArchive:
         except _Abandoned:
             pass
         finally:
-            shutil.rmtree(self._parts, ignore_errors=True)
-            if self._lock is not None:
-                os.close(self._lock)
+            discard(self._parts)
+            self._place.__exit__(None, None, None)
 
 
 class _Abandoned(Exception):

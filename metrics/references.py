@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.zip_files import ZipReader
+from data.archives import ZipReader
 from dnnlib.download import open_url
 from dnnlib.files import atomic_write, file_sha256, open_regular
 from dnnlib.npy import read_npy, read_npy_header

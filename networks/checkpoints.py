@@ -30,7 +30,7 @@ import torch
 
 from dnnlib.download import open_url
 from dnnlib.files import atomic_path, open_regular, parse_json
-from dnnlib.text import redact
+from dnnlib.text import first_line, redact
 from networks.architecture import check_init_kwargs, check_number, show
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder, encoder_from_config, nonfinite_weights
@@ -174,8 +174,8 @@ def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
     try:
         path = huggingface_hub.hf_hub_download(match[1], match[2], revision=match[3])
     except Exception as error:  # the Hub's client, its HTTP library and its cache have no common error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{text}: cannot fetch this from the Hugging Face Hub: {redact(reason)}") from None
+        reason = redact(first_line(error))
+        raise CheckpointError(f"{text}: cannot fetch this from the Hugging Face Hub: {reason}") from None
     return open_url(path, sha256=sha256)
 
 

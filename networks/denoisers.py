@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from networks.layers import MPConv, MPFourier, mp_cat, mp_silu
 from networks.unet import Decoder, Encoder, UNet, UNetConfig
 from sampling.grids import few_step_sigmas
-from sampling.posterior import combine_observations, expand_sigma, few_step_posterior
+from sampling.posterior import RandnLike, combine_observations, expand_sigma, few_step_posterior
 
-RandnLike = Callable[[Tensor], Tensor]
 Sigma = float | Tensor  # a number, [N] or [N,1,1,1]
 
 

@@ -6,7 +6,7 @@ standard deviation of the autoencoder's posterior. Latents are float32 with stan
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from dnnlib.files import read_json
-from dnnlib.text import printable
-
-RandnLike = Callable[[torch.Tensor], torch.Tensor]
+from dnnlib.text import first_line, printable
+from sampling.posterior import RandnLike
 
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of an autoencoder
 _MAX_LAYERS = 16
@@ -262,8 +261,7 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
         if bad := nonfinite_weights(vae):
             raise ValueError(f"NaN or infinite weights in {bad[0]}")
     except Exception as error:  # network, Hub, file and JSON errors of several libraries
-        text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        reason = text.splitlines()[0].strip()
+        reason = first_line(getattr(error, "strerror", None) or error)
         what = "not a usable folder" if os.path.isdir(vae_name) else "neither a folder nor to be had from the Hub"
         raise ValueError(f"autoencoder {vae_name}: {what} ({reason[:200]}); {advice}") from None
     finally:

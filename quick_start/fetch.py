@@ -11,7 +11,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.download import DownloadError, ask, open_url
-from dnnlib.files import atomic_write, file_sha256
+from dnnlib.files import atomic_write, file_sha256, make_folder
 from dnnlib.text import format_bytes
 from torch_utils.errors import user_errors
 
@@ -26,6 +26,8 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
     with user_errors():
         if "://" not in url:
             raise DownloadError(f"{url!r} is no http:// or https:// URL")
+        if not dest.name:
+            raise DownloadError("the destination is empty or a folder: name a file")
         if not re.fullmatch("-|[0-9]{1,18}", size):
             raise DownloadError(f"{dest.name}: its length must be a number of bytes, or - where unknown, not {size!r}")
         if not re.fullmatch("-|[0-9a-fA-F]{64}", sha256):
@@ -45,7 +47,7 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
         path, parts = dest, dest.parent / ".parts"
         try:
             if not present:
-                dest.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(dest.parent)
                 path = open_url(url, cache_dir=parts, sha256=expected)
             found = check(path, size, expected)
         except DownloadError as error:

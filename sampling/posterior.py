@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+RandnLike = Callable[[torch.Tensor], torch.Tensor]  # standard normal noise in a tensor's shape, dtype and device
+
 
 def expand_sigma(sigma: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return a noise level per sample as [N,1,1,1] on x's device, for x [N,C,H,W]; float64 for such x, else float32.
@@ -46,7 +48,7 @@ def few_step_posterior(
     ts_sigmas: Sequence[float] | torch.Tensor,  # decreasing levels [n+1]; the last is not evaluated
     *,
     zeta: float = 1.0,  # share of fresh noise in each re-noising: 1 = all fresh, 0 = all kept
-    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    randn_like: RandnLike = torch.randn_like,
 ) -> torch.Tensor:
     """Draw x0 [N,C,H,W] from p(x0 | y) in n evaluations of a one-step generative denoiser.
 

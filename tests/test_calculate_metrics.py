@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import torch
 from click.testing import CliRunner
 
 import calculate_metrics
+from metrics.references import load_reference
+from tests.conftest import write_images
 
 ROOT = Path(__file__).parents[1]
 DATA = str(ROOT / "assets" / "fashion16.zip")
@@ -60,6 +63,30 @@ def test_the_data_set_against_itself_is_at_distance_zero(reference, tmp_path):
     assert abs(values["fd_demo"]) < 1e-3 and abs(values["kid:fd_demo"]) < 1e-3 and values["pr:fd_demo"] == 1
     assert 5 < values["is:fd_demo"] < 10 and record["num_images"] == 20000 and not record["warnings"]
     assert record["metrics"][2]["details"]["recall"] == 1 and record["pixel_rounding"] is None  # as stored
+
+
+def test_statistics_whose_writing_was_killed_leave_nothing_for_the_next_run(tmp_path):
+    write_images(tmp_path / "data.zip", np.random.default_rng(0).integers(0, 256, [4, 16, 16], dtype=np.uint8))
+    command = ["ref", "--data", tmp_path / "data.zip", "--dest", tmp_path / "ref.npz", "--metrics", "fd_demo", *QUIET]
+    killed = f"""
+import os, signal
+from metrics import references
+
+def half(file, **arrays):
+    file.write(b"PK" + bytes(9999))
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+references.np.savez = half
+import calculate_metrics
+calculate_metrics.cli({[str(argument) for argument in command]})
+"""
+    process = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert len(os.listdir(tmp_path)) == 2 and not (tmp_path / "ref.npz").exists()
+    call(*command)
+    assert sorted(os.listdir(tmp_path)) == ["data.zip", "ref.npz"]
+    assert load_reference(tmp_path / "ref.npz").num_images == 4
 
 
 def test_a_report_says_what_was_measured(reference, tmp_path):

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import dataset_tool
+from data import latents
 from data.convert import transform_image
 from data.dataset import ImageDataset
 from tests.image_utils import picture
@@ -330,6 +331,21 @@ def test_existing_destination_is_kept(tmp_path):
     run("convert", "--source", tmp_path / "in", "--dest", tmp_path / "file" / "x", code=1)
 
 
+def test_names_that_are_not_utf8_cost_no_data_set(tmp_path):
+    image_folder(tmp_path / "in", [(16, 16)] * 2)
+    source, dest = (os.fsencode(tmp_path) + name for name in (b"/caf\xe9", b"/caf\xe9.zip"))
+    os.rename(tmp_path / "in", source)
+    command = [sys.executable, "dataset_tool.py", "convert", "--source", source, "--dest", dest]
+    options = dict(cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0 and b"\\udce9.zip: 2 files of 3x16x16" in result.stdout, result.stderr
+    assert len(ImageDataset(os.fsdecode(dest))) == 2
+    result = subprocess.run(command, **options)
+    assert result.returncode == 1 and result.stderr.endswith(
+        b"exists already and is kept; choose another destination or remove it\n"
+    )
+
+
 def test_asset_is_what_its_readme_says():
     """The record of how the data were made: checksum, number of images, licence."""
     readme = (ROOT / "assets" / "README.md").read_text()
@@ -389,10 +405,10 @@ def test_encode_grey_and_errors(tmp_path, vae):
 def test_out_of_memory_costs_one_line(tmp_path, monkeypatch, kind):
     import torch
 
-    def fail(*args):
+    def fail(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate") if kind == "torch" else MemoryError
 
-    monkeypatch.setattr(dataset_tool, "make_encoder", fail)
+    monkeypatch.setattr(latents, "StabilityVAEEncoder", fail)
     line = run("encode", "--source", tmp_path, "--dest", tmp_path / "out", code=1)
     assert "out of memory: try a smaller --batch" in line
 

@@ -32,7 +32,7 @@ os.replace = end_before_a_rename
 main()
 """
 HOLDS = (
-    "import sys; from dnnlib.locks import lock_folder; held = lock_folder(sys.argv[1]); print(1, flush=True); input()"
+    "import sys; from dnnlib.files import lock_folder; held = lock_folder(sys.argv[1]); print(1, flush=True); input()"
 )
 
 

@@ -54,8 +54,7 @@ def device_for(name: str | torch.device = "auto") -> torch.device:
     become this process's own GPU. Raises ValueError for an unknown or absent device.
     """
     if str(name) == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -141,12 +140,11 @@ def main_first(function: Callable[[], T]) -> T:
             result = function()
         except Exception as caught:  # of any kind: the others are waiting to hear of it
             error = caught
-    message = [None if error is None else str(error)]
-    dist.broadcast_object_list(message, src=0)
+    told = from_main(None if error is None else str(error))
     if error is not None:
         raise error
-    if message[0] is not None:
-        raise MainProcessError(message[0])
+    if told is not None:
+        raise MainProcessError(told)
     return result if is_main() else function()
 
 
@@ -154,8 +152,7 @@ def from_main(value: T) -> T:
     """The main process's value, a small picklable one, in every process. Collective."""
     if not in_group():
         return value
-    message = [value]
-    dist.broadcast_object_list(message, src=0)
+    dist.broadcast_object_list(message := [value], src=0)
     return message[0]
 
 

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
-from dnnlib.streams import LastingStream, lasting_streams
-from dnnlib.text import redact
+import click
+
+from dnnlib.streams import lasting_streams
+from dnnlib.text import first_line, redact
 
 
 class MainProcessError(ValueError):
@@ -34,13 +35,15 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     that failed only because the main one did. Where several processes meet the same mistake one of them tells it.
     Ctrl-C, SIGTERM and SIGHUP end in one line and exit code 128 + number, after temporary files have been removed.
     """
-    import click
-
     failed = True
     try:
         with lasting_streams() as output, _stopped_by_signals():
             yield
-        _check_told(output)
+        if output.error is not None:  # all else is done, but the exit code must tell
+            if isinstance(output.error, BrokenPipeError):
+                sys.exit(1)  # who closed it knows
+            reason = output.error.strerror or output.error
+            raise click.ClickException(f"standard output cannot be written ({reason}); all files are complete")
         failed = False
     except MainProcessError:
         _let_others_speak()
@@ -50,13 +53,12 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
             _let_others_speak()
         raise click.ClickException(redact(_text(error))) from error
     except (MemoryError, RuntimeError) as error:
-        if _lost_another_process(error):
+        if _process_group() and re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error)):
             _let_others_speak()
             raise click.ClickException("lost the connection to another process") from error
         if not _out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise click.ClickException(f"out of memory: try a smaller {batch_option} ({reason})") from error
+        raise click.ClickException(f"out of memory: try a smaller {batch_option} ({first_line(error)})") from error
     finally:
         group = _process_group()
         # After an error, leaving a group of GPUs could wait for processes that are still at work.
@@ -68,7 +70,7 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
 def _stopped_by_signals() -> Iterator[None]:
     owner, before = os.getpid(), {}
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
         if os.getpid() == owner:
             raise _Stopped(number)
@@ -89,17 +91,6 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _check_told(output: LastingStream) -> None:
-    """Where the output could not be written: all else is done, but the exit code must tell."""
-    import click
-
-    if isinstance(output.error, BrokenPipeError):
-        sys.exit(1)  # who closed it knows
-    if output.error is not None:
-        reason = output.error.strerror or output.error
-        raise click.ClickException(f"standard output cannot be written ({reason}); all files are complete")
 
 
 def _text(error: Exception) -> str:
@@ -126,11 +117,6 @@ def _process_group() -> Any:
     """torch.distributed, where this process has joined a group; None otherwise."""
     group = sys.modules.get("torch.distributed")
     return group if group is not None and group.is_available() and group.is_initialized() else None
-
-
-def _lost_another_process(error: MemoryError | RuntimeError) -> bool:
-    lost = re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error))
-    return lost is not None and _process_group() is not None
 
 
 def _out_of_memory(error: MemoryError | RuntimeError) -> bool:

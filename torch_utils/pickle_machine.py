@@ -18,9 +18,16 @@ _LITERALS = frozenset(
     "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
     " BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
 )
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
+_PUSHES: dict[str, Callable[["Machine", Any], Any]] = {  # what an instruction of the machine, with its argument, pushes
+    "NONE": lambda m, _: None, "NEWTRUE": lambda m, _: True, "NEWFALSE": lambda m, _: False,
+    "EMPTY_DICT": lambda m, _: {}, "EMPTY_LIST": lambda m, _: [], "EMPTY_SET": lambda m, _: set(),
+    "EMPTY_TUPLE": lambda m, _: (), "MARK": lambda m, _: _MARK,
+    "BINGET": lambda m, index: m.memo[index], "LONG_BINGET": lambda m, index: m.memo[index],
+    "TUPLE1": lambda m, _: tuple(m.pop(1)), "TUPLE2": lambda m, _: tuple(m.pop(2)),
+    "TUPLE3": lambda m, _: tuple(m.pop(3)), "TUPLE": lambda m, _: tuple(m.pop_mark()),
+    "FROZENSET": lambda m, _: frozenset(scalar_key(item) for item in m.pop_mark()),
+    "GLOBAL": lambda m, text: m.name(*text.split(" ", 1)), "STACK_GLOBAL": lambda m, _: m.name(*m.pop(2)),
+    "REDUCE": lambda m, _: m.call(*m.pop(2)), "NEWOBJ": lambda m, _: m.create(*m.pop(2)),
 }  # fmt: skip
 
 
@@ -59,11 +66,11 @@ class Record:
 class Vocabulary:
     """What the names in a pickle stand for."""
 
-    functions: Mapping[Name, Callable[..., Any]]  # called as f(machine, *arguments in the file); must check them
-    record_classes: frozenset[Name]  # whose objects become `Record`s
-    dict_classes: frozenset[Name]  # whose objects become plain dicts
-    words: frozenset[Name]  # may be mentioned, cannot be called
-    builders: Mapping[type, Callable[..., None]]  # sets the state of an object: f(machine, object, state)
+    functions: Mapping[Name, Callable[..., Any]] = field(default_factory=dict)  # f(machine, *arguments), checks them
+    record_classes: frozenset[Name] = frozenset()  # whose objects become `Record`s
+    dict_classes: frozenset[Name] = frozenset()  # whose objects become plain dicts
+    words: frozenset[Name] = frozenset()  # may be mentioned, cannot be called
+    builders: Mapping[type, Callable[..., None]] = field(default_factory=dict)  # f(machine, object, its state)
 
     def __contains__(self, name: Name) -> bool:
         return any(name in part for part in (self.functions, self.record_classes, self.dict_classes, self.words))
@@ -76,12 +83,12 @@ class BoundedReader:
         self._file, self._left = file, size
 
     def read(self, count: int) -> bytes:
-        data = self._file.read(max(min(count, self._left), 0))
-        self._left -= len(data)
-        return data
+        return self._taken(self._file.read(max(min(count, self._left), 0)))
 
     def readline(self) -> bytes:
-        data = self._file.readline(min(self._left, 1024))
+        return self._taken(self._file.readline(min(self._left, 1024)))
+
+    def _taken(self, data: bytes) -> bytes:
         self._left -= len(data)
         return data
 
@@ -104,7 +111,7 @@ class Machine:
         self.position = 0  # byte at which the current instruction stands
         self._budget = 4 * size + (1 << 16)  # bytes that functions may still allocate
         self._stack: list[Any] = []
-        self._memo: list[Any] = []  # in order, as every pickler numbers; chosen numbers could make a dictionary slow
+        self.memo: list[Any] = []  # in order, as every pickler numbers; chosen numbers could make a dictionary slow
         self.steps = 0
 
     def run(self) -> Any:
@@ -115,7 +122,7 @@ class Machine:
                 raise ValueError("does not begin as a pickle of protocol 2 to 5")
             self.work(1)
             if opcode.name == "STOP":
-                (result,) = self._pop(1)
+                (result,) = self.pop(1)
                 if self._stack:
                     raise ValueError("values left over at the end")
                 return result
@@ -140,59 +147,32 @@ class Machine:
             if type(argument) is int and argument.bit_length() > 128:
                 raise ValueError("integer of more than 128 bits")
             push(argument)
-        elif opcode in _CONSTANTS:
-            push(_CONSTANTS[opcode]())
+        elif opcode in _PUSHES:
+            push(_PUSHES[opcode](self, argument))
         elif opcode in ("PROTO", "FRAME"):
             pass
-        elif opcode in ("BINGET", "LONG_BINGET"):
-            push(self._memo[argument])
-        elif opcode in ("BINPUT", "LONG_BINPUT"):
-            self._memoize(argument)
-        elif opcode == "MEMOIZE":
-            self._memoize(len(self._memo))
-        elif opcode == "MARK":
-            push(_MARK)
-        elif opcode in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            push(tuple(self._pop(int(opcode[-1]))))
-        elif opcode == "TUPLE":
-            push(tuple(self._pop_mark()))
-        elif opcode == "APPEND":
-            (item,) = self._pop(1)
-            self._top(list).append(item)
-        elif opcode == "APPENDS":
-            items = self._pop_mark()
+        elif opcode in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._memoize(len(self.memo) if argument is None else argument)
+        elif opcode in ("APPEND", "APPENDS"):
+            items = self.pop(1) if opcode == "APPEND" else self.pop_mark()
             self._top(list).extend(items)
         elif opcode == "ADDITEMS":
-            items = self._pop_mark()
+            items = self.pop_mark()
             self._top(set).update(scalar_key(item) for item in items)
-        elif opcode == "FROZENSET":
-            push(frozenset(scalar_key(item) for item in self._pop_mark()))
-        elif opcode == "SETITEM":
-            key, value = self._pop(2)
-            self._top(dict)[scalar_key(key)] = value
-        elif opcode == "SETITEMS":
-            items = self._pop_mark()
+        elif opcode in ("SETITEM", "SETITEMS"):
+            items = self.pop(2) if opcode == "SETITEM" else self.pop_mark()
             self._top(dict).update((scalar_key(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
-        elif opcode == "GLOBAL":
-            push(self._name(*argument.split(" ", 1)))
-        elif opcode == "STACK_GLOBAL":
-            push(self._name(*self._pop(2)))
-        elif opcode == "REDUCE":
-            push(self._call(*self._pop(2)))
-        elif opcode == "NEWOBJ":
-            push(self._create(*self._pop(2)))
         elif opcode == "BUILD":
-            (state,) = self._pop(1)
-            self._build(self._top(), state)
+            self._build(*self.pop(1))
         elif opcode == "BINPERSID" and self.persistent is not None:
-            push(self.persistent(*self._pop(1)))
+            push(self.persistent(*self.pop(1)))
         else:
             raise UnsafeCheckpointError(f"uses the instruction {opcode}, which no known checkpoint needs")
 
     def _memoize(self, index: int) -> None:
-        if index > len(self._memo):
+        if index > len(self.memo):
             raise ValueError("values are not numbered in order")
-        self._memo[index : index + 1] = [self._top()]
+        self.memo[index : index + 1] = [self._top()]
 
     def _top(self, kind: type = object) -> Any:
         top = self._stack[-1]
@@ -200,22 +180,22 @@ class Machine:
             raise ValueError(f"expected a {kind.__name__} on the stack")
         return top
 
-    def _pop(self, count: int) -> list[Any]:
+    def pop(self, count: int) -> list[Any]:
         items = self._stack[-count:]
         if len(items) < count or any(item is _MARK for item in items):
             raise ValueError("too few values on the stack")
         del self._stack[-count:]
         return items
 
-    def _pop_mark(self) -> list[Any]:
-        for index in range(len(self._stack) - 1, -1, -1):
-            if self._stack[index] is _MARK:
-                items = self._stack[index + 1 :]
-                del self._stack[index:]
+    def pop_mark(self) -> list[Any]:
+        for count, item in enumerate(reversed(self._stack)):
+            if item is _MARK:
+                items = self.pop(count) if count else []
+                self._stack.pop()
                 return items
         raise ValueError("no mark on the stack")
 
-    def _name(self, module: Any, name: Any) -> Name:
+    def name(self, module: Any, name: Any) -> Name:
         if type(module) is not str or type(name) is not str:
             raise UnsafeCheckpointError("names a global by something other than text")
         found = Name(module, name)
@@ -223,14 +203,14 @@ class Machine:
             raise UnsafeCheckpointError(f"names {found}, which is not on the list of what a checkpoint may use")
         return found
 
-    def _call(self, function: Any, arguments: Any) -> Any:
+    def call(self, function: Any, arguments: Any) -> Any:
         if type(function) is not Name or function not in self.vocabulary.functions:
             raise UnsafeCheckpointError(f"calls {_describe(function)}")
         if type(arguments) is not tuple:
             raise ValueError(f"arguments of {function} are not a tuple")
         return self.vocabulary.functions[function](self, *arguments)
 
-    def _create(self, cls: Any, arguments: Any) -> Any:
+    def create(self, cls: Any, arguments: Any) -> Any:
         if type(cls) is Name and type(arguments) is tuple and not arguments:
             if cls in self.vocabulary.dict_classes:
                 return {}
@@ -238,7 +218,8 @@ class Machine:
                 return Record(cls.module, cls.name)
         raise UnsafeCheckpointError(f"creates an object of {_describe(cls)}")
 
-    def _build(self, target: Any, state: Any) -> None:
+    def _build(self, state: Any) -> None:
+        target = self._top()
         if type(target) in self.vocabulary.builders:
             self.vocabulary.builders[type(target)](self, target, state)
         elif type(target) is Record:

@@ -2,16 +2,16 @@
 
 A pickle is a program for a small stack machine whose instructions may import and call anything. It is run here on a
 machine that knows no importing (see `pickle_machine`), with the vocabulary at the end of this file: what a name stands
-for is a function of this module that checks its arguments. Classes become inert `Record`s; source code that a file
-carries is dropped unread.
+for is a function of this module, of the machine and the arguments found in the file, which it checks. Classes become
+inert `Record`s; source code that a file carries is dropped unread.
 """
 
 import io
 import math
 import os
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,48 +32,35 @@ from torch_utils.pickle_machine import (
 __all__ = ["MAX_BYTES", "CheckpointError", "Record", "UnsafeCheckpointError", "load"]
 
 MAX_BYTES = 16 * 2**30  # largest file read by default
-_MAX_DIMS = 16
 
 
-def load(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Reads a pickle (protocols 2 to 5) from a path, bytes or a binary file.
+def load(source: str | os.PathLike[str] | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Reads a pickle (protocols 2 to 5) from a path, or out of bytes.
 
     Returns dicts, lists, tuples, sets, strings, numbers, numpy arrays, CPU torch tensors (parameters become tensors)
     and `Record`s. Objects may be shared within the result and may contain themselves: walk it with care.
     Memory stays within a small multiple of the file's size. Raises UnsafeCheckpointError, naming the offending item,
     for anything outside the allowed set, and CheckpointError for damaged, truncated or too large input.
     """
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _run(io.BytesIO(source), len(source), "pickle", max_bytes)
-    if hasattr(source, "read"):
-        data = source.read(max_bytes + 1)
-        return _run(io.BytesIO(data), len(data), str(getattr(source, "name", "pickle")), max_bytes)
-    path = Path(source)
+    is_path = not isinstance(source, bytes)
+    name = str(Path(source)) if is_path else "pickle"
     try:
-        file = open_regular(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        file = open_regular(name) if is_path else io.BytesIO(source)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise CheckpointError(f"{name}: {reason}") from None
     with file:
-        return _run(file, os.fstat(file.fileno()).st_size, str(path), max_bytes)
-
-
-def _run(file: BinaryIO, size: int, name: str, max_bytes: int) -> Any:
-    if size > max_bytes:
-        raise CheckpointError(f"{name}: larger than the limit of {max_bytes} bytes")
-    machine = Machine(BoundedReader(file, size), size, _VOCABULARY)
-    try:
-        return machine.run()
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(f"{name}: refused at byte {machine.position}: {error}") from None
-    except Exception as error:  # whatever damaged input makes the reader stumble over
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise CheckpointError(f"{name}: damaged or not a checkpoint (byte {machine.position}): {reason}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Containers and objects. Each function takes the machine, then the arguments found in the file.
+        size = os.fstat(file.fileno()).st_size if is_path else len(source)
+        if size > max_bytes:
+            raise CheckpointError(f"{name}: larger than the limit of {max_bytes} bytes")
+        machine = Machine(BoundedReader(file, size), size, _VOCABULARY)
+        try:
+            return machine.run()
+        except UnsafeCheckpointError as error:
+            raise UnsafeCheckpointError(f"{name}: refused at byte {machine.position}: {error}") from None
+        except Exception as error:  # whatever damaged input makes the reader stumble over
+            reason = " ".join((str(error) or type(error).__name__).split())[:200]
+            raise CheckpointError(f"{name}: damaged or not a checkpoint (byte {machine.position}): {reason}") from None
 
 
 def _persistent_object(machine: Machine, meta: Any) -> Record:
@@ -84,21 +71,20 @@ def _persistent_object(machine: Machine, meta: Any) -> Record:
 
 
 def _ordered_dict(machine: Machine, items: Any = ()) -> dict[Any, Any]:
-    if type(items) not in (list, tuple) or not all(type(item) in (list, tuple) and len(item) == 2 for item in items):
+    if not all(type(item) in (list, tuple) and len(item) == 2 for item in _listed(machine, items)):
         raise ValueError("an OrderedDict is not made of pairs")
-    machine.spend(200 * len(items))
     return {scalar_key(key): value for key, value in items}
 
 
 def _set(machine: Machine, items: Any = ()) -> set[Any]:
+    return {scalar_key(item) for item in _listed(machine, items)}
+
+
+def _listed(machine: Machine, items: Any) -> Any:
     if type(items) not in (list, tuple):
-        raise ValueError("a set is not made of a list")
+        raise ValueError("a container is not made of a list")
     machine.spend(200 * len(items))
-    return {scalar_key(item) for item in items}
-
-
-def _empty_bytes(machine: Machine) -> bytes:
-    return b""
+    return items
 
 
 def _encode(machine: Machine, text: Any, encoding: Any) -> bytes:
@@ -109,15 +95,11 @@ def _encode(machine: Machine, text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# numpy
-
-
+@dataclass(eq=False)
 class _DType:
     """numpy.dtype under construction: the byte order arrives after the kind and size."""
 
-    def __init__(self, value: np.dtype) -> None:
-        self.value = value
+    value: np.dtype
 
 
 def _dtype(machine: Machine, code: Any, align: Any = False, copy: Any = False) -> _DType:
@@ -171,7 +153,7 @@ def _scalar(machine: Machine, dtype: Any, data: Any) -> Any:
 
 def _counts(values: Any) -> tuple[int, ...]:
     """A shape or strides, checked to be a short tuple of natural numbers."""
-    if type(values) is not tuple or len(values) > _MAX_DIMS:
+    if type(values) is not tuple or len(values) > 16:
         raise ValueError("a shape is not a short tuple")
     return tuple(_count(value) for value in values)
 
@@ -182,15 +164,11 @@ def _count(value: Any) -> int:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch
-
-
+@dataclass(eq=False)
 class _Storage:
     """A torch storage, as a one-dimensional tensor."""
 
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
+    values: torch.Tensor
 
 
 def _rebuild_tensor(
@@ -218,40 +196,36 @@ _STORAGE_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 
 
 def _load_storage(machine: Machine, data: Any) -> _Storage:
-    """torch.load with `weights_only`, after checking that the bytes are one storage of the size it claims."""
+    """One storage of the size that it claims, and nothing else."""
     if type(data) is not bytes or not data.startswith(_STORAGE_START):
         raise UnsafeCheckpointError("holds a nested file that is not one torch storage in the format without ZIP")
     stream = io.BytesIO(data)
     stream.seek(len(_STORAGE_START))
-    described: list[tuple[torch.dtype, int]] = []
+    described: list[tuple[torch.dtype, int, Any]] = []
 
     def describe(item: Any) -> Any:
         if type(item) is not tuple or len(item) != 6 or item[0] != "storage" or item[5] is not None or described:
             raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
         if type(item[1]) is not Name or item[1] not in _STORAGE_TYPES:
             raise UnsafeCheckpointError("a nested file holds a storage of an unknown type")
-        described.append((_STORAGE_TYPES[item[1]], _count(item[4])))
+        described.append((_STORAGE_TYPES[item[1]], _count(item[4]), item[2]))
         return described
 
     machine.spend(len(data))
     parts = [Machine(stream, len(data), _STORAGE_VOCABULARY, describe) for _ in range(3)]
     system, content, keys = (part.run() for part in parts)
     machine.work(sum(part.steps for part in parts))
-    if content is not described or type(keys) is not list or len(keys) != 1:
+    if content is not described or type(keys) is not list or [type(key) for key in keys] != [str]:
         raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
     if type(system) is not dict or system.get("little_endian") is not True:
         raise ValueError("a storage was not written on a little-endian machine")
-    dtype, numel = described[0]
+    dtype, numel, key = described[0]
+    if type(key) is not str or key != keys[0]:
+        raise ValueError("a storage is not the one that its file lists")
     if int.from_bytes(stream.read(8), "little") != numel or len(data) - stream.tell() != numel * dtype.itemsize:
         raise ValueError("a storage does not have the size it claims")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on typed storages, which are what these files hold
-        storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return _Storage(torch.empty(0, dtype=dtype).set_(storage.untyped()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The vocabulary
+    values = bytearray(memoryview(data)[stream.tell() :])  # a copy, writable
+    return _Storage(torch.frombuffer(values, dtype=dtype) if numel else torch.empty(0, dtype=dtype))
 
 
 _PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")
@@ -270,7 +244,7 @@ _VOCABULARY = Vocabulary(
         Name("collections", "OrderedDict"): _ordered_dict,
         Name("builtins", "set"): _set,
         Name("__builtin__", "set"): _set,
-        Name("__builtin__", "bytes"): _empty_bytes,
+        Name("__builtin__", "bytes"): lambda machine: b"",
         Name("_codecs", "encode"): _encode,
         Name("numpy", "dtype"): _dtype,
         **{Name(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
@@ -280,17 +254,13 @@ _VOCABULARY = Vocabulary(
         Name("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         Name("torch.storage", "_load_from_bytes"): _load_storage,
     },
-    record_classes=frozenset(
-        {
-            Name("torch.nn.modules.container", "ModuleDict"),
-            Name("training.networks_edm2", "GenerativeDenoiser"),
-            Name("training.training_loop", "LogNormalNoiseSampler"),
-        }
-    ),
+    record_classes=frozenset({
+        Name("torch.nn.modules.container", "ModuleDict"),
+        Name("training.networks_edm2", "GenerativeDenoiser"),
+        Name("training.training_loop", "LogNormalNoiseSampler"),
+    }),
     dict_classes=frozenset({Name("dnnlib.util", "EasyDict")}),
     words=frozenset({Name("numpy", "ndarray")}),
     builders={_DType: _set_byte_order, np.ndarray: _fill_array},
-)
-_STORAGE_VOCABULARY = Vocabulary(
-    functions={}, record_classes=frozenset(), dict_classes=frozenset(), words=frozenset(_STORAGE_TYPES), builders={}
-)
+)  # fmt: skip
+_STORAGE_VOCABULARY = Vocabulary(words=frozenset(_STORAGE_TYPES))

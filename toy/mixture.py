@@ -6,16 +6,13 @@ Points are [N,2,1,1], images of one pixel with two channels, so that losses and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from networks.denoisers import Sigma
-from sampling.posterior import expand_sigma
-
-RandnLike = Callable[[Tensor], Tensor]
+from sampling.posterior import RandnLike, expand_sigma
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dnnlib.files import atomic_path, open_regular, parse_json
+from dnnlib.text import first_line
 from networks import CombinedScore, GenerativeDenoiser
 from sampling.posterior import combine_observations
 from toy.mixture import GaussianMixture
@@ -198,4 +199,4 @@ def load_student(path: str | Path) -> Student:
             raise ValueError("its curves hold something that is not a number")
         return Student(generator, start, settings, curves, float(facts["seconds"]))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no trained student: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} holds no trained student: {first_line(error)}") from error

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sampling.posterior import combine_observations, expand_sigma
+from sampling.posterior import RandnLike, combine_observations, expand_sigma
 
-RandnLike = Callable[[Tensor], Tensor]
 Sigma = float | Tensor
 
 

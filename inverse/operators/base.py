@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-RandnLike = Callable[[Tensor], Tensor]
+from sampling.posterior import RandnLike
 
 
 class Operator(ABC):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dnnlib import ROOT
 from dnnlib.files import file_sha256, open_regular, parse_json
+from dnnlib.text import first_line
 from metrics.features.weights import DetectorError, find_weights
 from metrics.specs import KINDS
 
@@ -150,8 +151,7 @@ def load_custom_detector(
                 warnings.filterwarnings("ignore", r".*torch\.jit\.load", DeprecationWarning)
                 module = ScriptedDetector(torch.jit.load(str(file), map_location="cpu"), name)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DetectorError(f"{file} is not a TorchScript module: {reason}") from None
+            raise DetectorError(f"{file} is not a TorchScript module: {first_line(error)}") from None
     else:
         raise DetectorError(f"{file} is neither a TorchScript module nor a safetensors file")
     module = module.eval().requires_grad_(False).to(device)
@@ -190,5 +190,5 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.devic
         classifier = DemoClassifier(num_classes=len(weights["head.bias"]), resolution=int(config["resolution"]))
         classifier.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DetectorError(f"the demo classifier {path} is damaged: {str(error).splitlines()[0]}") from None
+        raise DetectorError(f"the demo classifier {path} is damaged: {first_line(error)}") from None
     return classifier.eval().requires_grad_(False).to(device)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnnlib.text import first_line
 from metrics.features.weights import FOLDER_VARIABLE, DetectorError
 
 HUB_ID = "facebook/dinov2-large"
@@ -119,7 +120,7 @@ def load_dinov2(
         config = Dinov2Config(**architecture, attn_implementation="sdpa")
         model, report = Dinov2Model.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     except Exception as error:  # OSError, SafetensorError, and what transformers raises for shapes that do not fit
-        raise DetectorError(f"{DINOv2.name}: cannot read the weights {path}: {_first_line(error)}") from None
+        raise DetectorError(f"{DINOv2.name}: cannot read the weights {path}: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
         if progress:
@@ -153,7 +154,7 @@ def _find_weights(source: str | os.PathLike[str] | None) -> Path:
         return Path(huggingface_hub.hf_hub_download(match[1], WEIGHTS_FILE, revision=match[2]))
     except Exception as error:  # the Hub's client, its HTTP library and its cache have no common error
         raise DetectorError(
-            f"{DINOv2.name}: {source} is neither a folder here nor reachable on the Hub ({_first_line(error)}); "
+            f"{DINOv2.name}: {source} is neither a folder here nor reachable on the Hub ({first_line(error)}); "
             f"{_advice()}"
         ) from None
 
@@ -164,7 +165,3 @@ def _advice() -> str:
         f"dinov2-large in the folder named by the environment variable {FOLDER_VARIABLE}, or name FOLDER with "
         "--detector-path where the script has that option"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

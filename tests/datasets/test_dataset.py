@@ -63,7 +63,7 @@ def test_pixels_and_class_labels(tmp_path, name, cache):
     dataset = ImageDataset(write(tmp_path / name, files), resolution=6, cache=cache)
     assert len(dataset) == 5
     assert (dataset.name, dataset.image_shape, dataset.num_channels, dataset.resolution) == ("data", [3, 6, 6], 3, 6)
-    assert dataset.has_labels and dataset.has_onehot_labels and dataset.label_dim == 4 and dataset.label_shape == [4]
+    assert dataset.has_onehot_labels and dataset.label_dim == 4
     for i, label in enumerate([2, 0, 1, 1, 3]):
         image, onehot = dataset[i]
         assert image.dtype == np.uint8 and np.array_equal(image, images[i].transpose(2, 0, 1))
@@ -80,7 +80,7 @@ def test_pixels_and_class_labels(tmp_path, name, cache):
 def test_without_labels_and_unconditional(tmp_path):
     _, files = rgb_files(labels=[2, 0, 1, 1, 3])
     dataset = ImageDataset(write(tmp_path / "a", files), use_labels=False)
-    assert dataset.label_dim == 0 and dataset[0][1].shape == (0,) and not dataset.has_labels
+    assert dataset.label_dim == 0 and dataset[0][1].shape == (0,) and not dataset.has_onehot_labels
     files["dataset.json"] = {"labels": None}
     assert ImageDataset(write(tmp_path / "b", files)).label_dim == 0
     del files["dataset.json"]

@@ -15,8 +15,8 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from data import archives as dataset_files
+from data.archives import ZipMembers
 from data.dataset import DatasetError, ImageDataset, one_line
-from data.zip_files import ZipMembers
 from tests.memory_utils import HAS_LIMITS, run_script
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nquit\n%%EOF\n"
@@ -185,7 +185,7 @@ def test_pictures_of_too_many_pixels_are_not_decoded(tmp_path, size, monkeypatch
 MEMORY = """
 import pathlib, sys
 from tests.memory_utils import refuse_all
-from tests.training.test_hostile_datasets import archive, large_directory, lying_archive, png, webp
+from tests.datasets.test_hostile_datasets import archive, large_directory, lying_archive, png, webp
 from data.dataset import ImageDataset
 
 folder = pathlib.Path(sys.argv[1])

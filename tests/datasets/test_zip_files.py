@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
-from data.zip_files import ZipMembers
+from data.archives import ZipMembers
 
 
 def everything(name):

@@ -80,6 +80,10 @@ def test_what_killed_processes_left_is_removed_and_what_others_are_writing_is_no
         outer.write(b"outer")
     assert path.read_bytes() == b"outer"
     assert sorted(os.listdir(tmp_path)) == [".r.json.mine.tmp", "other", "r.json"]
+    (tmp_path / ".r.json.2.tmp").write_text("of a third process, killed beside two others")
+    with atomic_write(path) as file:
+        file.write(b"again")
+    assert sorted(os.listdir(tmp_path)) == [".r.json.mine.tmp", "other", "r.json"]
 
 
 def test_where_there_are_no_locks_temporary_names_are_random(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnnlib.locks import FolderInUseError
+from dnnlib.files import FolderInUseError
 from inverse.operators import get_operator
 from inverse.results import ResultsError, ResultsFolder, coverage
 from inverse.solve import Problem, Solution, simulate, stream
@@ -148,7 +148,7 @@ def test_maps_of_several_runs(tmp_path):
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
-    hold = "import sys; from dnnlib.locks import *; held = lock_folder(sys.argv[1]); print(1, flush=True); input()"
+    hold = "import sys; from dnnlib.files import *; held = lock_folder(sys.argv[1]); print(1, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)],
         cwd=Path(__file__).parents[2],

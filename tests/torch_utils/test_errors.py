@@ -92,11 +92,17 @@ def test_processes_that_follow_the_main_one_say_nothing_and_let_it_speak(monkeyp
     assert error.value.code == 1 and capsys.readouterr() == ("", "") and len(slept) == 1
 
 
+def a_group(monkeypatch, backend, calls):
+    """This process in a group; `calls` grows when it leaves."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
+
+
 def test_the_process_group_is_left_unless_that_could_wait(monkeypatch):
     calls = []
-    monkeypatch.setattr(distributed, "destroy", lambda: calls.append(1))
-    for device, after_errors in (("cpu", 1), ("cuda", 0)):
-        monkeypatch.setattr(distributed, "collective_device", lambda device=device: torch.device(device))
+    for backend, after_errors in (("gloo", 1), ("nccl", 0)):
+        a_group(monkeypatch, backend, calls)
         calls.clear()
         with user_errors():
             pass
@@ -128,8 +134,8 @@ def test_processes_let_the_main_one_speak_first(monkeypatch):
 def test_a_lost_process_is_told_unless_another_tells_why(monkeypatch, grouped):
     slept = []
     monkeypatch.setattr(errors.time, "sleep", slept.append)
-    monkeypatch.setattr(distributed, "in_group", lambda: grouped)
-    monkeypatch.setattr(distributed, "collective_device", lambda: torch.device("cuda"))
+    if grouped:
+        a_group(monkeypatch, "nccl", [])
     with pytest.raises(click.ClickException if grouped else RuntimeError, match="[Cc]onnection"), user_errors():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1")
     assert len(slept) == grouped

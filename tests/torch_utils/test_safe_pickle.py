@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import networks
+from metrics.references import load_reference
 from tests.memory_utils import HAS_LIMITS, run_script
 from torch_utils import pickle_machine
 from torch_utils.safe_pickle import CheckpointError, Record, UnsafeCheckpointError, load
@@ -116,6 +118,7 @@ def shared_attributes(item):
 
 
 HONEST = storage(torch.arange(4.0))
+KEY = pickle.loads(HONEST[HONEST.rindex(b"\x80\x02") : -24])[0].encode()  # of the storage, given twice
 
 # Each makes one file, given a folder in which nothing may appear.
 UNSAFE = {
@@ -225,6 +228,7 @@ DAMAGED = {
     "storage beyond its bytes": load_from_bytes(HONEST[:-4]),
     "storage with more bytes": load_from_bytes(HONEST + b"xxxx"),
     "storage that claims 2^40": load_from_bytes(HONEST.replace(b"K\x04N", b"\x8a\x06\x00\x00\x00\x00\x00\x01N")),
+    "storage under another key": load_from_bytes(HONEST.replace(KEY, b"x" * len(KEY), 1)),
     "storage cut in its head": load_from_bytes(HONEST[:40]),
     "tensor beyond its storage": P4 + tensor(blob(HONEST), size=(5,)) + STOP,
     "tensor behind its storage": P4 + tensor(blob(HONEST), offset=3) + STOP,
@@ -265,6 +269,8 @@ def test_damaged(case, untouched):
 
 MEMORY = f"""
 import pathlib
+import networks
+from metrics.references import load_reference
 from tests.memory_utils import refuse_all
 from tests.torch_utils.test_safe_pickle import DAMAGED, DATA, PICKLES, UNSAFE, load
 
@@ -290,6 +296,35 @@ def test_steps_within_nested_files_count(monkeypatch):
     again = call("torch.storage", "_load_from_bytes", b"h\x00") * 500  # 3,000 instructions
     with pytest.raises(UnsafeCheckpointError, match="needs more than 10000 steps"):
         load(P4 + b"(" + blob(bytes(1 << 20)) + blob(HONEST) + b"\x94" + again + b"t" + STOP)
+
+
+@pytest.mark.parametrize("read", [networks.load, load_reference, load])
+def test_attributes_that_many_objects_share_are_refused_before_they_are_looked_at_often(tmp_path, monkeypatch, read):
+    """450 KB: each of 34,400 objects takes the same dictionary of 20,000 attributes as its state."""
+
+    def made(attributes, objects):
+        shared = b"}\x94(" + b"".join(text(str(i)) + b"N" for i in range(attributes)) + b"u"
+        build = b"h\x00)\x81h\x01b"
+        return (
+            P4
+            + name("torch.nn.modules.container", "ModuleDict")
+            + b"\x94"
+            + shared
+            + b"("
+            + build * objects
+            + b"t\x87."
+        )
+
+    looked, check = [], pickle_machine.attributes
+    monkeypatch.setattr(pickle_machine, "attributes", lambda m, state: looked.append(len(state)) or check(m, state))
+    _, shared, objects = load(made(20, 30))
+    assert len(objects) == 30 and all(item.state is shared for item in objects) and looked == [20] * 30
+    path = tmp_path / "shared.pkl"
+    path.write_bytes(made(20_000, 34_400))
+    assert 445_000 < path.stat().st_size < 455_000
+    with pytest.raises(ValueError, match="refused at byte [0-9]+: needs more than 1000000 steps to be read$"):
+        read(path)
+    assert sum(looked) < 1_020_000
 
 
 def test_the_offending_name_is_given(untouched):
@@ -359,8 +394,7 @@ def test_plain_data(protocol):
 
 
 def test_reference_statistics():
-    with open(DATA + "dataset-ref-tiny.pkl", "rb") as file:
-        data = load(file)
+    data = load(DATA + "dataset-ref-tiny.pkl")
     assert data.keys() == {"fid", "num_images"} and data["num_images"] == 64
     assert data["fid"]["mu"].shape == (32,) and data["fid"]["sigma"].shape == (32, 32)
     assert np.allclose(data["fid"]["sigma"], data["fid"]["sigma"].T)
@@ -400,6 +434,6 @@ def test_sizes_and_missing_files(tmp_path):
     with pytest.raises(CheckpointError, match="larger than the limit"):
         load(DATA + PICKLES[0], max_bytes=1000)
     with pytest.raises(CheckpointError, match="larger than the limit"):
-        load(io.BytesIO(bytes(2000)), max_bytes=1000)
+        load(bytes(2000), max_bytes=1000)
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "none.pkl")

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dnnlib.files import read_json, write_json
-from dnnlib.locks import lock_folder
+from dnnlib.files import lock_folder, read_json, write_json
 from torch_utils import distributed
 from training.presets import TrainingConfig
 from training.run.state import StateError

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from dnnlib import ROOT
-from dnnlib.text import parse_duration, redact
+from dnnlib.text import first_line, parse_duration, redact
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER
 from training.presets import TrainingConfig, load_config, preset_names
@@ -137,8 +137,7 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise click.ClickException(f"{reason}; train without --deterministic") from error
+        raise click.ClickException(f"{first_line(error)}; train without --deterministic") from error
 
 
 def _run(
