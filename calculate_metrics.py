@@ -9,7 +9,7 @@ import click
 
 from metrics.specs import parse_metrics
 from torch_utils.errors import user_errors
-from torch_utils.options import SEED
+from torch_utils.options import SEED, batch_option, device_option, dtype_option, quiet_option
 
 PUBLISHED_SEED = 123456789  # the first of 50,000
 
@@ -26,9 +26,9 @@ def _schedules(ctx: click.Context, param: click.Parameter, values: tuple[str, ..
 def common_options(command: Callable) -> Callable:
     """Options of all commands."""
     for option in (
-        click.option("--quiet", is_flag=True, help="No progress bar."),
-        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
-        click.option("--batch", type=click.IntRange(min=1), default=64, help="Images at once, per process."),
+        quiet_option,
+        device_option,
+        batch_option(64, "Images at once, per process."),
         click.option("--detector-name", metavar="NAME", help="Of --detector.  [default: the file's name]"),
         click.option(
             "--detector",
@@ -85,7 +85,7 @@ def cli() -> None:
 @click.option("--gnet", "gnet_path", metavar="PATH|URL|hf://ID", help="Teacher: guiding network.")
 @click.option("--guidance", type=float, default=1.0, help="Teacher: guidance strength, 1 = none.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bf16", "fp16"]), default="auto", help="Of the U-Nets.")
+@dtype_option()
 @click.option("--save-images", metavar="ZIP", help="Also keep the images, as a data set (one --ts only).")
 @click.option("--out", metavar="JSON", help="Write the report here.")
 def gen(device: str, out: str | None, **options: Any) -> None:
@@ -213,6 +213,7 @@ def _prepare_gen(
     import networks
     from generation.images import generate_images
     from metrics.references import load_reference
+    from torch_utils.distributed import compute_dtype
 
     loaded = networks.load(net_path, device=device)
     gnet = networks.load(gnet_path, device=device) if gnet_path is not None else None
@@ -224,7 +225,7 @@ def _prepare_gen(
     if device.type == "cpu":
         for net in [loaded.net] if gnet is None else [loaded.net, gnet.net]:
             net.to(memory_format=torch.channels_last)
-    compute = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    compute = compute_dtype(dtype, device)
     settings = []
     for ts in [s.ts for s in schedules] or [None]:
         sampling = dict(ts=ts, zeta=zeta) if few_step else dict(ts=ts, zeta=zeta, num_steps=steps, guidance=guidance)

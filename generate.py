@@ -11,7 +11,7 @@ import click
 
 from generation.images import DEFAULT_STEPS, count_evaluations, generate_images, image_path
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER
+from torch_utils.options import FOLDER, batch_option, device_option, dtype_option, quiet_option
 
 __all__ = ["generate_images", "main"]
 
@@ -41,7 +41,7 @@ def _parsed(parse: str) -> Callable[[click.Context, click.Parameter, str | None]
 @click.option("--outdir", type=FOLDER, required=True, help="Where to write the images, one SEED.png each.")
 @click.option("--seeds", metavar="LIST", default="0-15", callback=_parsed("seeds"), help="One image each: 1,2,5-10.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
-@click.option("--batch", type=click.IntRange(min=1), default=32, help="Largest batch per process.")
+@batch_option(32, "Largest batch per process.")
 @click.option("--subdirs", is_flag=True, help="One folder per 1000 seeds.")
 @click.option("--grid", is_flag=True, help=f"Also write grid.png: the first {MAX_GRID_IMAGES} seeds on one sheet.")
 @click.option(
@@ -65,14 +65,9 @@ def _parsed(parse: str) -> Callable[[click.Context, click.Parameter, str | None]
     is_flag=True,
     help="Guide with no labels (classifier-free); without --gnet, by the network itself.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bf16", "fp16"]),
-    default="auto",
-    help="Of the U-Nets; auto = fp16 on CUDA for networks trained with it, else float32.",
-)
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@device_option
+@dtype_option("Of the U-Nets; auto = fp16 on CUDA for networks trained with it, else float32.")
+@quiet_option
 def main(net_path: str, gnet_path: str | None, device: str, **options: Any) -> None:
     """Draw images with a generative denoiser (a few steps) or a teacher (Heun's method), chosen by the network's type.
 
@@ -115,6 +110,7 @@ def _prepare(
     import torch
 
     import networks
+    from torch_utils.distributed import compute_dtype
 
     loaded = networks.load(net_path, device=device)
     gnet = networks.load(gnet_path, device=device).net if gnet_path is not None else None
@@ -129,7 +125,7 @@ def _prepare(
         num_steps=steps,
         gnet_labels=not gnet_no_labels,
         device=device,
-        dtype=_compute_dtype(dtype),
+        dtype=compute_dtype(dtype, device),
         **options,
     )
     return loaded.net, batches
@@ -161,12 +157,6 @@ def _generate(
     distributed.barrier()
     if grid and distributed.is_main():
         _write_grid(outdir, seeds, subdirs)
-
-
-def _compute_dtype(name: str) -> Any:
-    import torch
-
-    return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def _describe(net: Any, schedule: Any, steps: int | None, guidance: float) -> str:

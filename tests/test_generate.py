@@ -131,7 +131,7 @@ def test_without_ts_the_student_takes_one_step(tmp_path, nets):
         ("student", ["--batch", "0"], "x>=1"),
         ("student", ["--class", "3"], "classes 0 to 2"),
         ("student", ["--steps", "8"], "apply to teachers only"),
-        ("student", ["--dtype", "fp16"], "float16 needs a CUDA device"),
+        ("student", ["--dtype", "fp16"], "--dtype fp16 needs a CUDA device"),
         ("teacher", ["--ts", "10,39"], "this network is a teacher"),
         ("teacher", ["--gnet-no-labels"], "no effect at guidance 1: give --guidance"),
         ("teacher", ["--guidance", "2"], "needs a guiding network"),

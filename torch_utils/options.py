@@ -1,14 +1,29 @@
-"""Types of command-line options that several scripts have. Imports no PyTorch, so that scripts still answer --help."""
+"""Command-line options that several scripts have. Imports no PyTorch: scripts answer --help at once."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 SEED = click.IntRange(0, (1 << 63) - 1)
+DTYPES = ("auto", "float32", "bf16", "fp16")  # `torch_utils.distributed.compute_dtype` reads them
+
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
+
+
+def dtype_option(help: str = "Of the U-Nets.") -> Callable:
+    """--dtype, one of DTYPES."""
+    return click.option("--dtype", type=click.Choice(DTYPES), default="auto", help=help)
+
+
+def batch_option(default: int, help: str) -> Callable:
+    """--batch, at least 1."""
+    return click.option("--batch", type=click.IntRange(min=1), default=default, help=help)
 
 
 class OutputFolder(click.ParamType):

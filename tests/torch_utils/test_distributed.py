@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torch_utils import distributed
+from torch_utils.options import DTYPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +86,12 @@ def test_environments_of_no_group_name_the_variable(variables, message, monkeypa
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         distributed.init("cpu")
+
+
+def test_every_choice_of_dtype_has_a_torch_dtype_and_fp16_is_for_cuda():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    dtypes = [None, torch.float32, torch.bfloat16, torch.float16]
+    assert [distributed.compute_dtype(name, cuda) for name in DTYPES] == dtypes
+    assert [distributed.compute_dtype(name, cpu) for name in DTYPES[:3]] == dtypes[:3]
+    with pytest.raises(ValueError, match="--dtype fp16 needs a CUDA device, and this run is on cpu: use bf16"):
+        distributed.compute_dtype("fp16", cpu)
