@@ -92,7 +92,8 @@ def make_data(folder: Path, kind: str, count: int = 1024) -> str:
     """A ZIP of random 64x64 RGB images or 8-channel latents, in 1000 classes."""
     import numpy as np
 
-    from data.writer import DatasetWriter, encode_npy, encode_png
+    from data.pictures import encode_png
+    from data.writer import DatasetWriter, encode_npy
 
     rng, path = np.random.default_rng(0), folder / f"{kind}.zip"
     with DatasetWriter(path) as writer:

@@ -31,7 +31,7 @@ def main(device: str, preset: str, num: int, batch: int, ts: str, dtype: str, ou
     import torch
     from bench_train import TEACHERS
 
-    from data.writer import encode_png
+    from data.pictures import encode_png
     from dnnlib.files import write_json
     from generation.images import generate_images
     from metrics.features.inception import InceptionV3

@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.archives import MAX_PIXELS, DatasetError, FileSource, decode_pixels, is_image_name, read_labels
-from data.writer import Conversion, DatasetWriter, encode_png
+from data.pictures import SMALL, STORED, encode_png, to_array, to_picture
+from data.writer import Conversion, DatasetWriter
 from dnnlib.files import open_regular
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide", "center-crop-dhariwal")
@@ -64,7 +65,8 @@ def convert_dataset(
                     continue
                 shape = shape or list(result.shape)
                 _check_shape(result.shape, shape, where)
-                writer.add(f"{written // 1000:05d}/img{written:08d}.png", encode_png(result, compress), label)
+                png = encode_png(result, SMALL if compress else STORED)
+                writer.add(f"{written // 1000:05d}/img{written:08d}.png", png, label)
                 written += 1
             if not written:
                 raise DatasetError(f"{source}: all {skipped} images are smaller than the resolution asked for")
@@ -79,7 +81,7 @@ def _resize(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarr
         return image
     if size[0] * max(size[1], image.shape[1]) > MAX_PIXELS:
         raise DatasetError(f"{image.shape[2]}x{image.shape[1]} scaled to {size[0]}x{size[1]} are too many pixels")
-    picture = Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    picture = to_picture(image)
     factors = (picture.width // size[0], picture.height // size[1])
     if resample == "box" and (picture.width, picture.height) == (size[0] * factors[0], size[1] * factors[1]):
         picture = picture.reduce(factors)  # exact block means, rounded once
@@ -87,8 +89,7 @@ def _resize(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarr
         filters = {"lanczos": Image.LANCZOS, "box": Image.BOX, "bicubic": Image.BICUBIC, "box-halve": Image.BOX}
         # Columns, then rows: left to choose, Pillow versions differ in the order, and so in the rounding between them.
         picture = picture.resize((size[0], picture.height), filters[resample]).resize(size, filters[resample])
-    pixels = np.array(picture)
-    return pixels[np.newaxis] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return to_array(picture)
 
 
 def _center(image: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from data.archives import DatasetError
 from data.dataset import ImageDataset
-from data.writer import Conversion, DatasetWriter, encode_npy, encode_png
+from data.pictures import encode_png
+from data.writer import Conversion, DatasetWriter, encode_npy
 from networks.encoders import StabilityVAEEncoder
 from torch_utils.distributed import device_for
 

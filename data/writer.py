@@ -12,21 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data.archives import DatasetError
 from dnnlib.files import discard, temporary_beside
 
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed: the same images give the same bytes
-
-
-def encode_png(image: np.ndarray, compress: bool = False) -> bytes:
-    """PNG file of uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); stored uncompressed (fast to read) by default."""
-    pixels = image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-    stream = io.BytesIO()
-    options = {"optimize": True, "compress_type": 0} if compress else {"compress_level": 0}
-    Image.fromarray(pixels).save(stream, format="png", **options)
-    return stream.getvalue()
 
 
 def encode_npy(latents: np.ndarray) -> bytes:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from PIL import Image
 
+from data.pictures import encode_png, to_array
 from dnnlib.files import atomic_write, open_regular
-
-if TYPE_CHECKING:
-    import torch
 
 
 def save_image(path: str | Path, image: np.ndarray | torch.Tensor) -> None:
@@ -20,29 +18,21 @@ def save_image(path: str | Path, image: np.ndarray | torch.Tensor) -> None:
 
     Raises ValueError for another shape or type.
     """
-    from PIL import Image
-
     array = _as_uint8(image)
     if array.ndim != 3 or array.shape[0] not in (1, 3):
         raise ValueError(f"{path}: a PNG needs 1 or 3 channels, not an array of shape {list(array.shape)}")
-    picture = Image.fromarray(array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
-    data = io.BytesIO()
-    picture.save(data, format="PNG")
     with atomic_write(path) as file:
-        file.write(data.getvalue())
+        file.write(encode_png(array, {}))
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """Return a PNG as uint8 [C,H,W], one channel for grey files and three otherwise. Raises OSError."""
-    from PIL import Image
-
     with open_regular(path) as file, Image.open(file, formats=["PNG"]) as picture:
-        array = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        return to_array(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
 
 
 def image_grid(
-    images: Any,  # uint8 [N,C,H,W], array or tensor
+    images: np.ndarray | torch.Tensor,  # uint8 [N,C,H,W]
     *,
     columns: int | None = None,  # None = as square as possible
     padding: int = 2,  # background pixels between and around images
@@ -67,20 +57,13 @@ def image_grid(
     return sheet
 
 
-def save_grid(
-    path: str | Path,
-    images: Any,
-    *,
-    columns: int | None = None,
-    padding: int = 2,
-    scale: int | None = None,
-) -> None:
-    """Write a contact sheet of uint8 images [N,C,H,W] as PNG; arguments as in `image_grid`."""
-    save_image(path, image_grid(images, columns=columns, padding=padding, scale=scale))
+def save_grid(path: str | Path, images: np.ndarray | torch.Tensor, **layout: int | None) -> None:
+    """Write a contact sheet of uint8 images [N,C,H,W] as PNG; `layout` are the other arguments of `image_grid`."""
+    save_image(path, image_grid(images, **layout))
 
 
-def _as_uint8(images: Any) -> np.ndarray:
-    array = images.detach().cpu().numpy() if hasattr(images, "detach") else np.asarray(images)
+def _as_uint8(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if array.dtype != np.uint8:
         raise ValueError(f"images must be uint8 (0 to 255), not {array.dtype}: decode them first")
     return array

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.archives import MAX_FILE_BYTES, FileSource, decode_pixels, is_image_name, read_labels
+from data.pictures import to_array, to_picture
 from dnnlib.files import read_regular
 from dnnlib.npy import read_npy
 
@@ -91,10 +92,8 @@ class ImageFolder:
             )
         side = min(pixels.shape[1:])
         top, left = ((size - side) // 2 for size in pixels.shape[1:])
-        square = np.ascontiguousarray(pixels[:, top : top + side, left : left + side].transpose(1, 2, 0))
-        picture = Image.fromarray(square[..., 0] if channels == 1 else square)
-        resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
-        return resized[None] if channels == 1 else np.ascontiguousarray(resized.transpose(2, 0, 1))
+        square = to_picture(pixels[:, top : top + side, left : left + side])
+        return to_array(square.resize((width, height), Image.Resampling.LANCZOS))
 
     def labels(self) -> dict[str, int]:
         """Return the class of every image from the folder's dataset.json. Raises InputError where there are none."""

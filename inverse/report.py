@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 from collections.abc import Iterable
@@ -13,8 +12,8 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
+from data.pictures import encode_png
 from dnnlib.files import atomic_write
 from inverse.json_files import JsonFileError, read_json
 from inverse.report_input import LoadedImage, ReportError, check_record, get, load_images, number, read_png
@@ -282,10 +281,7 @@ def _scale_top(loaded: list[LoadedImage]) -> float | None:
 
 def _data_url(image: np.ndarray) -> str:
     """A picture, uint8 [C,H,W], as a data: URL."""
-    picture = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
-    data = io.BytesIO()
-    picture.save(data, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_png(image, {"optimize": True})).decode()
 
 
 def _figure(label: str, image: np.ndarray, alt: str, **rest: Any) -> Figure:

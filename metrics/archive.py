@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from data.writer import DatasetWriter, encode_png
+from data.pictures import encode_png
+from data.writer import DatasetWriter
 from dnnlib.files import discard, temporary_beside
 from generation.images import GeneratedBatch
 from torch_utils import distributed

@@ -115,6 +115,7 @@ def write_strip(folder: Path, outdir: Path) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
+    from data.pictures import to_array, to_picture
     from generation.pictures import read_image, save_grid
 
     report = read_json(folder / "metrics.json")
@@ -125,7 +126,7 @@ def write_strip(folder: Path, outdir: Path) -> dict[str, Any]:
         for name in names:
             pixels = read_image(folder / part / f"{name}.png")
             size = read_image(folder / "truth" / f"{name}.png").shape[:0:-1]
-            rows.append(np.asarray(Image.fromarray(pixels[0]).resize(size, Image.Resampling.NEAREST))[None])
+            rows.append(to_array(to_picture(pixels[:1]).resize(size, Image.Resampling.NEAREST)))
     save_grid(outdir / f"{report['task']}-strip.png", np.stack(rows), columns=len(names))
     psnr = {pick: values["psnr"]["mean"] for pick, values in report["summary"].items()}
     return {

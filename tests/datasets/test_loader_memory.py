@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data.dataset import ImageDataset, InfiniteSampler
-from data.writer import DatasetWriter, encode_npy, encode_png
+from data.pictures import encode_png
+from data.writer import DatasetWriter, encode_npy
 
 COUNT, BATCH = 2000, 50
 

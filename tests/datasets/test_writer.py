@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data.dataset import DatasetError, ImageDataset
-from data.writer import DatasetWriter, encode_png
+from data.pictures import encode_png
+from data.writer import DatasetWriter
 
 ROOT = Path(__file__).parents[2]
 PNG = encode_png(np.zeros([3, 8, 8], dtype=np.uint8))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.pictures import encode_png
 from dnnlib.files import atomic_write, read_regular
 from dnnlib.streams import lead_nowhere
 from torch_utils import distributed
@@ -120,12 +121,8 @@ class Recorder:
         """A picture uint8 [C,H,W] for TensorBoard."""
         if not self.active:
             return
-        from PIL import Image
-
         channels, height, width = sheet.shape
-        png = io.BytesIO()
-        Image.fromarray(sheet[0] if channels == 1 else sheet.transpose(1, 2, 0)).save(png, format="PNG")
-        picture = dict(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+        picture = dict(height=height, width=width, colorspace=channels, encoded_image_string=encode_png(sheet, {}))
         self._to_board(nimg, [{"tag": name, "image": picture}])
 
     def close(self) -> None:
