@@ -2,20 +2,27 @@
 
 Per image, everything random comes from the stream of its own seed, in this order: the starting noise [C,H,W]; the
 class, where the network has classes (also when one is asked for, so that the rest does not shift); what the sampler
-draws. PyTorch is imported on first use, so that scripts can import this module and still answer --help at once.
+draws.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from torch import Tensor, nn
+
+from generation.pictures import save_image
+from networks import GenerativeDenoiser, Precond
+from networks.encoders import Encoder, RGBEncoder
+from sampling.grids import few_step_sigmas
+from sampling.ode import guided_denoiser, heun_sampler
+from sampling.seeds import SeededNoise
+from torch_utils import distributed
 
 DEFAULT_STEPS = 32  # teacher: 2·32 - 1 = 63 evaluations
 
@@ -25,9 +32,9 @@ class GeneratedBatch:
     """One batch of generated images, on the device they were drawn on."""
 
     seeds: list[int]
-    images: torch.Tensor  # uint8 [N,C,H,W], decoded pixels
-    latents: torch.Tensor  # float32 [N,C,H,W], what the network drew, before decoding
-    labels: torch.Tensor | None  # one-hot float32 [N, label_dim]; None without classes
+    images: Tensor  # uint8 [N,C,H,W], decoded pixels
+    latents: Tensor  # float32 [N,C,H,W], what the network drew, before decoding
+    labels: Tensor | None  # one-hot float32 [N, label_dim]; None without classes
     batch_idx: int  # counts this process's batches from 0
     num_batches: int  # of this process
     paths: list[Path] = field(default_factory=list)  # files written, in the order of seeds
@@ -50,20 +57,18 @@ def split_seeds(seeds: Sequence[int], batch: int, *, rank: int = 0, world_size: 
     return parts[rank::world_size]
 
 
-def count_evaluations(net: Any, *, ts: Sequence[int] | None = None, num_steps: int | None = None) -> int:
+def count_evaluations(net: nn.Module, *, ts: Sequence[int] | None = None, num_steps: int | None = None) -> int:
     """Return the evaluations of `net` that one image takes (a guiding network's come on top)."""
-    from networks import GenerativeDenoiser
-
     if isinstance(net, GenerativeDenoiser):
         return 1 if ts is None else len(ts) - 1
     return 2 * (num_steps or DEFAULT_STEPS) - 1
 
 
 def generate_images(
-    net: Any,  # GenerativeDenoiser (few steps) or Precond (Heun)
-    encoder: Any = None,  # latents to pixels; None = plain RGB
+    net: nn.Module,  # GenerativeDenoiser (few steps) or Precond (Heun)
+    encoder: Encoder | None = None,  # latents to pixels; None = plain RGB
     *,
-    gnet: Any = None,  # guiding Precond; None = net itself
+    gnet: nn.Module | None = None,  # guiding Precond; None = net itself
     seeds: Sequence[int],  # one image per seed
     class_idx: int | None = None,  # None = a class drawn from each seed
     batch: int = 32,  # largest number of images at once, per process
@@ -85,15 +90,65 @@ def generate_images(
     and the device, up to rounding. Networks are in eval mode during each batch only, and no gradients are kept;
     `device` and `dtype` stay with the networks. Raises ValueError for options that do not fit together.
     """
-    import torch
+    if isinstance(net, GenerativeDenoiser):
+        _check_few_step(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
+    else:
+        _check_teacher(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
+    _check_images(net, seeds, class_idx, batch, outdir)
+    device = next(net.parameters()).device if device is None else torch.device(device)
+    encoder = RGBEncoder() if encoder is None else encoder
+    networks = [net] if gnet is None else [net, gnet]
+    for module in (*networks, encoder):
+        module.to(device)
+    for network in networks if dtype is not None else []:
+        network.compute_dtype = dtype
+    rank = distributed.rank() if rank is None else rank
+    world_size = distributed.world_size() if world_size is None else world_size
 
-    from networks import GenerativeDenoiser, Precond
-    from torch_utils import distributed
+    def sample(noise: Tensor, labels: Tensor | None, randn_like: Callable[[Tensor], Tensor]) -> Tensor:
+        if isinstance(net, GenerativeDenoiser):
+            level = net.init_sigma  # y = init_sigma·noise says nothing: the posterior is the prior
+            return net(level * noise, level, labels, ts=ts, zeta=zeta, randn_like=randn_like)
+        denoiser = guided_denoiser(net, gnet, guidance, labels, gnet_labels=gnet_labels)
+        return heun_sampler(denoiser, noise, num_steps=num_steps or DEFAULT_STEPS)
 
-    few_step = isinstance(net, GenerativeDenoiser)
-    if not few_step and not isinstance(net, Precond):
-        raise ValueError(f"cannot sample from a {type(net).__name__}: give a teacher (Precond) or a GenerativeDenoiser")
-    _check_options(net, few_step, gnet, ts, zeta, guidance, gnet_labels, num_steps)
+    parts = split_seeds(seeds, batch, rank=rank, world_size=world_size)
+    return _draw(networks, encoder, sample, parts, class_idx, device, outdir, subdirs)
+
+
+def _draw(
+    networks: list[nn.Module],  # the one that draws first
+    encoder: Encoder,
+    sample: Callable[[Tensor, Tensor | None, Callable[[Tensor], Tensor]], Tensor],
+    parts: list[list[int]],  # seeds of each batch
+    class_idx: int | None,
+    device: torch.device,
+    outdir: str | Path | None,
+    subdirs: bool,
+) -> Iterator[GeneratedBatch]:
+    net = networks[0]
+    for batch_idx, seeds in enumerate(parts):
+        with torch.no_grad(), _evaluation_mode(networks):
+            source, labels = SeededNoise(seeds, device), None
+            noise = source.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
+            if net.label_dim > 0:
+                classes = source.randint(net.label_dim)
+                if class_idx is not None:
+                    classes = torch.full_like(classes, class_idx)
+                labels = nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+            latents = sample(noise, labels, source.randn_like)
+            images = encoder.decode(latents)
+        paths = [] if outdir is None else [image_path(outdir, seed, subdirs=subdirs) for seed in seeds]
+        for path, image in zip(paths, images.cpu() if paths else (), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(path, image)
+        yield GeneratedBatch(seeds, images, latents, labels, batch_idx, len(parts), paths)
+
+
+def _check_images(
+    net: nn.Module, seeds: Sequence[int], class_idx: int | None, batch: int, outdir: str | Path | None
+) -> None:
+    """Raise ValueError for images that the network or the folder cannot take."""
     if class_idx is not None and not 0 <= class_idx < net.label_dim:
         known = f"has classes 0 to {net.label_dim - 1}" if net.label_dim else "has no classes"
         raise ValueError(f"class {class_idx} is not available: the network {known}")
@@ -103,78 +158,42 @@ def generate_images(
         raise ValueError(f"seeds must lie between 0 and 2^63 - 1, not from {min(seeds)} to {max(seeds)}")
     if outdir is not None and Path(outdir).exists() and not Path(outdir).is_dir():
         raise ValueError(f"{outdir} is a file: give a folder to write images to")
-    device = next(net.parameters()).device if device is None else torch.device(device)
-    if dtype == torch.float16 and device.type != "cuda":
-        raise ValueError(f"float16 needs a CUDA device, not {device}: use float32 or bfloat16")
-
-    networks = [net] if gnet is None else [net, gnet]
-    for module in networks if encoder is None else [*networks, encoder]:
-        module.to(device)
-    for network in networks if dtype is not None else []:
-        network.compute_dtype = dtype
-    rank = distributed.rank() if rank is None else rank
-    world_size = distributed.world_size() if world_size is None else world_size
-    batches = split_seeds(seeds, batch, rank=rank, world_size=world_size)
-
-    def draw(batch_seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        from sampling.ode import guided_denoiser, heun_sampler
-        from sampling.seeds import SeededNoise
-
-        source = SeededNoise(batch_seeds, device)
-        noise = source.randn([len(batch_seeds), net.img_channels, net.img_resolution, net.img_resolution])
-        labels = None
-        if net.label_dim > 0:
-            classes = source.randint(net.label_dim)
-            if class_idx is not None:
-                classes = torch.full_like(classes, class_idx)
-            labels = torch.nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
-        if few_step:
-            level = net.init_sigma  # y = init_sigma·noise says nothing: the posterior is the prior
-            latents = net(level * noise, level, labels, ts=ts, zeta=zeta, randn_like=source.randn_like)
-        else:
-            denoiser = guided_denoiser(net, gnet, guidance, labels, gnet_labels=gnet_labels)
-            latents = heun_sampler(denoiser, noise, num_steps=num_steps or DEFAULT_STEPS)
-        return latents, labels
-
-    def iterate() -> Iterator[GeneratedBatch]:
-        for batch_idx, batch_seeds in enumerate(batches):
-            with torch.no_grad(), _evaluation_mode(networks):
-                latents, labels = draw(batch_seeds)
-                images = _decode(encoder, latents)
-            result = GeneratedBatch(batch_seeds, images, latents, labels, batch_idx, len(batches))
-            if outdir is not None:
-                result.paths = _write(images, batch_seeds, outdir, subdirs)
-            yield result
-
-    return iterate()
 
 
-def _check_options(
-    net: Any,
-    few_step: bool,  # net is a generative denoiser, else a teacher
-    gnet: Any,
+def _check_few_step(
+    net: GenerativeDenoiser,
+    gnet: nn.Module | None,
     ts: Sequence[int] | None,
     zeta: float,
     guidance: float,
     gnet_labels: bool,
     num_steps: int | None,
 ) -> None:
-    """Raise ValueError for options of `generate_images` that do not fit the network or one another."""
-    from networks import Precond
-    from sampling.grids import few_step_sigmas
+    """Raise ValueError for options of `generate_images` that do not fit a generative denoiser or one another."""
+    if gnet is not None or guidance != 1 or not gnet_labels:
+        raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
+    if num_steps is not None:
+        raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
+    if not 0 <= zeta <= 1:
+        raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
+    if zeta != 1 and ts is None:
+        raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
+    if ts is not None:
+        few_step_sigmas(ts, sigma_max=net.init_sigma)
 
-    if few_step:
-        if gnet is not None or guidance != 1 or not gnet_labels:
-            raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
-        if num_steps is not None:
-            raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
-        if not 0 <= zeta <= 1:
-            raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
-        if zeta != 1 and ts is None:
-            raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
-        if ts is not None:
-            few_step_sigmas(ts, sigma_max=net.init_sigma)
-        return
+
+def _check_teacher(
+    net: nn.Module,
+    gnet: nn.Module | None,
+    ts: Sequence[int] | None,
+    zeta: float,
+    guidance: float,
+    gnet_labels: bool,
+    num_steps: int | None,
+) -> None:
+    """Raise ValueError for what is no teacher, and for options that do not fit it or one another."""
+    if not isinstance(net, Precond):
+        raise ValueError(f"cannot sample from a {type(net).__name__}: give a teacher (Precond) or a GenerativeDenoiser")
     if ts is not None or zeta != 1:
         raise ValueError("ts and zeta apply to generative denoisers only, and this network is a teacher: use steps")
     if num_steps is not None and num_steps < 2:
@@ -200,7 +219,7 @@ def _check_options(
 
 
 @contextlib.contextmanager
-def _evaluation_mode(networks: list[Any]) -> Iterator[None]:
+def _evaluation_mode(networks: list[nn.Module]) -> Iterator[None]:
     """Put networks in eval mode, so that nothing rewrites their weights, and back as they were."""
     before = [network.training for network in networks]
     try:
@@ -210,22 +229,3 @@ def _evaluation_mode(networks: list[Any]) -> Iterator[None]:
     finally:
         for network, training in zip(networks, before, strict=True):
             network.train(training)
-
-
-def _decode(encoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    if encoder is None:
-        from networks.encoders import RGBEncoder
-
-        encoder = RGBEncoder()
-    return encoder.decode(latents)
-
-
-def _write(images: torch.Tensor, seeds: list[int], outdir: str | Path, subdirs: bool) -> list[Path]:
-    from generation.pictures import save_image
-
-    paths = [image_path(outdir, seed, subdirs=subdirs) for seed in seeds]
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
-    for path, image in zip(paths, images.cpu(), strict=True):
-        save_image(path, image)
-    return paths

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ def dtype_option(help: str = "Of the U-Nets.") -> Callable:
 def batch_option(default: int, help: str) -> Callable:
     """--batch, at least 1."""
     return click.option("--batch", type=click.IntRange(min=1), default=default, help=help)
+
+
+@contextmanager
+def about(option: str) -> Iterator[None]:
+    """Tell a ValueError as a mistake in an option, as click tells those that it finds itself: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        context = click.get_current_context(silent=True)
+        raise click.BadParameter(str(error), context, param_hint=f"'{option}'") from error
 
 
 class OutputFolder(click.ParamType):

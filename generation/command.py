@@ -1,0 +1,98 @@
+"""What `generate.py` does: images of seeds as PNG files, and a contact sheet of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import networks
+from generation.images import GeneratedBatch, count_evaluations, generate_images, image_path
+from generation.pictures import read_image, save_grid
+from sampling.grids import ParsedSchedule, describe_ts, parse_ts
+from sampling.seeds import parse_seeds
+from torch_utils import distributed
+from torch_utils.options import about
+
+MAX_GRID_IMAGES = 1024  # on one contact sheet
+
+
+def generate(
+    *,
+    net_path: str,
+    gnet_path: str | None,  # guiding network
+    outdir: str,
+    seeds: str,  # as in 1,2,5-10
+    class_idx: int | None,
+    batch: int,
+    subdirs: bool,
+    grid: bool,
+    ts: str | None,  # as in 10,22,39; None = one direct step, or a teacher
+    zeta: float,
+    steps: int | None,  # teacher: noise levels
+    guidance: float,
+    gnet_no_labels: bool,
+    device: str,
+    dtype: str,
+    quiet: bool,
+) -> None:
+    """Draw an image per seed into a folder, in any number of processes. Raises ValueError for a bad request."""
+    with about("--seeds"):
+        numbers = list(dict.fromkeys(parse_seeds(seeds)))
+    with about("--ts"):
+        schedule = None if ts is None else parse_ts(ts)
+    place = distributed.init(device)
+
+    def prepare() -> tuple[nn.Module, Iterator[GeneratedBatch]]:
+        loaded, guiding = load_networks(net_path, gnet_path, place)
+        gnet = None if guiding is None else guiding.net
+        model = dict(gnet=gnet, gnet_labels=not gnet_no_labels, dtype=distributed.compute_dtype(dtype, place))
+        sampling = dict(ts=schedule and schedule.ts, zeta=zeta, num_steps=steps, guidance=guidance, class_idx=class_idx)
+        files = dict(batch=batch, device=place, outdir=outdir, subdirs=subdirs)
+        return loaded.net, generate_images(loaded.net, loaded.encoder, seeds=numbers, **model, **sampling, **files)
+
+    # The main process downloads first, and what is wrong with the request is wrong in all processes alike.
+    net, batches = distributed.main_first(prepare)
+    distributed.print0(_describe(net, schedule, steps, guidance), file=sys.stderr)
+    with tqdm(total=len(numbers), unit="img", disable=quiet or not distributed.is_main()) as progress:
+        for part in batches:
+            drawn = len(part.seeds) * distributed.world_size()
+            progress.update(min(drawn, len(numbers) - progress.n))
+    distributed.barrier()
+    if grid and distributed.is_main():
+        paths = [image_path(outdir, seed, subdirs=subdirs) for seed in numbers[:MAX_GRID_IMAGES]]
+        sheet = Path(outdir) / "grid.png"
+        save_grid(sheet, np.stack([read_image(path) for path in paths]), columns=math.ceil(math.sqrt(len(paths))))
+        click.echo(f"contact sheet of {len(paths)} images: {sheet}", err=True)
+
+
+def load_networks(
+    net_path: str, gnet_path: str | None, device: torch.device
+) -> tuple[networks.LoadedNetwork, networks.LoadedNetwork | None]:
+    """The network and the guiding one, in the layout in which a CPU draws about a tenth faster."""
+    loaded = networks.load(net_path, device=device)
+    guiding = networks.load(gnet_path, device=device) if gnet_path is not None else None
+    if device.type == "cpu":
+        for part in [loaded] if guiding is None else [loaded, guiding]:
+            part.net.to(memory_format=torch.channels_last)
+    return loaded, guiding
+
+
+def _describe(net: nn.Module, schedule: ParsedSchedule | None, steps: int | None, guidance: float) -> str:
+    """Return what is about to be drawn, with the noise levels of a few-step schedule."""
+    if isinstance(net, networks.GenerativeDenoiser):
+        if schedule is None:
+            return f"generative denoiser: 1 step, directly at noise level {net.init_sigma:.4g}"
+        text = f"generative denoiser: {describe_ts(schedule.ts, sigma_max=net.init_sigma)}"
+        if schedule.end_added:
+            text += f" (39, the end of the schedule, was added: --ts {','.join(map(str, schedule.ts))})"
+        return text
+    text = f"teacher: Heun's method, {count_evaluations(net, num_steps=steps)} evaluations"
+    return text if guidance == 1 else f"{text} of each network, guidance {guidance:g}"
