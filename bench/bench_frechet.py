@@ -57,7 +57,7 @@ def measure(dim: int, repeats: int) -> dict[str, float]:
     import numpy as np
     import scipy.linalg
 
-    from metrics.frechet import frechet_distance
+    from metrics.distances import frechet_distance
 
     rng = np.random.default_rng(dim)
     statistics = []

@@ -34,8 +34,8 @@ def main(device: str, preset: str, num: int, batch: int, ts: str, dtype: str, ou
     from data.pictures import encode_png
     from dnnlib.files import write_json
     from generation.images import generate_images
+    from metrics.distances import FeatureMoments
     from metrics.features.inception import InceptionV3
-    from metrics.frechet import FeatureMoments
     from networks import GenerativeDenoiser, PrecondCondition
     from sampling.grids import parse_ts
     from torch_utils.distributed import device_for

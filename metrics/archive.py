@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data.pictures import encode_png
@@ -12,54 +14,35 @@ from generation.images import GeneratedBatch
 from torch_utils import distributed
 
 
-class ImageArchive:
-    """Every process leaves its images in a folder beside `path`; at the end they become one EDM2 data set there.
+@contextmanager
+def image_archive(path: str | Path) -> Iterator[Callable[[GeneratedBatch], None]]:
+    """Give a function that keeps a batch; at the end all processes' images become one EDM2 data set at `path`.
 
-    A context manager, collective at both ends. Images stand in the order of their seeds, with their classes as labels.
-    On error nothing remains. Raises DatasetError (a ValueError) where `path` exists already or cannot be written.
+    Collective at both ends: every process leaves its images in a folder beside `path`. They stand in the order of
+    their seeds, with their classes as labels. On error nothing remains. Raises DatasetError (a ValueError) where `path`
+    exists already or cannot be written.
     """
+    with ExitStack() as stack:
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._parts = Path()  # known when entered
-        self._place = temporary_beside(os.path.realpath(path), folder=True)  # of the parts
-        self._writer: DatasetWriter | None = None  # the main process's
+        def begin() -> tuple[DatasetWriter | None, Path | None]:
+            if not distributed.is_main():
+                return None, None
+            writer = stack.enter_context(DatasetWriter(path))  # refuses what stands there, before anything is drawn
+            parts = stack.enter_context(temporary_beside(os.path.realpath(path), folder=True))
+            stack.callback(discard, parts)
+            return writer, parts
 
-    def __enter__(self) -> ImageArchive:
-        distributed.main_first(self._open)
-        self._parts = distributed.from_main(self._parts)
-        return self
+        writer, parts = distributed.main_first(begin)
+        parts = distributed.from_main(parts)
 
-    def _open(self) -> None:
-        if distributed.is_main():
-            self._writer = DatasetWriter(self.path)  # refuses what stands there, before anything is drawn
-            self._parts = self._place.__enter__()
+        def add(batch: GeneratedBatch) -> None:
+            classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.argmax(dim=1).tolist()
+            for seed, image, label in zip(batch.seeds, batch.images.cpu().numpy(), classes, strict=True):
+                name = f"{seed:020d}.png" if label is None else f"{seed:020d}-{label}.png"
+                (parts / name).write_bytes(encode_png(image))
 
-    def add(self, batch: GeneratedBatch) -> None:
-        """Keep a batch."""
-        classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.argmax(dim=1).tolist()
-        for seed, image, label in zip(batch.seeds, batch.images.cpu().numpy(), classes, strict=True):
-            name = f"{seed:020d}.png" if label is None else f"{seed:020d}-{label}.png"
-            (self._parts / name).write_bytes(encode_png(image))
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            distributed.barrier()
-        if self._writer is None:
-            return
-        try:
-            with self._writer as writer:
-                if kind is not None:
-                    raise _Abandoned
-                for i, file in enumerate(sorted(self._parts.iterdir())):
-                    _, dash, label = file.stem.partition("-")
-                    writer.add(f"{i // 1000:05d}/img{i:08d}.png", file.read_bytes(), int(label) if dash else None)
-        except _Abandoned:
-            pass
-        finally:
-            discard(self._parts)
-            self._place.__exit__(None, None, None)
-
-
-class _Abandoned(Exception):
-    """Tells the writer to keep nothing."""
+        yield add
+        distributed.barrier()
+        for i, file in enumerate(sorted(parts.iterdir()) if writer is not None else ()):
+            _, dash, label = file.stem.partition("-")
+            writer.add(f"{i // 1000:05d}/img{i:08d}.png", file.read_bytes(), int(label) if dash else None)

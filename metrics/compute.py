@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metrics.collect import Collected
 from metrics.features.detectors import LoadedDetector
-from metrics.frechet import frechet_distance
+from metrics.kinds import KINDS, Metric
 from metrics.references import Reference, ReferenceFileError, Statistics
-from metrics.sample_metrics import inception_score, kernel_distance, precision_recall
-from metrics.specs import Metric
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class MetricValue:
 def check_reference(metrics: Iterable[Metric], reference: Reference) -> None:
     """Raise ReferenceFileError where the reference lacks what a metric needs, before any image is drawn."""
     for metric in metrics:
-        if metric.kind == "is":
-            continue  # looks at the generated images alone
+        if metric.needs == "logits":
+            continue  # of the generated images alone
         statistics = reference.statistics.get(metric.detector)
         if statistics is None:
             held = ", ".join(reference.statistics)
@@ -43,7 +42,7 @@ def check_reference(metrics: Iterable[Metric], reference: Reference) -> None:
                 f"{reference.source} holds statistics for {held}, not for {metric.detector} ({metric.name}): choose "
                 f"other --metrics, or make one with: calculate_metrics.py ref --metrics {metric.name}"
             )
-        if metric.needs_features and (statistics.features is None or len(statistics.features) < 4):
+        if metric.needs == "features" and (statistics.features is None or len(statistics.features) < 4):
             raise ReferenceFileError(
                 f"{reference.source} holds no single features of {metric.detector}, which {metric.name} needs: make "
                 f"it anew with: calculate_metrics.py ref --metrics {metric.name}"
@@ -55,7 +54,7 @@ def check_dimensions(metrics: Iterable[Metric], detectors: Mapping[str, LoadedDe
     detectors know theirs before the first image, and where the reference holds no covariance.
     """
     for metric in metrics:
-        if metric.kind != "is" and detectors[metric.detector].feature_dim:
+        if metric.needs != "logits" and detectors[metric.detector].feature_dim:
             _check_dimension(metric, reference.statistics[metric.detector], detectors[metric.detector].feature_dim)
 
 
@@ -65,7 +64,7 @@ def _check_dimension(metric: Metric, statistics: Statistics, dim: int) -> None:
         raise ReferenceFileError(
             f"{metric.name}: the reference has {len(statistics.mu)} feature dimensions and the detector {dim}"
         )
-    if metric.kind == "fd" and not statistics.has_covariance:
+    if metric.needs == "moments" and not statistics.has_covariance:
         raise ReferenceFileError(
             f"{metric.name}: sigma of the reference has negative eigenvalues, which no covariance has"
         )
@@ -78,50 +77,39 @@ def compute_metrics(
 
     Raises ValueError for fewer than 2 images, statistics of another size and too few images for a metric.
     """
-    metrics = list(metrics)
     warnings: dict[str, None] = {}
     values = []
     for metric in metrics:
         part = collected[metric.detector]
-        statistics = None if reference is None else reference.statistics.get(metric.detector)
-        if metric.kind != "is" and statistics is not None:
-            for warning in _warnings(metric, part, reference):
-                warnings[warning] = None
-        value, details = _value(metric, part, statistics)
+        if metric.needs != "logits" and reference is not None and metric.detector in reference.statistics:
+            warnings |= dict.fromkeys(_warnings(metric, part, reference))
+        value, details = KINDS[metric.kind].compute(*_arrays(metric, part, reference))
         values.append(MetricValue(metric.name, value, metric.detector, part.detector.sha256, details))
     return values, list(warnings)
 
 
-def _value(metric: Metric, part: Collected, statistics: Statistics | None) -> tuple[float, dict[str, Any]]:
-    if metric.kind == "is":
-        # In blocks of random images: data sets are often sorted by class, and a block of one class scores 1.
-        order = torch.randperm(len(part.logits), generator=torch.Generator().manual_seed(0))
-        score = inception_score(part.logits[order])
-        return score.mean, {"std": score.std, "splits": 10}
+def _arrays(metric: Metric, part: Collected, reference: Reference | None) -> tuple[Tensor, ...]:
+    """What the metric is a function of, see `Kind`."""
+    if metric.needs == "logits":
+        return (part.logits,)
+    statistics = None if reference is None else reference.statistics.get(metric.detector)
     if statistics is None:
         raise ReferenceFileError(f"{metric.name} needs reference statistics: give --ref")
     _check_dimension(metric, statistics, len(part.moments.mean()))
-    if metric.kind == "fd":
-        mu, sigma = torch.from_numpy(statistics.mu), torch.from_numpy(statistics.sigma)
-        return frechet_distance(part.moments.mean(), part.moments.cov(), mu, sigma), {}
-    real = torch.from_numpy(statistics.features)
-    if metric.kind == "kid":
-        distance = kernel_distance(part.features, real)
-        size = min(1000, len(real), len(part.features))
-        return distance.mean, {"std": distance.std, "subsets": 100, "subset_size": size}
-    result = precision_recall(real, part.features)
-    return result.precision, {"recall": result.recall, "k": 3, "reference_features": len(real)}
+    if metric.needs == "features":
+        return part.features, torch.from_numpy(statistics.features)
+    return part.moments.mean(), part.moments.cov(), *map(torch.from_numpy, (statistics.mu, statistics.sigma))
 
 
 def _warnings(metric: Metric, part: Collected, reference: Reference) -> list[str]:
     statistics, count, dim = reference.statistics[metric.detector], part.moments.count, len(part.moments.mean())
     found = []
-    if metric.kind == "fd" and count <= dim:
+    if metric.needs == "moments" and count <= dim:
         found.append(
             f"{metric.name}: {count} images for {dim} feature dimensions: their covariance is singular, and the "
             "distance comes out much too large to compare with published values"
         )
-    if metric.kind == "fd" and reference.num_images is not None and reference.num_images <= dim:
+    if metric.needs == "moments" and reference.num_images is not None and reference.num_images <= dim:
         found.append(
             f"{metric.name}: the reference has {reference.num_images} images for {dim} feature dimensions: its "
             "covariance is singular"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +15,15 @@ from torch import Tensor, nn
 
 from dnnlib import ROOT
 from metrics.features.inception import full_precision_convolutions
-from metrics.features.weights import DetectorError, WeightFile, find_weights
+from metrics.features.vgg import BACKBONE, BLOCKS, VGG16, WIDTHS
+from metrics.features.weights import DetectorError, load_published
 
-BACKBONE = WeightFile(
-    name="vgg16-397923af.pth",
-    url="https://download.pytorch.org/models/vgg16-397923af.pth",
-    size="about 528 MB",
-    sha256_prefix="397923af",  # the file's name says it
-    option="--lpips-path",
-)
 HEADS = ROOT / "assets" / "lpips" / "vgg-v0.1.safetensors"
 VARIANTS = {"max": F.max_pool2d, "average": F.avg_pool2d}
 
 SSIM_WINDOW, SSIM_STD, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, RGB
-_BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions, numbered as in the published file
-_WIDTHS = (64, 128, 256, 512, 512)  # channels of each block
-LPIPS_MIN_SIZE = 2 ** (len(_BLOCKS) - 1)  # pixels: each block but the first halves the image
+LPIPS_MIN_SIZE = 2 ** (len(BLOCKS) - 1)  # pixels: each block but the first halves the image
 _PIXELS_AT_ONCE = 8 * 256 * 256  # bounds the memory of LPIPS to about 1 GB, whatever the batch
 
 
@@ -81,28 +71,6 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return (luminance * (2 * covariance + c2) / (var_x + var_y + c2)).mean(dim=(1, 2, 3))
 
 
-class VGG16(nn.Module):
-    """The thirteen convolutions of VGG16 (Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
-    Recognition", 2015), under the names that `vgg16-397923af.pth` gives them. Weights are left uninitialised.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.ModuleDict()
-        channels = 3
-        for block, width in zip(_BLOCKS, _WIDTHS, strict=True):
-            for index in block:
-                self.features[str(index)] = nn.utils.skip_init(nn.Conv2d, channels, width, 3, padding=1)
-                channels = width
-        self.requires_grad_(False)
-
-    def forward_block(self, block: int, x: Tensor) -> Tensor:
-        """Convolutions and ReLUs of block 0 to 4. The pooling between two blocks is the caller's."""
-        for index in _BLOCKS[block]:
-            x = F.relu(self.features[str(index)](x), inplace=True)
-        return x
-
-
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, version 0.1, in the features of VGG16 (Zhang et al., "The Unreasonable
     Effectiveness of Deep Features as a Perceptual Metric", 2018). Smaller is more alike.
@@ -144,7 +112,7 @@ class LPIPS(nn.Module):
         x, y = self._network_input(x), self._network_input(y)
         pool = VARIANTS[self.variant]
         total = None
-        for block in range(len(_BLOCKS)):
+        for block in range(len(BLOCKS)):
             if block:
                 x, y = pool(x, 2), pool(y, 2)
             x, y = self.backbone.forward_block(block, x), self.backbone.forward_block(block, y)
@@ -177,30 +145,9 @@ def load_lpips(
     """
     if variant not in VARIANTS:  # before a download of half a gigabyte
         raise ValueError(f"no LPIPS variant is called {variant!r}: use {' or '.join(VARIANTS)}")
-    backbone = _read_backbone(find_weights(BACKBONE, path, quiet=quiet, download=download))
+    backbone = VGG16()
+    load_published(backbone, BACKBONE, path, ignored=("classifier.",), quiet=quiet, download=download)
     return LPIPS(backbone.to(device), variant).eval()
-
-
-def _read_backbone(path: Path) -> VGG16:
-    """The convolutions in a state dict of VGG16; tensors only, nothing in the file is run. Raises DetectorError."""
-    damaged = f"{path} is damaged or not the VGG16 weights {BACKBONE.name}; fetch it again from {BACKBONE.url}"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise DetectorError(f"{path} is a TorchScript program, not the VGG16 weights {BACKBONE.name}")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DetectorError(f"cannot read the VGG16 weights {path}: {error.strerror or error}") from None
-    except Exception:  # a damaged or foreign pickle may raise nearly anything
-        raise DetectorError(damaged) from None
-    net = VGG16()
-    for key, parameter in net.named_parameters():
-        tensor = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape or not torch.isfinite(tensor).all():
-            raise DetectorError(damaged)
-        parameter.copy_(tensor)
-    return net
 
 
 def _read_heads() -> list[Tensor]:
@@ -209,10 +156,10 @@ def _read_heads() -> list[Tensor]:
 
     try:
         with safe_open(str(HEADS), framework="pt") as file:
-            heads = [file.get_tensor(f"lin{i}") for i in range(len(_BLOCKS))]
+            heads = [file.get_tensor(f"lin{i}") for i in range(len(BLOCKS))]
     except (OSError, SafetensorError) as error:
         raise DetectorError(f"cannot read the LPIPS heads {HEADS}: {error}") from None
-    if [tuple(head.shape) for head in heads] != [(width,) for width in _WIDTHS]:
+    if [tuple(head.shape) for head in heads] != [(width,) for width in WIDTHS]:
         raise DetectorError(f"{HEADS} does not hold the LPIPS heads of VGG16")
     return heads
 

@@ -24,7 +24,7 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
 
     from data.dataset import ImageDataset
     from dnnlib.files import check_output
-    from metrics.features.detectors import DemoClassifier, save_demo_classifier
+    from metrics.features.demo import DemoClassifier, save_demo_classifier
 
     with user_errors():
         check_output(out, ".safetensors", [data])

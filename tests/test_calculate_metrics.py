@@ -240,5 +240,5 @@ def test_a_full_disk_behind_the_output_costs_no_report(reference, tmp_path):
 def test_a_reference_of_another_size_is_refused_before_any_work(tmp_path, monkeypatch):
     statistics = {"fd_demo/mu": np.zeros(64), "fd_demo/sigma": np.eye(64), "num_images": np.array(100)}
     np.savez(tmp_path / "ref.npz", **statistics)
-    monkeypatch.setattr("metrics.evaluate.evaluate_network", None)  # would fail
+    monkeypatch.setattr("metrics.commands.evaluate_network", None)  # would fail
     assert "64 feature dimensions and the detector 128" in gen(tmp_path / "ref.npz", tmp_path / "o.json", fails=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from data.dataset import ImageDataset
-from metrics.evaluate import evaluate_dataset
+from metrics.collect import evaluate_dataset
 from metrics.features.detectors import load_detector
+from metrics.kinds import parse_metrics
 from metrics.references import save_reference
-from metrics.specs import parse_metrics
 
 ROOT = Path(__file__).parents[1]
 STUDENT = ROOT / "assets" / "demo" / "student.safetensors"

@@ -7,7 +7,6 @@ define a metric (`fid`, `fd_dinov2`, `fd_demo`); any other module is welcome und
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -16,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnnlib import ROOT
-from dnnlib.files import file_sha256, open_regular, parse_json
+from dnnlib.files import file_sha256
 from dnnlib.text import first_line
-from metrics.features.weights import DetectorError, find_weights
-from metrics.specs import KINDS
-
-DEMO_CLASSIFIER = ROOT / "assets" / "demo" / "classifier.safetensors"
-STANDARD_DETECTORS = ("fid", "fd_dinov2", "fd_demo")
+from metrics.features.demo import DEMO_CLASSIFIER, load_demo_classifier
+from metrics.features.dinov2 import load_dinov2
+from metrics.features.inception import load_inception
+from metrics.features.weights import DetectorError
+from metrics.kinds import DETECTORS, KINDS
 
 
 @dataclass(frozen=True)
@@ -37,42 +34,6 @@ class LoadedDetector:
     name: str
     feature_dim: int
     sha256: str  # of its file of weights
-
-
-class DemoClassifier(nn.Module):
-    """A small convolutional classifier of the embedded 16x16 grey images; its pooled features define `fd_demo`.
-
-    Distances in its features compare models on that data with one another and with nothing else: they are no FID.
-    """
-
-    name = "fd_demo"
-    feature_dim = 128
-
-    def __init__(self, num_classes: int = 10, resolution: int = 16) -> None:
-        super().__init__()
-        self.resolution = resolution
-        widths = (32, 64, self.feature_dim)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip((1, *widths), widths, strict=False)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
-        self.head = nn.Linear(self.feature_dim, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features float32 [N,128] of uint8 images [N,1,H,W]. Raises ValueError for any other shape or type."""
-        expected = (1, self.resolution, self.resolution)
-        if images.dtype != torch.uint8 or images.shape[1:] != expected:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise ValueError(f"{self.name} takes uint8 images [N,{','.join(map(str, expected))}], got {found}")
-        x = images.to(torch.float32) / 127.5 - 1
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = F.relu(norm(conv(x)))
-            x = F.avg_pool2d(x, 2) if i < 2 else x.mean(dim=(2, 3))
-        return x
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Class logits [N,num_classes] of features [N,128]."""
-        return self.head(features)
 
 
 class ScriptedDetector(nn.Module):
@@ -106,21 +67,16 @@ def load_detector(
 
     Raises DetectorError (a ValueError) where its weights are missing or not the right ones, saying where to get them.
     """
+    if name not in DETECTORS:
+        raise DetectorError(f"no detector is called {name!r}: use {', '.join(DETECTORS)}, or give a file")
     if name == "fd_demo":
-        file = Path(path) if path is not None else DEMO_CLASSIFIER
-        module: nn.Module = load_demo_classifier(file)
-        digest = file_sha256(file)
-    elif name == "fid":
-        from metrics.features.inception import WEIGHTS, load_inception
+        path = DEMO_CLASSIFIER if path is None else path
+        return _loaded(load_demo_classifier(path), name, file_sha256(path), device)
+    module, digest = load_inception(path) if name == "fid" else load_dinov2(path)
+    return _loaded(module, name, digest, device)
 
-        file = find_weights(WEIGHTS, path)
-        module, digest = load_inception(file), file_sha256(file)
-    elif name == "fd_dinov2":
-        from metrics.features.dinov2 import load_dinov2
 
-        module, digest = load_dinov2(path)
-    else:
-        raise DetectorError(f"no detector is called {name!r}: use {', '.join(STANDARD_DETECTORS)}, or give a file")
+def _loaded(module: nn.Module, name: str, digest: str, device: torch.device | str) -> LoadedDetector:
     module = module.eval().requires_grad_(False).to(device)
     return LoadedDetector(module, name, module.feature_dim, digest)
 
@@ -140,7 +96,7 @@ def load_custom_detector(
     name = name or re.sub(r"\W+", "_", file.stem)
     if not re.fullmatch(r"\w+", name):
         raise DetectorError(f"a detector of your own cannot be called {name!r}: use letters, digits and _")
-    if name in (*STANDARD_DETECTORS, "dinov2", "demo", *KINDS):
+    if name in (*DETECTORS, "dinov2", "demo", *KINDS):
         raise DetectorError(f"a detector of your own cannot be called {name!r}, which means something else here")
     if file.suffix == ".safetensors":
         module: nn.Module = load_demo_classifier(file)
@@ -154,41 +110,4 @@ def load_custom_detector(
             raise DetectorError(f"{file} is not a TorchScript module: {first_line(error)}") from None
     else:
         raise DetectorError(f"{file} is neither a TorchScript module nor a safetensors file")
-    module = module.eval().requires_grad_(False).to(device)
-    return LoadedDetector(module, name, module.feature_dim, file_sha256(file))
-
-
-def save_demo_classifier(path: str | Path, classifier: DemoClassifier, facts: dict) -> None:
-    """Write the classifier as safetensors with its training facts as metadata, atomically."""
-    from safetensors.torch import save
-
-    from dnnlib.files import atomic_write
-
-    metadata = {
-        "detector": classifier.name,
-        "config": json.dumps({"resolution": classifier.resolution}),
-        "training": json.dumps(facts),
-    }
-    with atomic_write(path) as file:
-        file.write(save({k: v.contiguous() for k, v in classifier.state_dict().items()}, metadata))
-
-
-def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.device | str = "cpu") -> DemoClassifier:
-    """Read the classifier, in eval mode. Raises DetectorError naming the file if it is missing or something else."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with open_regular(path), safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DetectorError(f"cannot read the demo classifier {path}: {error}") from None
-    if metadata.get("detector") != DemoClassifier.name:
-        raise DetectorError(f"{path} is not a {DemoClassifier.name} classifier")
-    try:
-        config = parse_json(metadata["config"])
-        classifier = DemoClassifier(num_classes=len(weights["head.bias"]), resolution=int(config["resolution"]))
-        classifier.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DetectorError(f"the demo classifier {path} is damaged: {first_line(error)}") from None
-    return classifier.eval().requires_grad_(False).to(device)
+    return _loaded(module, name, file_sha256(file), device)

@@ -7,21 +7,19 @@ Nash Equilibrium", 2017) is tied to: other weights, another resize or other pool
 
 from __future__ import annotations
 
-import zipfile
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics.features.weights import DetectorError, WeightFile
+from metrics.features.weights import WeightFile, load_published
 
-WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS = WeightFile(
-    name=WEIGHTS_NAME,
-    url=f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}",
+    name="pt_inception-2015-12-05-6726825d.pth",
+    url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     size="about 96 MB",
     sha256_prefix="6726825d",  # the file's name says it
 )
@@ -168,7 +166,7 @@ def _block_e(c_in: int, pool: str) -> Mixed:
 class InceptionV3(nn.Module):
     """Inception-v3 of 2015-12-05 as a fixed feature extractor, always in eval mode and in float32.
 
-    Its state dict has the keys of the public PyTorch port, `WEIGHTS_NAME`, until `fold_batch_norm` is called.
+    Its state dict has the keys of the public PyTorch port, `WEIGHTS`, until `fold_batch_norm` is called.
     """
 
     name = "fid"
@@ -250,56 +248,19 @@ def full_precision_convolutions() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def load_inception(path: str | Path, device: torch.device | str = "cpu", *, fold: bool = True) -> InceptionV3:
-    """Read the weights of the public PyTorch port (`WEIGHTS_NAME`) into a network ready for use.
+def load_inception(
+    path: str | os.PathLike[str] | None = None,  # the file or its folder; None = as `find_weights` finds it
+    device: torch.device | str = "cpu",
+    *,
+    fold: bool = True,  # call `fold_batch_norm`
+) -> tuple[InceptionV3, str]:
+    """Return a network ready for use, with the weights of the public PyTorch port, and the SHA-256 of their file.
 
-    Reads tensors only and runs nothing from the file. `fold` calls `fold_batch_norm`. An auxiliary classifier in the
-    file (`AuxLogits.*`) plays no part in the features and is passed over, and so are counts of training batches.
-    Raises DetectorError (a ValueError) naming the file and what is wrong with it.
+    The auxiliary classifier in the file (`AuxLogits.*`) plays no part in the features and is passed over. Raises
+    DetectorError (a ValueError) where the file is missing, damaged or another one.
     """
     net = InceptionV3()
-    net.load_state_dict(_read_weights(Path(path), net.state_dict()), strict=False)
+    digest = load_published(net, WEIGHTS, path, ignored=("AuxLogits.",))
     if fold:
         net.fold_batch_norm()
-    return net.to(device, memory_format=torch.channels_last)
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether `torch.load` would take the file for a TorchScript program; some releases then run it."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `path` named in `expected`, batch counts aside, after checking names, shapes, type and values."""
-    try:
-        if _is_torchscript(path):
-            raise ValueError("a program, not weights")
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DetectorError(f"cannot read the Inception weights {path}: {error.strerror or error}") from None
-    except Exception:  # a damaged or foreign pickle may raise nearly anything
-        raise DetectorError(f"{path} is damaged or no PyTorch weights file; fetch {WEIGHTS_NAME} again") from None
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise DetectorError(f"{path} holds no state dict of tensors; expected the Inception weights {WEIGHTS_NAME}")
-
-    def names(state: dict[str, Tensor]) -> set[str]:
-        return {k for k in map(str, state) if not k.endswith(".num_batches_tracked") and not k.startswith("AuxLogits.")}
-
-    wanted = sorted(names(expected))
-    missing, extra = sorted(names(expected) - names(found)), sorted(names(found) - names(expected))
-    if missing or extra:
-        faults = [f"{len(missing)} keys missing, such as {missing[0]}"] if missing else []
-        faults += [f"{len(extra)} keys not of this network, such as {extra[0]}"] if extra else []
-        raise DetectorError(f"{path} is not {WEIGHTS_NAME}: {'; '.join(faults)}")
-    for key in wanted:
-        tensor, shape = found[key], list(expected[key].shape)
-        dense = tensor.layout == torch.strided and not tensor.is_meta
-        if not dense or tensor.dtype != torch.float32 or list(tensor.shape) != shape:
-            kind = f"{tensor.dtype} {list(tensor.shape)}" if dense else "no dense tensor"
-            raise DetectorError(f"{path} is not {WEIGHTS_NAME}: {key} is {kind}, expected torch.float32 {shape}")
-        if not torch.isfinite(tensor).all():
-            raise DetectorError(f"{path} is damaged: {key} holds values that are not finite; fetch it again")
-    return {key: found[key] for key in wanted}
+    return net.to(device, memory_format=torch.channels_last), digest

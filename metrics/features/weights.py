@@ -1,10 +1,14 @@
-"""Where detector weights are found: a given path, a folder of one's own, or the place that publishes them."""
+"""Published weights: a given path, a folder of one's own, or the place that publishes them; checked, then loaded."""
 
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from dnnlib.download import DownloadError, cache_path, open_url
 from dnnlib.files import file_sha256
@@ -27,15 +31,45 @@ class WeightFile:
     option: str = "--detector-path"  # of the scripts that have one for it
 
 
+def load_published(
+    net: nn.Module,
+    weights: WeightFile,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    ignored: tuple[str, ...] = (),  # beginnings of names in the file that the network has no use for
+    quiet: bool = False,
+    download: bool = True,
+) -> str:
+    """Fill a network with published weights found as by `find_weights`, every name and shape as it has them; tensors
+    are read only, and nothing in the file is run. Returns the file's SHA-256.
+
+    Raises DetectorError, in one line that says where to get the file.
+    """
+    file, digest = find_weights(weights, path, quiet=quiet, download=download)
+    kind = f"the {type(net).__name__} weights {weights.name}"
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:  # some releases of PyTorch would run it
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise DetectorError(f"{file} is a TorchScript program, not {kind}")
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        net.load_state_dict({name: tensor for name, tensor in found.items() if not name.startswith(ignored)})
+    except OSError as error:
+        raise DetectorError(f"cannot read {kind} at {file}: {error.strerror or error}") from None
+    except Exception:  # a damaged or foreign pickle may raise nearly anything
+        raise DetectorError(f"{file} is damaged or not {kind}; fetch it again from {weights.url}") from None
+    return digest
+
+
 def find_weights(
     weights: WeightFile,
     path: str | os.PathLike[str] | None = None,
     *,
     quiet: bool = False,
     download: bool = True,  # False = what the cache holds already, and nothing from the network
-) -> Path:
-    """Return the local file, its hash checked: `path` (the file, or a folder that holds it), else the folder
-    $NCVSD_DETECTORS, else a download into the cache.
+) -> tuple[Path, str]:
+    """Return the local file and its SHA-256, which is checked: `path` (the file, or a folder that holds it), else the
+    folder $NCVSD_DETECTORS, else a download into the cache.
 
     Raises DetectorError, in one line that says where to get the file and where to put it.
     """
@@ -45,7 +79,7 @@ def find_weights(
         candidate = Path(given).expanduser()
         candidate = candidate / weights.name if candidate.is_dir() else candidate
         if candidate.is_file():
-            return _checked(candidate, weights)
+            return candidate, _checked(candidate, weights)
         if given is path:
             raise DetectorError(f"no {weights.name} at {given}: {_advice(weights)}")
     if not download and not cache_path(weights.url).is_file():
@@ -55,20 +89,20 @@ def find_weights(
     except DownloadError as error:
         raise DetectorError(f"{weights.name} is missing, and no download ({error}): {_advice(weights)}") from None
     try:
-        return _checked(downloaded, weights)
+        return downloaded, _checked(downloaded, weights)
     except DetectorError:
         downloaded.unlink(missing_ok=True)
         raise
 
 
-def _checked(path: Path, weights: WeightFile) -> Path:
+def _checked(path: Path, weights: WeightFile) -> str:
     found = file_sha256(path)
     if not found.startswith(weights.sha256_prefix):
         raise DetectorError(
             f"{path} is not {weights.name}: its SHA-256 starts with {found[:8]}, not {weights.sha256_prefix[:8]}; "
             f"{_advice(weights)}"
         )
-    return path
+    return found
 
 
 def _advice(weights: WeightFile) -> str:

@@ -211,7 +211,7 @@ def readers():
     from inverse.inputs import read_mask
     from inverse.json_files import read_json as read_output
     from inverse.tasks import load_task
-    from metrics.features.detectors import load_demo_classifier
+    from metrics.features.demo import load_demo_classifier
     from metrics.references import load_reference
     from torch_utils import safe_pickle
     from toy.training import load_student

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from metrics.evaluate import evaluate_dataset
+from metrics.collect import evaluate_dataset
 from metrics.features.detectors import LoadedDetector
 from metrics.references import load_reference, save_reference
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from data.dataset import ImageDataset
-from metrics.collect import Collected, FeatureCollector
+from metrics.collect import Collected, FeatureCollector, evaluate_dataset
 from metrics.compute import check_dimensions, check_reference, compute_metrics
-from metrics.evaluate import evaluate_dataset
+from metrics.distances import FeatureMoments, inception_score, kernel_distance, precision_recall
 from metrics.features.detectors import DetectorError, LoadedDetector, load_detector
-from metrics.frechet import FeatureMoments
+from metrics.kinds import Metric, parse_metrics
 from metrics.references import ReferenceFileError
-from metrics.sample_metrics import inception_score, kernel_distance, precision_recall
-from metrics.specs import Metric, parse_metrics
 from tests.metrics.feature_utils import Linear, linear_detector, pixels, reference_of
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +24,9 @@ import json, sys
 import networks
 from metrics.compute import compute_metrics
 from metrics.features.detectors import load_detector
-from metrics.evaluate import evaluate_dataset, evaluate_network
+from metrics.collect import evaluate_dataset, evaluate_network
 from metrics.references import load_reference
-from metrics.specs import parse_metrics
+from metrics.kinds import parse_metrics
 from torch_utils import distributed
 from data.dataset import ImageDataset
 
@@ -90,7 +88,7 @@ def fashion():
 def test_lists_of_metrics(text, expected):
     metrics = parse_metrics(text, ("mine",))
     assert metrics == [Metric(*fields) for fields in expected]
-    assert [m.needs_features for m in metrics] == [kind in ("kid", "pr") for _, kind, _ in expected]
+    assert [m.needs == "features" for m in metrics] == [kind in ("kid", "pr") for _, kind, _ in expected]
 
 
 @pytest.mark.parametrize(

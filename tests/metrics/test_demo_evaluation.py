@@ -8,17 +8,11 @@ import torch
 
 import networks
 from data.dataset import ImageDataset
-from metrics.collect import Collected
-from metrics.evaluate import evaluate_dataset, evaluate_network
-from metrics.features.detectors import (
-    DEMO_CLASSIFIER,
-    DemoClassifier,
-    load_demo_classifier,
-    load_detector,
-    save_demo_classifier,
-)
-from metrics.frechet import frechet_distance
-from metrics.specs import parse_metrics
+from metrics.collect import Collected, evaluate_dataset, evaluate_network
+from metrics.distances import frechet_distance
+from metrics.features.demo import DEMO_CLASSIFIER, DemoClassifier, load_demo_classifier, save_demo_classifier
+from metrics.features.detectors import load_detector
+from metrics.kinds import parse_metrics
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "assets" / "fashion16.zip"

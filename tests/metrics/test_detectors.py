@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from metrics.collect import evaluate_dataset
 from metrics.compute import compute_metrics
-from metrics.evaluate import evaluate_dataset
-from metrics.features.detectors import DEMO_CLASSIFIER, DetectorError, load_custom_detector, load_detector
+from metrics.features.demo import DEMO_CLASSIFIER
+from metrics.features.detectors import DetectorError, load_custom_detector, load_detector
 from metrics.features.inception import WEIGHTS as INCEPTION
 from metrics.features.weights import FOLDER_VARIABLE, WeightFile, find_weights
-from metrics.specs import Metric, parse_metrics
+from metrics.kinds import Metric, parse_metrics
 from tests.metrics.feature_utils import Linear, pixels, reference_of
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_wrong_downloads_do_not_stay(tmp_path, monkeypatch):
         find_weights(weights)
     assert not cached.exists()
     cached.write_bytes(b"hello world")  # SHA-256 b94d27b9934d3e08…
-    assert find_weights(weights) == cached
+    assert find_weights(weights)[0] == cached
 
 
 def test_weights_come_from_the_path_before_the_folder(tmp_path, monkeypatch):
@@ -68,8 +69,8 @@ def test_weights_come_from_the_path_before_the_folder(tmp_path, monkeypatch):
         place.parent.mkdir()
         place.write_bytes(b"hello world")
     monkeypatch.setenv(FOLDER_VARIABLE, str(places[1].parent))
-    assert find_weights(weights, places[0]) == places[0]
-    assert find_weights(weights, places[1].parent) == find_weights(weights) == places[1]
+    assert find_weights(weights, places[0])[0] == places[0]
+    assert find_weights(weights, places[1].parent)[0] == find_weights(weights)[0] == places[1]
 
 
 def test_unknown_detectors_are_named():

@@ -10,14 +10,14 @@ import scipy.linalg
 import torch
 
 import metrics
-from metrics.frechet import FeatureMoments, frechet_distance
+from metrics.distances import FeatureMoments, frechet_distance
 
 ROOT = Path(__file__).parents[2]
 
 MERGE = """
 import json, sys
 import torch
-from metrics.frechet import FeatureMoments
+from metrics.distances import FeatureMoments
 from torch_utils import distributed
 
 distributed.init("cpu")

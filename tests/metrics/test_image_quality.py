@@ -193,12 +193,8 @@ def test_other_files_are_refused_in_one_line(content, message, publish):
 
 @pytest.mark.parametrize(
     "key, value",
-    [
-        ("features.28.weight", None),
-        ("features.14.bias", torch.zeros(255)),
-        ("features.14.bias", torch.full((256,), torch.nan)),
-    ],
-    ids=["missing", "shape", "not finite"],
+    [("features.28.weight", None), ("features.14.bias", torch.zeros(255))],
+    ids=["missing", "shape"],
 )
 def test_faulty_states_are_refused(key, value, hollow, publish):
     hollow = {k: v for k, v in hollow.items() if k != key} | ({} if value is None else {key: value})

@@ -12,10 +12,10 @@ import torch
 
 from metrics.collect import Collected
 from metrics.compute import check_dimensions, compute_metrics
+from metrics.distances import FeatureMoments
 from metrics.features.detectors import LoadedDetector
-from metrics.frechet import FeatureMoments
+from metrics.kinds import parse_metrics
 from metrics.references import ReferenceFileError, load_reference, save_reference
-from metrics.specs import parse_metrics
 from tests.memory_utils import HAS_LIMITS, run_script
 
 DATA = Path(__file__).parents[1] / "data"

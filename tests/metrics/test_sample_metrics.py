@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.sample_metrics import inception_score, kernel_distance, precision_recall
+from metrics.distances import inception_score, kernel_distance, precision_recall
 
 
 def two_sets(n, m, dim, shift=0.0, seed=0):

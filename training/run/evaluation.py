@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from data.dataset import ImageDataset
+from metrics.collect import evaluate_dataset, evaluate_network
 from metrics.compute import check_dimensions, check_reference, compute_metrics
-from metrics.evaluate import evaluate_dataset, evaluate_network
 from metrics.features.detectors import LoadedDetector, load_detector
+from metrics.kinds import Metric, parse_metrics
 from metrics.references import Reference, load_reference, save_reference
-from metrics.specs import Metric, parse_metrics
 from torch_utils import distributed
 
 REFERENCE_IMAGES = 50_000  # of the data set at most, where no statistics are given

@@ -1,0 +1,270 @@
+"""What `calculate_metrics.py` does: evaluate a network, or images on disk, and make the statistics to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from data.dataset import ImageDataset
+from dnnlib.files import check_output, file_sha256, write_json
+from generation.command import load_networks
+from generation.images import count_evaluations, generate_images
+from metrics.archive import image_archive
+from metrics.collect import Collected, FeatureCollector, evaluate_dataset, evaluate_network
+from metrics.compute import check_dimensions, check_reference, compute_metrics
+from metrics.features.detectors import LoadedDetector, load_custom_detector, load_detector
+from metrics.kinds import Metric, parse_metrics
+from metrics.references import MAX_FEATURES, Reference, load_reference, save_reference
+from networks import GenerativeDenoiser, LoadedNetwork
+from sampling.grids import parse_ts
+from torch_utils import distributed
+from torch_utils.options import about
+
+Record = dict[str, Any]  # JSON data, or arguments by name
+PIXEL_ROUNDING = {  # by the name of the encoder that turns a network's output x into uint8
+    "rgb": "clip(127.5*x + 128, 0, 255), truncated",
+    "sd-vae": "255*clip(x, 0, 1), truncated, of the autoencoder's output x",
+}
+
+
+def gen(
+    *,
+    net_path: str,
+    ref_path: str,
+    num: int,
+    seed: int,  # the first; one per image
+    schedules: Sequence[str],  # as in 10,22,39, each evaluated; () = one direct step, or a teacher
+    zeta: float,
+    sampler: str | None,  # few-step or heun; None = by the network's kind
+    steps: int | None,  # teacher: noise levels
+    gnet_path: str | None,
+    guidance: float,
+    class_idx: int | None,
+    dtype: str,
+    save_images: str | None,  # data set to keep the images in
+    out: str | None,
+    device: str,
+    batch: int,
+    quiet: bool,
+    **detector_options: str | None,  # of `choose_detectors`
+) -> None:
+    """Draw images with a network and evaluate them, once per schedule."""
+    with about("--ts"):
+        grids = [parse_ts(text).ts for text in schedules] or [None]
+    _check_report(out, [net_path, gnet_path, ref_path], detector_options, ".json")
+    place = distributed.init(device)
+    seeds = range(seed, seed + num)
+
+    def prepare() -> tuple:
+        """Everything that is needed, loaded and checked; nothing is drawn yet."""
+        loaded, guiding = load_networks(net_path, gnet_path, place)
+        options = dict(num_steps=steps, guidance=guidance, zeta=zeta, class_idx=class_idx)
+        options |= dict(device=place, dtype=distributed.compute_dtype(dtype, place))
+        settings = [options | dict(ts=ts, gnet=None if guiding is None else guiding.net) for ts in grids]
+        _check_settings(loaded, settings, seeds, sampler, save_images)
+        reference = load_reference(ref_path, quiet=quiet)
+        return loaded, guiding, settings, reference, *choose_detectors(place, reference, **detector_options)
+
+    loaded, guiding, settings, reference, metrics, detectors = distributed.main_first(prepare)
+    hashes = [_hash(loaded), _hash(guiding)]
+    records = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(_bar(num * len(settings), "sampling", quiet))
+        keep = None if save_images is None else stack.enter_context(image_archive(save_images))
+        show = dict(progress=bar.update, on_batch=keep)
+        for setting in settings:
+            nets = loaded.net, loaded.encoder
+            found = evaluate_network(*nets, metrics, detectors, seeds, batch=batch, **show, **setting)
+            if distributed.is_main():
+                facts = _describe_sampling(loaded, hashes, setting, seeds, found.seconds_per_image)
+                records.append(facts | _evaluate(metrics, found.collected, num, reference))
+    _report(records, out)
+
+
+def calc(
+    *,
+    images_path: str,
+    ref_path: str,
+    num: int | None,  # size of a random subset; None = all images
+    seed: int,  # of the subset
+    out: str | None,
+    device: str,
+    batch: int,
+    quiet: bool,
+    **detector_options: str | None,  # of `choose_detectors`
+) -> None:
+    """Evaluate images on disk."""
+    _check_report(out, [images_path, ref_path], detector_options, ".json")
+    place = distributed.init(device)
+
+    def prepare() -> tuple:
+        dataset = ImageDataset(images_path, use_labels=False, max_size=num, random_seed=seed)
+        if num is not None and num > len(dataset):
+            raise ValueError(f"{images_path} holds {len(dataset)} images: --num {num} cannot be drawn")
+        reference = load_reference(ref_path, quiet=quiet)
+        return dataset, reference, *choose_detectors(place, reference, **detector_options)
+
+    dataset, reference, metrics, detectors = distributed.main_first(prepare)
+    with _bar(len(dataset), "features", quiet) as bar:
+        collected = evaluate_dataset(dataset, metrics, detectors, batch=batch, device=place, progress=bar.update)
+    if distributed.is_main():
+        facts = {"images": dataset.path, "subset_seed": None if num is None else seed}
+        facts["pixel_rounding"] = None  # as they are stored
+        _report([facts | _evaluate(metrics, collected, len(dataset), reference)], out)
+
+
+def ref(*, data_path: str, dest: str, device: str, batch: int, quiet: bool, **detector_options: str | None) -> None:
+    """Compute the statistics of a data set; with kid or pr among the metrics, its features as well."""
+    _check_report(dest, [data_path], detector_options, ".npz")
+    place = distributed.init(device)
+
+    def prepare() -> tuple:
+        dataset = ImageDataset(data_path, use_labels=False)
+        return dataset, *choose_detectors(place, None, **detector_options)
+
+    dataset, metrics, detectors = distributed.main_first(prepare)
+    options = dict(batch=batch, device=place, max_features=MAX_FEATURES)
+    with _bar(len(dataset), "features", quiet) as bar:
+        collected = evaluate_dataset(dataset, metrics, detectors, progress=bar.update, **options)
+    if distributed.is_main():
+        save_reference(dest, collected)
+        counts = ", ".join(f"{name} [{len(part.moments.mean())}]" for name, part in collected.items())
+        click.echo(f"statistics of {len(dataset)} images in the features of {counts}: {dest}", err=True)
+
+
+def choose_detectors(
+    device: torch.device,
+    reference: Reference | None,  # None = nothing to compare with
+    *,
+    metric_names: str | None,  # None = fid, or the distance of one's own detector
+    detector_path: str | None,  # weights of the one published detector
+    custom: str | None,  # file of a detector of one's own
+    detector_name: str | None,  # of that
+) -> tuple[list[Metric], dict[str, LoadedDetector]]:
+    """Metrics, checked against what the reference holds, and their detectors on the device. Raises ValueError."""
+    if detector_name is not None and custom is None:
+        raise ValueError("--detector-name names the file of --detector: give that as well")
+    own = load_custom_detector(custom, detector_name, device) if custom is not None else None
+    names = () if own is None else (own.name,)
+    metrics = parse_metrics(metric_names if metric_names is not None else "".join(names) or "fid", names)
+    if own is not None and own.name not in {m.detector for m in metrics}:
+        metrics += parse_metrics(own.name, names)
+    if reference is not None:
+        check_reference(metrics, reference)
+    needed = list(dict.fromkeys(m.detector for m in metrics))
+    published = [name for name in needed if name not in names]
+    if detector_path is not None and len(published) != 1:
+        raise ValueError(
+            f"--detector-path names one detector's weights, and the metrics need {' and '.join(published) or 'none'}: "
+            "put the files into a folder named by $NCVSD_DETECTORS"
+        )
+    detectors = {n: load_detector(n, detector_path, device) if n in published else own for n in needed}
+    FeatureCollector(metrics, detectors)  # checks what they can give
+    if reference is not None:
+        check_dimensions(metrics, detectors, reference)
+    return metrics, detectors
+
+
+def _check_report(out: str | None, inputs: list[str | None], options: dict[str, str | None], suffix: str) -> None:
+    """Refuse a report or statistics that could not be written at the end, or would destroy something."""
+    if out is not None:
+        check_output(out, suffix, [*inputs, options["detector_path"], options["custom"]])
+
+
+def _bar(total: int, what: str, quiet: bool) -> tqdm:
+    return tqdm(total=total, unit="img", desc=what, leave=False, disable=quiet or not distributed.is_main())
+
+
+def _check_settings(
+    loaded: LoadedNetwork, settings: list[Record], seeds: range, sampler: str | None, save_images: str | None
+) -> None:
+    """Raise ValueError for what does not fit the network."""
+    few_step = isinstance(loaded.net, GenerativeDenoiser)
+    if sampler is not None and few_step != (sampler == "few-step"):
+        raise ValueError(f"--sampler {sampler} does not fit a {'generative denoiser' if few_step else 'teacher'}")
+    if save_images is not None and len(settings) > 1:
+        raise ValueError("--save-images keeps the images of one setting: give one --ts")
+    for setting in settings:
+        if few_step and (setting["num_steps"] is not None or setting["guidance"] != 1):
+            raise ValueError("--steps and --guidance apply to teachers only")
+        generate_images(loaded.net, loaded.encoder, seeds=[seeds[0], seeds[-1]], **setting)
+
+
+def _hash(loaded: LoadedNetwork | None) -> str | None:
+    return file_sha256(loaded.path) if loaded is not None and distributed.is_main() else None
+
+
+def _describe_sampling(
+    loaded: LoadedNetwork,
+    hashes: list[str | None],  # of the networks' files
+    setting: Record,  # arguments of generate_images
+    seeds: range,
+    seconds_per_image: float,
+) -> Record:
+    """How images were drawn."""
+    few_step = isinstance(loaded.net, GenerativeDenoiser)
+    ts = setting["ts"]
+    return {
+        "net": loaded.config["source"],
+        "net_sha256": hashes[0],
+        "gnet_sha256": hashes[1],
+        "sampler": "few-step" if few_step else "heun",
+        "ts": None if ts is None else list(ts),
+        "zeta": setting["zeta"] if few_step else None,
+        "guidance": None if few_step else setting["guidance"],
+        "class": setting["class_idx"],
+        "evaluations": count_evaluations(loaded.net, ts=ts, num_steps=setting["num_steps"]),
+        "compute_dtype": str(loaded.net.compute_dtype).removeprefix("torch."),
+        "seeds": [seeds[0], seeds[-1]],
+        "pixel_rounding": PIXEL_ROUNDING[loaded.encoder.name],
+        "sampling_ms_per_image": 1000 * seconds_per_image,
+        "processes": distributed.world_size(),
+    }
+
+
+def _evaluate(metrics: list[Metric], collected: dict[str, Collected], num_images: int, reference: Reference) -> Record:
+    """The part of a record that all reports share."""
+    values, warnings = compute_metrics(metrics, collected, reference)
+    known = {"source": reference.source, "sha256": reference.sha256, "num_images": reference.num_images}
+    measured = [value.to_dict() for value in values]
+    return {"num_images": num_images, "reference": known, "metrics": measured, "warnings": warnings}
+
+
+def _report(records: list[Record], out: str | None) -> None:
+    """Write the JSON file, whole or not at all, then print the warnings, once each, and the table."""
+    if not distributed.is_main():
+        return
+    if out is not None:
+        write_json(out, {"results": records})
+    for warning in dict.fromkeys(w for record in records for w in record["warnings"]):
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(format_table(records))
+
+
+def format_table(records: list[Record]) -> str:
+    """Table of a report: one line per record, one column per number."""
+    head, rows = [], []
+    for record in records:
+        row = {}
+        if "sampler" in record:
+            ts = record["ts"]
+            few_step = ",".join(map(str, ts)) if ts else "1 direct step"
+            row["setting"] = few_step if record["sampler"] == "few-step" else "heun"
+            row["NFE"] = str(record["evaluations"])
+        row["images"] = str(record["num_images"])
+        for metric in record["metrics"]:
+            name = metric["name"].replace("pr", "precision", 1) if "recall" in metric["details"] else metric["name"]
+            row[name] = f"{metric['value']:.4g}"
+            if "recall" in metric["details"]:
+                row[metric["name"].replace("pr", "recall", 1)] = f"{metric['details']['recall']:.4g}"
+        if "sampling_ms_per_image" in record:
+            row["ms/image"] = f"{record['sampling_ms_per_image']:.2f}"
+        head = list(row)
+        rows.append(list(row.values()))
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in [head, *rows])
