@@ -90,10 +90,7 @@ def generate_images(
     and the device, up to rounding. Networks are in eval mode during each batch only, and no gradients are kept;
     `device` and `dtype` stay with the networks. Raises ValueError for options that do not fit together.
     """
-    if isinstance(net, GenerativeDenoiser):
-        _check_few_step(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
-    else:
-        _check_teacher(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
+    _check_options(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
     _check_images(net, seeds, class_idx, batch, outdir)
     device = next(net.parameters()).device if device is None else torch.device(device)
     encoder = RGBEncoder() if encoder is None else encoder
@@ -160,29 +157,7 @@ def _check_images(
         raise ValueError(f"{outdir} is a file: give a folder to write images to")
 
 
-def _check_few_step(
-    net: GenerativeDenoiser,
-    gnet: nn.Module | None,
-    ts: Sequence[int] | None,
-    zeta: float,
-    guidance: float,
-    gnet_labels: bool,
-    num_steps: int | None,
-) -> None:
-    """Raise ValueError for options of `generate_images` that do not fit a generative denoiser or one another."""
-    if gnet is not None or guidance != 1 or not gnet_labels:
-        raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
-    if num_steps is not None:
-        raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
-    if not 0 <= zeta <= 1:
-        raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
-    if zeta != 1 and ts is None:
-        raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
-    if ts is not None:
-        few_step_sigmas(ts, sigma_max=net.init_sigma)
-
-
-def _check_teacher(
+def _check_options(
     net: nn.Module,
     gnet: nn.Module | None,
     ts: Sequence[int] | None,
@@ -191,7 +166,19 @@ def _check_teacher(
     gnet_labels: bool,
     num_steps: int | None,
 ) -> None:
-    """Raise ValueError for what is no teacher, and for options that do not fit it or one another."""
+    """Raise ValueError for options of `generate_images` that do not fit the network or one another."""
+    if isinstance(net, GenerativeDenoiser):
+        if gnet is not None or guidance != 1 or not gnet_labels:
+            raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
+        if num_steps is not None:
+            raise ValueError("steps apply to teachers only: the steps of a generative denoiser are chosen with ts")
+        if not 0 <= zeta <= 1:
+            raise ValueError(f"zeta is the share of fresh noise and must lie in [0, 1], not {zeta}")
+        if zeta != 1 and ts is None:
+            raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
+        if ts is not None:
+            few_step_sigmas(ts, sigma_max=net.init_sigma)
+        return
     if not isinstance(net, Precond):
         raise ValueError(f"cannot sample from a {type(net).__name__}: give a teacher (Precond) or a GenerativeDenoiser")
     if ts is not None or zeta != 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -231,7 +232,7 @@ def _evaluate(metrics: list[Metric], collected: dict[str, Collected], num_images
     """The part of a record that all reports share."""
     values, warnings = compute_metrics(metrics, collected, reference)
     known = {"source": reference.source, "sha256": reference.sha256, "num_images": reference.num_images}
-    measured = [value.to_dict() for value in values]
+    measured = [asdict(value) for value in values]
     return {"num_images": num_images, "reference": known, "metrics": measured, "warnings": warnings}
 
 
@@ -248,23 +249,24 @@ def _report(records: list[Record], out: str | None) -> None:
 
 def format_table(records: list[Record]) -> str:
     """Table of a report: one line per record, one column per number."""
-    head, rows = [], []
-    for record in records:
-        row = {}
-        if "sampler" in record:
-            ts = record["ts"]
-            few_step = ",".join(map(str, ts)) if ts else "1 direct step"
-            row["setting"] = few_step if record["sampler"] == "few-step" else "heun"
-            row["NFE"] = str(record["evaluations"])
-        row["images"] = str(record["num_images"])
-        for metric in record["metrics"]:
-            name = metric["name"].replace("pr", "precision", 1) if "recall" in metric["details"] else metric["name"]
-            row[name] = f"{metric['value']:.4g}"
-            if "recall" in metric["details"]:
-                row[metric["name"].replace("pr", "recall", 1)] = f"{metric['details']['recall']:.4g}"
-        if "sampling_ms_per_image" in record:
-            row["ms/image"] = f"{record['sampling_ms_per_image']:.2f}"
-        head = list(row)
-        rows.append(list(row.values()))
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in [head, *rows])
+    rows = [_row(record) for record in records]
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def _row(record: Record) -> dict[str, str]:
+    row = {}
+    if "sampler" in record:
+        few_step = ",".join(map(str, record["ts"])) if record["ts"] else "1 direct step"
+        row |= {"setting": few_step if record["sampler"] == "few-step" else "heun", "NFE": str(record["evaluations"])}
+    row["images"] = str(record["num_images"])
+    for metric in record["metrics"]:
+        values = {metric["name"]: metric["value"]}
+        if "recall" in metric["details"]:
+            pair = {"precision": metric["value"], "recall": metric["details"]["recall"]}
+            values = {metric["name"].replace("pr", part, 1): value for part, value in pair.items()}
+        row |= {name: f"{value:.4g}" for name, value in values.items()}
+    if "sampling_ms_per_image" in record:
+        row["ms/image"] = f"{record['sampling_ms_per_image']:.2f}"
+    return row

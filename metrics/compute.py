@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,6 @@ class MetricValue:
     detector: str
     detector_sha256: str
     details: dict[str, Any] = field(default_factory=dict)  # recall, standard deviations, settings
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return asdict(self)
 
 
 def check_reference(metrics: Iterable[Metric], reference: Reference) -> None:

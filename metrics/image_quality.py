@@ -11,6 +11,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dnnlib import ROOT
@@ -152,8 +153,6 @@ def load_lpips(
 
 def _read_heads() -> list[Tensor]:
     """The weights float32 [C] of each block's channels. Raises DetectorError."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(HEADS), framework="pt") as file:
             heads = [file.get_tensor(f"lin{i}") for i in range(len(BLOCKS))]

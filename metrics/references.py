@@ -89,11 +89,15 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
     path = open_url(source, quiet=quiet)
     try:
         with ZipReader(open_regular(path).detach()) as file:
-            found = _read_npz(file) if zipfile.is_zipfile(file) else _read_pickle(path)
+            if zipfile.is_zipfile(file):
+                statistics, count = _read_npz(file)
+            elif file.seek(0) == 0 and file.read(1) != b"\x80":  # pickles of protocol 2 and later begin so
+                raise ValueError("neither an .npz archive nor a pickle, or cut off")
+            else:
+                statistics, count = _read_pickle(path)
     except Exception as error:  # whatever damaged input makes the readers stumble over
         reason = " ".join((str(error) or type(error).__name__).removeprefix(f"{path}: ").split())[:200]
         raise ReferenceFileError(f"{path}: no usable reference statistics: {reason}") from None
-    statistics, count = found
     if not statistics:
         raise ReferenceFileError(f"{path}: no reference statistics in it (arrays mu and sigma)")
     for name, value in statistics.items():
@@ -110,20 +114,20 @@ def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         single = "mu" in members and "sigma" in members
         names = {"fid": ""} if single else {k[:-3]: k[:-2] for k in members if k.endswith("/mu")}
-        keys = [f"{prefix}{part}" for prefix in names.values() for part in ("mu", "sigma")]
-        if not single:
-            keys += [f"{prefix}{part}" for prefix in names.values() for part in ("features", "sha256")] + ["num_images"]
+        parts = _DATA[:2] if single else (*_DATA, "sha256")
+        keys = [f"{prefix}{part}" for prefix in names.values() for part in parts] + ["num_images"] * (not single)
         shapes = {}
-        for key in keys:
-            if key in members or key.endswith(("mu", "sigma")):
-                if members[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError(f"{key} is neither stored nor deflated")
-                with archive.open(members[key]) as member:
-                    shapes[key], dtype, _ = read_npy_header(member)
-                if key.endswith(_DATA):
-                    _check_kind(dtype)
+        for key in (key for key in keys if key in members):
+            if members[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{key} is neither stored nor deflated")
+            with archive.open(members[key]) as member:
+                shapes[key], dtype, _ = read_npy_header(member)
+            if key.endswith(_DATA):
+                _check_kind(dtype)
         for name, prefix in names.items():
-            _check_shapes(name, shapes[f"{prefix}mu"], shapes[f"{prefix}sigma"], shapes.get(f"{prefix}features"))
+            if f"{prefix}sigma" not in shapes:
+                raise ValueError(f"there is no array {prefix}sigma")
+            _check_shapes(name, *(shapes.get(f"{prefix}{part}") for part in _DATA))
         size = sum(8 * math.prod(shape) for shape in shapes.values())
         if size > MAX_BYTES:
             raise ValueError(f"its arrays take {size} bytes, more than the limit of {MAX_BYTES}")
@@ -136,17 +140,20 @@ def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
 
         statistics = {}
         for name, prefix in names.items():
-            features, sha256 = read(f"{prefix}features"), read(f"{prefix}sha256")
+            mu, sigma, features, sha256 = (read(f"{prefix}{part}") for part in (*_DATA, "sha256"))
             features = None if features is None else _floats(features).astype(np.float32)
-            arrays = _floats(read(f"{prefix}mu")), _floats(read(f"{prefix}sigma"))
-            statistics[name] = Statistics(*arrays, features, None if sha256 is None else str(sha256))
+            sha256 = None if sha256 is None else str(sha256)
+            statistics[name] = Statistics(_floats(mu), _floats(sigma), features, sha256)
         count = read("num_images")
+        if count is not None and count.shape != ():
+            raise ValueError(f"num_images must be one number, not an array of shape {list(count.shape)}")
         return statistics, None if count is None else int(count)
 
 
-def _check_shapes(
-    name: str, mu: tuple[int, ...], sigma: tuple[int, ...], features: tuple[int, ...] | None = None
-) -> None:
+Shape = tuple[int, ...]
+
+
+def _check_shapes(name: str, mu: Shape, sigma: Shape, features: Shape | None = None) -> None:
     """Refuse what cannot be statistics by its shape alone, before data are read. Raises ValueError."""
     if len(mu) != 1 or not 1 <= mu[0] <= MAX_DIM or sigma != (*mu, *mu):
         raise ValueError(
@@ -191,16 +198,14 @@ def _floats(value: np.ndarray) -> np.ndarray:
 
 def _check(path: Path, name: str, value: Statistics) -> None:
     """Refuse what cannot be a mean and a covariance, before it becomes a plausible number."""
-    mu, sigma, features, sha256 = value.mu, value.sigma, value.features, value.sha256
-
-    def fail(reason: str) -> None:
+    reason, sigma = None, value.sigma
+    if not (np.isfinite(value.mu).all() and np.isfinite(sigma).all()):
+        reason = "they are not finite"
+    elif np.abs(sigma - sigma.T).max() > _TOLERANCE * np.abs(sigma).max():
+        reason = "sigma is not symmetric"
+    elif value.features is not None and not np.isfinite(value.features).all():
+        reason = "features are not finite"
+    elif value.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", value.sha256):
+        reason = "sha256 is no SHA-256"
+    if reason is not None:
         raise ReferenceFileError(f"{path}: the statistics for {name} cannot be used: {reason}")
-
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        fail("they are not finite")
-    if np.abs(sigma - sigma.T).max() > _TOLERANCE * np.abs(sigma).max():
-        fail("sigma is not symmetric")
-    if features is not None and not np.isfinite(features).all():
-        fail("features are not finite")
-    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        fail("sha256 is no SHA-256")

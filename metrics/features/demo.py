@@ -73,7 +73,8 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.devic
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise DetectorError(f"cannot read the demo classifier {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DetectorError(f"cannot read the demo classifier {path or repr(path)}: {reason}") from None
     if metadata.get("detector") != DemoClassifier.name:
         raise DetectorError(f"{path} is not a {DemoClassifier.name} classifier")
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from dnnlib.text import first_line
 from metrics.features.demo import DEMO_CLASSIFIER, load_demo_classifier
 from metrics.features.dinov2 import load_dinov2
 from metrics.features.inception import load_inception
-from metrics.features.weights import DetectorError
+from metrics.features.weights import DetectorError, is_torchscript
 from metrics.kinds import DETECTORS, KINDS
 
 
@@ -92,8 +91,8 @@ def load_custom_detector(
     """
     file = Path(path)
     if not file.is_file():
-        raise DetectorError(f"no detector file {path}")
-    name = name or re.sub(r"\W+", "_", file.stem)
+        raise DetectorError(f"no detector file {path or repr(path)}")
+    name = re.sub(r"\W+", "_", file.stem) if name is None else name
     if not re.fullmatch(r"\w+", name):
         raise DetectorError(f"a detector of your own cannot be called {name!r}: use letters, digits and _")
     if name in (*DETECTORS, "dinov2", "demo", *KINDS):
@@ -101,7 +100,7 @@ def load_custom_detector(
     if file.suffix == ".safetensors":
         module: nn.Module = load_demo_classifier(file)
         module.name = name
-    elif zipfile.is_zipfile(file):
+    elif is_torchscript(file):
         try:
             with warnings.catch_warnings():  # PyTorch's plans for TorchScript are no concern of the user's
                 warnings.filterwarnings("ignore", r".*torch\.jit\.load", DeprecationWarning)

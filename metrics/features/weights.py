@@ -47,10 +47,8 @@ def load_published(
     """
     file, digest = find_weights(weights, path, quiet=quiet, download=download)
     kind = f"the {type(net).__name__} weights {weights.name}"
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:  # some releases of PyTorch would run it
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise DetectorError(f"{file} is a TorchScript program, not {kind}")
+    if is_torchscript(file):  # which some releases of PyTorch would run
+        raise DetectorError(f"{file} is a TorchScript program, not {kind}")
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
         net.load_state_dict({name: tensor for name, tensor in found.items() if not name.startswith(ignored)})
@@ -59,6 +57,14 @@ def load_published(
     except Exception:  # a damaged or foreign pickle may raise nearly anything
         raise DetectorError(f"{file} is damaged or not {kind}; fetch it again from {weights.url}") from None
     return digest
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether PyTorch would take the file for a TorchScript program."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def find_weights(

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +213,7 @@ def test_a_data_set_against_itself_and_against_a_shifted_copy(tmp_path, fashion,
     (moved,), _ = compute_metrics(metrics, evaluate_dataset(shifted, metrics, detectors), reference)
     shift = 55 * detectors["lin"].module.weights.sum(dim=0)
     assert moved.value == pytest.approx(float(shift.square().sum()), rel=1e-4)
-    assert moved.to_dict() == {
+    assert asdict(moved) == {
         "name": "fd_lin",
         "value": moved.value,
         "detector": "lin",
@@ -244,7 +245,7 @@ def test_all_kinds_of_metrics_equal_their_definitions(tmp_path, fashion, demo):
     shuffled = logits[torch.randperm(80, generator=torch.Generator().manual_seed(0))]
     assert (score.value, score.details["std"]) == pytest.approx(tuple(inception_score(shuffled)), rel=1e-4)
     assert 1 < score.value < 10 and fd.value > 0
-    json.dumps([value.to_dict() for value in (kid, pr, score, fd)])
+    json.dumps([asdict(value) for value in (kid, pr, score, fd)])
 
 
 def test_inception_score_needs_no_reference(fashion, demo):
