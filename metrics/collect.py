@@ -117,9 +117,7 @@ class GeneratedFeatures:
     """What the detectors saw of a network's images, and what drawing them took."""
 
     collected: dict[str, Collected]  # by detector
-    num_images: int
-    sampling_seconds: float  # this process's, drawing alone
-    seconds_per_image: float  # of sampling, in this process
+    seconds_per_image: float  # of drawing alone, in this process
 
 
 def evaluate_dataset(
@@ -192,4 +190,4 @@ def evaluate_network(
             progress(min(drawn, len(seeds) - reported))
             reported += min(drawn, len(seeds) - reported)
         started = time.perf_counter()
-    return GeneratedFeatures(collector.gather(), len(seeds), seconds, seconds / max(count, 1))
+    return GeneratedFeatures(collector.gather(), seconds / max(count, 1))

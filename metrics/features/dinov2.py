@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnnlib.files import file_sha256
 from dnnlib.text import first_line
 from metrics.features.weights import FOLDER_VARIABLE, DetectorError
 
@@ -101,10 +103,6 @@ def load_dinov2(
     `facebook/dinov2-large` on the Hub. Raises DetectorError (a ValueError), with how to get the file, where it is
     missing, unreachable, damaged or of another network, and where transformers is not installed.
     """
-    import safetensors.torch
-
-    from dnnlib.files import file_sha256
-
     try:
         from transformers import Dinov2Config, Dinov2Model
         from transformers.utils import logging
