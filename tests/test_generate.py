@@ -177,3 +177,12 @@ def test_two_processes_with_one_folder_leave_the_images_of_one(tmp_path, nets):
     one, found = images(tmp_path / "one"), images(tmp_path / "both")
     assert list(one) == list(found) and all(np.array_equal(one[name], found[name]) for name in one)
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == sorted([*one, "grid.png"])
+
+
+def test_generate_images_is_there_on_first_use():
+    import generate
+    from generation.images import generate_images
+
+    assert generate.generate_images is generate_images
+    with pytest.raises(AttributeError, match="module 'generate' has no attribute 'nothing'"):
+        generate.nothing  # noqa: B018

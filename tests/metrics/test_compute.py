@@ -14,7 +14,7 @@ from metrics.collect import Collected, FeatureCollector, evaluate_dataset
 from metrics.compute import check_dimensions, check_reference, compute_metrics
 from metrics.distances import FeatureMoments, inception_score, kernel_distance, precision_recall
 from metrics.features.detectors import DetectorError, LoadedDetector, load_detector
-from metrics.kinds import Metric, parse_metrics
+from metrics.kinds import KINDS, Kind, Metric, parse_metrics
 from metrics.references import ReferenceFileError
 from tests.metrics.feature_utils import Linear, linear_detector, pixels, reference_of
 
@@ -304,3 +304,19 @@ def test_one_image_is_an_error(tmp_path):
     moments.add(torch.ones(1, 4))
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         compute_metrics(metrics, {"lin": Collected(detectors["lin"], moments, None, None)}, reference)
+
+
+def test_a_new_metric_is_a_function_and_an_entry_in_the_table(tmp_path, monkeypatch):
+    def gap(images, reference):
+        return float((images.mean(dim=0) - reference.mean(dim=0)).norm()), {"images": len(images)}
+
+    monkeypatch.setitem(KINDS, "gap", Kind("features", gap))
+    metrics, detectors = parse_metrics("gap:lin,lin", ("lin",)), linear_detector()
+    assert [metric.name for metric in metrics] == ["gap:lin", "fd_lin"]
+    reference = reference_of(tmp_path / "ref.npz", pixels(20), metrics, detectors)
+    check_reference(metrics, reference)
+    (same, _), _ = compute_metrics(metrics, evaluate_dataset(pixels(20), metrics, detectors), reference)
+    (other, _), _ = compute_metrics(metrics, evaluate_dataset(pixels(20, seed=1), metrics, detectors), reference)
+    assert same.value == 0 < other.value and same.details == {"images": 20}
+    with pytest.raises(ValueError, match="no metric 'gaps': use fid, fd_dinov2, fd_demo, kid, pr, is, gap"):
+        parse_metrics("gaps")

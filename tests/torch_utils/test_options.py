@@ -4,8 +4,9 @@ import os
 
 import click
 import pytest
+from click.testing import CliRunner
 
-from torch_utils.options import FOLDER
+from torch_utils.options import FOLDER, about
 
 
 def refusal(value):
@@ -46,3 +47,16 @@ def test_a_current_folder_that_was_removed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert "the current folder was removed" in refusal("new")
+
+
+def test_what_a_parser_refuses_is_told_of_its_option():
+    @click.command()
+    @click.option("--number")
+    def command(number):
+        with about("--number"):
+            int(number)
+
+    result = CliRunner().invoke(command, ["--number", "x"], prog_name="door.py")
+    assert result.exit_code == 2 and "Usage: door.py" in result.output
+    assert "Error: Invalid value for '--number': invalid literal" in result.output
+    assert CliRunner().invoke(command, ["--number", "3"]).exit_code == 0
