@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from data.dataset import ImageDataset
 from dnnlib import ROOT
-from dnnlib.files import atomic_write, open_regular, parse_json
+from dnnlib.files import atomic_write, check_output, open_regular, parse_json
 from dnnlib.text import first_line
 from metrics.features.weights import DetectorError
 
@@ -84,3 +87,39 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.devic
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DetectorError(f"the demo classifier {path} is damaged: {first_line(error)}") from None
     return classifier.eval().requires_grad_(False).to(device)
+
+
+def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: float, held_out: int, seed: int) -> None:
+    """Train on all but the last `held_out` images, write the classifier and print its accuracy on those."""
+    check_output(out, ".safetensors", [data])
+    dataset = ImageDataset(data, cache=True)
+    if not dataset.has_onehot_labels or held_out + batch > len(dataset) or dataset.num_channels != 1:
+        raise ValueError(f"{data} needs grey images with class labels, at least {held_out + batch} of them")
+    pairs = [dataset[i] for i in range(len(dataset))]
+    images = torch.from_numpy(np.stack([image for image, _ in pairs]))
+    classes = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
+    split = len(images) - held_out
+
+    torch.manual_seed(seed)
+    net = DemoClassifier(dataset.label_dim, dataset.resolution).train()
+    steps = epochs * (split // batch)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    with tqdm(total=steps, unit="step") as bar:
+        for order in (torch.randperm(split) for _ in range(epochs)):
+            for index in order[: split // batch * batch].split(batch):
+                loss = F.cross_entropy(net.logits(net(images[index])), classes[index], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+
+    net.eval()
+    with torch.no_grad():
+        guesses = torch.cat([net.logits(net(part)).argmax(dim=1) for part in images[split:].split(500)])
+    accuracy = (guesses == classes[split:]).float().mean().item()
+    facts = dict(data=dataset.name, epochs=epochs, batch=batch, lr=lr, seed=seed, held_out_accuracy=round(accuracy, 4))
+    save_demo_classifier(out, net, facts)
+    print(f"{out}: {accuracy:.1%} of {held_out} held-out images classified correctly")
