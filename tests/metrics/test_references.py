@@ -281,7 +281,7 @@ import numpy as np
 from metrics.references import load_reference
 from tests.memory_utils import refuse_all
 from tests.metrics.test_references import header
-from tests.training.test_hostile_datasets import large_directory
+from tests.datasets.test_hostile_datasets import large_directory
 
 folder = pathlib.Path(sys.argv[1])
 
