@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageColor
 
 from toy.check import Bench, identity_errors
 from toy.figure import LINES
@@ -40,7 +40,7 @@ def test_help_is_quick(command):
     assert best < 0.5
 
 
-def test_train_check_and_plot(tmp_path):
+def test_train_check_and_plot(tmp_path, monkeypatch):
     net = tmp_path / "new/student.safetensors"
     result = run("train", "--out", net, *TINY, "--no-adversarial", "--gamma", "0.2")
     assert result.exit_code == 0, result.output
@@ -58,7 +58,12 @@ def test_train_check_and_plot(tmp_path):
         colors = torch.tensor([color for _, color in figure.convert("RGB").getcolors(1 << 20)])
         assert figure.width > 1000 and len(colors) > 100
     for line in LINES.values():  # the palette keeps the curves apart
-        assert (colors - torch.tensor(line)).abs().amax(1).min() <= 12
+        assert (colors - torch.tensor(ImageColor.getrgb(line))).abs().amax(1).min() <= 12
+    (tmp_path / "figure.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("plot", "--net", net, "--out", tmp_path / "figure.png")
+    assert result.exit_code == 1 and "pip install matplotlib" in result.output and result.output.count("\n") == 1
+    assert not (tmp_path / "figure.png").exists()
 
 
 def test_what_is_wrong_comes_in_one_line(tmp_path):
