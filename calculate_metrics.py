@@ -10,6 +10,7 @@ import click
 from metrics.specs import parse_metrics
 from torch_utils.errors import user_errors
 from torch_utils.options import SEED
+from torch_utils.threads import wait_passively
 
 PUBLISHED_SEED = 123456789  # the first of 50,000
 
@@ -386,4 +387,5 @@ def _report(records: list[dict[str, Any]], out: str | None) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     cli()

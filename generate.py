@@ -12,6 +12,7 @@ import click
 from generation.images import DEFAULT_STEPS, count_evaluations, generate_images, image_path
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER
+from torch_utils.threads import wait_passively
 
 __all__ = ["generate_images", "main"]
 
@@ -198,4 +199,5 @@ def _write_grid(outdir: str, seeds: list[int], subdirs: bool) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

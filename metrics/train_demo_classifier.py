@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.threads import wait_passively
 
 
 @click.command(context_settings={"show_default": True})
@@ -65,4 +66,5 @@ def main(data: str, out: str, epochs: int, batch: int, lr: float, held_out: int,
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

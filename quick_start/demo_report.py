@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.files import atomic_write, read_json  # noqa: E402
 from torch_utils.options import FOLDER  # noqa: E402
+from torch_utils.threads import wait_passively  # noqa: E402
 
 
 @dataclass
@@ -156,4 +157,5 @@ def page(rows: list[Row], facts: dict[str, Any], problems: list[dict[str, Any]])
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.threads import wait_passively
 
 DEFAULT_KEYS = "Loss/*,Discriminator/*,Metrics/*,Gradients/*,Nonfinite/*_total,Progress/img_per_s,Progress/lr"
 
@@ -30,4 +31,5 @@ def main(run_dirs: tuple[str, ...], out: str | None, keys: str) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()
