@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,19 +24,17 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["check"], ["plot"]])
-def test_help_is_quick(command):
-    best = 10.0
-    for _ in range(5):
-        start = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, "toy_example.py", *command, "--help"], cwd=ROOT, capture_output=True, text=True
-        )
-        best = min(best, time.perf_counter() - start)
-        assert result.returncode == 0 and "Usage" in result.stdout
-        if best < 0.5:
-            break
-    assert best < 0.5
+@pytest.mark.parametrize("command", ["", "train", "check", "plot"])
+def test_help_needs_nothing_heavy(command):
+    code = f"""
+import sys, toy_example
+try:
+    toy_example.main({[*command.split(), "--help"]})
+finally:
+    print({{"torch", "numpy", "PIL", "matplotlib"}} & set(sys.modules))
+"""
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert "Usage" in said and said.endswith("set()\n")
 
 
 def test_train_check_and_plot(tmp_path, monkeypatch):
