@@ -55,6 +55,9 @@ def main(
         problems = [write_strip(path, folder) for path in solved]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise click.ClickException(f"these reports cannot be used: {error}") from error
+    except (TypeError, AttributeError, StopIteration) as error:  # another structure
+        told = "these reports cannot be used: one of them is not calculate_metrics.py's, or has no fd_demo"
+        raise click.ClickException(told) from error
     table = format_table(rows)
     print(table)
     print(f"fd_demo: Fréchet distance to {facts['reference_images']} images of the data in the features of a small")
@@ -71,8 +74,8 @@ def main(
 
 def make_row(key: str, record: dict[str, Any], outdir: Path) -> Row:
     """One line of the table."""
-    distance = next(metric["value"] for metric in record["metrics"] if metric["name"] == "fd_demo")
-    evaluations = record.get("evaluations")
+    distance = float(next(metric["value"] for metric in record["metrics"] if metric["name"] == "fd_demo"))
+    evaluations, milliseconds = record.get("evaluations"), record.get("sampling_ms_per_image")
     if key == "data":
         title, picture = f"{record['num_images']} images of the data itself", "data.png"
     elif key == "teacher":
@@ -82,7 +85,7 @@ def make_row(key: str, record: dict[str, Any], outdir: Path) -> Row:
         key = f"{key}-{evaluations}"
         picture = f"{key}/grid.png"
     shown = picture if key == "data" or (outdir / picture).is_file() else None
-    return Row(key, title, evaluations, distance, record.get("sampling_ms_per_image"), shown)
+    return Row(key, title, evaluations, distance, None if milliseconds is None else float(milliseconds), shown)
 
 
 def describe(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def read_curves(run_dir: str | Path) -> dict[str, Curve]:
     """
     path = Path(run_dir) / "stats.jsonl"
     if not path.is_file():
-        raise PlotError(f"{run_dir} has no stats.jsonl: name the folder of a run")
+        raise PlotError(f"{run_dir or repr('')} has no stats.jsonl: name the folder of a run")
     curves: dict[str, Curve] = {}
     for line in read_regular(path, MAX_STATISTICS).splitlines():
         entry = read_entry(line) or {}
@@ -87,7 +87,8 @@ def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
     known = list(dict.fromkeys(key for curves in runs.values() for key in curves))
     chosen = list(dict.fromkeys(key for pattern in keys for key in known if fnmatch(key, pattern.strip())))
     if not chosen:
-        raise PlotError(f"no statistics match {', '.join(keys)}: known are {', '.join(known)}")
+        shown = ", ".join(key or repr(key) for key in keys)
+        raise PlotError(f"no statistics match {shown}: known are {', '.join(known)}")
     columns = min(2, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     figure = new_figure(columns * PANEL[0], rows * PANEL[1] + 0.22 * len(runs) + 0.16)
