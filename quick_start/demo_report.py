@@ -91,6 +91,8 @@ def make_row(key: str, record: dict[str, Any], outdir: Path) -> Row:
 def describe(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Facts to state beside the table. Raises ValueError where the rows do not belong together."""
     every = [record for part in records.values() for record in part]
+    if not records["after"]:
+        raise ValueError("there are no results after distillation")
     if len({record["reference"]["sha256"] for record in every}) != 1:
         raise ValueError("they were made with different references")
     first = records["after"][0]

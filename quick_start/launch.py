@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import subprocess
@@ -112,13 +111,7 @@ def launcher(gpus: int, device: str, zero: str, *nodes: object, ts: str | None =
 
 
 def train(preset: str, teacher: str, data: str, *words: str) -> None:
-    """Distil a teacher of EDM2 with the published settings.
-
-      bash quick_start/train-img64-s.sh NUM_GPUS [OPTION ...]          as in: bash quick_start/train-img64-s.sh 8
-    The same command again resumes. NUM_GPUS 0 is the CPU. Options go to train_ncvsd.py. Variables, with their defaults:
-      MODEL_ZOO (../model_zoo/edm2)  DATA_DIR (../data/edm2)  OUT (training-runs/img64-s)
-      NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT (29500): the same command on every node, with its NODE_RANK
-    """
+    """Distil a teacher of EDM2 with the published settings."""
     script = f"bash quick_start/train-{preset}.sh"
     need(words and words[0][:1] != "-", f"usage: {script} NUM_GPUS [OPTION ...], as in: {script} 8")
     gpus = count("NUM_GPUS", words[0], 0, 65535)
@@ -157,15 +150,7 @@ def newest_snapshot(runs: Path, preset: str) -> str:
 
 
 def evaluate(preset: str, metrics: str, *words: str) -> None:
-    """FID and FD-DINOv2 (FFHQ: FID) of a network, from 50,000 images in as many steps as TS has below 39.
-
-      bash quick_start/eval-img64.sh NUM_GPUS TS [NET] [OPTION ...]    as in: bash quick_start/eval-img64.sh 8 12,39
-      REF=ffhq256.npz bash quick_start/eval-ffhq256.sh 8 0,14,39
-    NUM_GPUS 0 is the CPU. NET: a file, a URL or hf://owner/repo/file; without it the variable NET, else the newest
-    snapshot under training-runs/. Options go to calculate_metrics.py gen. Variables, with their defaults:
-      REF (EDM2's, downloaded; for FFHQ make it: python calculate_metrics.py ref --data ffhq256.zip --dest ffhq256.npz)
-      SEED (123456789)  NUM (50000)  METRICS (fid,fd_dinov2)  BATCH (64, per GPU)  OUT (out/eval-img64-TS.json)
-    """
+    """FID and FD-DINOv2 (FFHQ: FID) of a network, from 50,000 images in as many steps as TS has below 39."""
     script, make = f"bash quick_start/eval-{preset}.sh", "python calculate_metrics.py ref"
     need(len(words) >= 2, f"usage: {script} NUM_GPUS TS [NET] [OPTION ...], as in: {script} 8 12,39")
     ts, net, options, runs = words[1], variable("NET"), list(words[2:]), ROOT / "training-runs"
@@ -194,14 +179,7 @@ def evaluate(preset: str, metrics: str, *words: str) -> None:
 
 
 def posterior(*words: str) -> None:
-    """Solve one inverse problem on a folder of images, and write a page that shows the results.
-
-      bash quick_start/posterior-sample.sh TASK_NAME [OPTION ...]
-      DEMO=1 bash quick_start/posterior-sample.sh super_resolution   on the embedded 16x16 model and images, in a minute
-    TASK_NAME: a file of presets/task without .yaml. Options go to posterior_sample.py. Variables, with their defaults:
-      NET (../model_zoo/ncvsd/ncvsd-ffhq256-xs.pkl)  DATA (../data/test/ffhq_val)  OUT (out/posterior/TASK_NAME)
-      NUM_GPUS (0: one process, on the GPU if there is one)  BATCH (25; demo 64)  NUM (100; demo 16)
-    """
+    """Solve one inverse problem on a folder of images, and write a page that shows the results."""
     tasks = sorted(path.stem for path in (ROOT / "presets/task").glob("*.yaml"))
     script, known = "bash quick_start/posterior-sample.sh", f"one of {', '.join(tasks)}"
     need(words, f"usage: {script} TASK_NAME [OPTION ...], with TASK_NAME {known}")
@@ -233,12 +211,7 @@ def posterior(*words: str) -> None:
 
 
 def download(*names: str) -> None:
-    """Fetch teachers that edm2.txt lists into MODEL_ZOO (../model_zoo/edm2).
-
-      bash quick_start/download.sh NAME [NAME ...]                     as in: edm2-img512-m-2147483-0.100
-    Interrupted downloads are continued, and a file that is there is compared with what the list, an earlier download or
-    the server says of length and hash.
-    """
+    """Fetch teachers that edm2.txt lists into MODEL_ZOO (../model_zoo/edm2)."""
     lines = Path(variable("EDM2_LIST", ROOT / "quick_start/edm2.txt")).read_text(encoding="utf-8").splitlines()
     listed = {w[0]: w[1:] for w in (line.split() for line in lines if line[:1] != "#") if len(w) == 4}
     need(names, f"usage: bash quick_start/download.sh NAME [NAME ...], of: {' '.join(listed)}")
@@ -263,15 +236,7 @@ def archived(path: str) -> bool:
 
 
 def prepare(*words: str) -> None:
-    """Make the training data that the train-*.sh scripts look for, in DATA_DIR (../data/edm2), as EDM2 does.
-
-      bash quick_start/data_prep.sh img64 ILSVRC2012/train        ImageNet at 64x64: img64.zip
-      bash quick_start/data_prep.sh img512 ILSVRC2012/train       and its latents: img512.zip, img512-sd.zip
-      bash quick_start/data_prep.sh ffhq256 ffhq/images1024x1024  FFHQ at 256x256: ffhq256.zip
-    Archives that are there are kept. Further options: dataset_tool.py convert --help. Everything is checked before the
-    conversion starts, the autoencoder too. Variables, with their defaults: BATCH (16, images per pass)
-      VAE (stabilityai/sd-vae-ft-mse, from the Hub, or a folder)  RESOLUTION (the data set's own)
-    """
+    """Make the training data that the train-*.sh scripts look for, in DATA_DIR (../data/edm2), as EDM2 does."""
     need(len(words) >= 2, "usage: bash quick_start/data_prep.sh img64|img512|ffhq256 SOURCE [OPTION ...]")
     name, source, *options = words
     sizes = {"img64": 64, "img512": 512, "ffhq256": 256}
@@ -300,14 +265,15 @@ def prepare(*words: str) -> None:
 
 
 def main(name: str, *words: str) -> None:
-    """Run a command, or tell of it where --help stands first; anywhere, where no options are handed on to a script."""
+    """Run a command; with --help first, or anywhere where no script gets the options, show README's section of it."""
     command, given, all_own = {
         "train": (train, 3, False), "evaluate": (evaluate, 2, False), "posterior": (posterior, 0, False),
         "download": (download, 0, True), "prepare": (prepare, 0, True),
     }[name]  # fmt: skip
     try:
         if {"--help", "-h"}.intersection(words if all_own else words[given : given + 1]):
-            print(inspect.getdoc(command))
+            text = (ROOT / "quick_start/README.md").read_text(encoding="utf-8")
+            print(text.split(f"\n## {name}: ")[1].split("\n## ")[0])
         else:
             command(*words)
     except OSError as error:
