@@ -29,14 +29,18 @@ except ValueError as error:
 """
 CHECK = """
 import sys
-from dataset_tool import convert, make_encoder
+from dataset_tool import convert
 from torch_utils.errors import user_errors
 
-def check(resolution, **_):
-    if sys.argv[1]:
-        with user_errors("BATCH"):
+def check(**options):
+    (size,) = [value for value in options.values() if isinstance(value, tuple)]
+    with user_errors("BATCH"):
+        if sys.argv[1]:
             import torch
-            make_encoder(sys.argv[1], 1, "auto").encode_pixels(torch.zeros(1, 3, *resolution[::-1], dtype=torch.uint8))
+            from networks.encoders import StabilityVAEEncoder
+            from torch_utils.distributed import device_for
+            encoder = StabilityVAEEncoder(sys.argv[1], batch_size=1).to(device_for("auto"))
+            encoder.encode_pixels(torch.zeros(1, 3, *size[::-1], dtype=torch.uint8))
 
 convert.callback = check
 convert.main(sys.argv[2:], prog_name="dataset_tool.py convert")
