@@ -8,6 +8,7 @@ import click
 
 from torch_utils.errors import user_errors
 from torch_utils.options import SEED, batch_option, device_option, dtype_option, quiet_option
+from torch_utils.threads import wait_passively
 
 PUBLISHED_SEED = 123456789  # the first of 50,000
 
@@ -115,4 +116,5 @@ def ref(**options: object) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     cli()

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.threads import wait_passively
 
 _option = partial(click.option, show_default=True)
 
@@ -117,4 +118,5 @@ def decode(dest: str, **options: Any) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     cli()

@@ -8,6 +8,7 @@ import click
 
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER, batch_option, device_option, dtype_option, quiet_option
+from torch_utils.threads import wait_passively
 
 if TYPE_CHECKING:
     from generation.images import generate_images
@@ -75,4 +76,5 @@ def main(**options: object) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

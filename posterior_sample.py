@@ -13,6 +13,7 @@ import click
 from inverse.tasks import LIKELIHOODS, load_task, task_names
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER, SEED
+from torch_utils.threads import wait_passively
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 BATCH = """Samples at once, per process. With 1 an image is the same, bit for bit, whatever else is drawn; more round
@@ -347,4 +348,5 @@ def _evaluate(run: _Run) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

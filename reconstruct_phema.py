@@ -7,6 +7,7 @@ import click
 from dnnlib.text import parse_si, redact
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER
+from torch_utils.threads import wait_passively
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -70,4 +71,5 @@ def _reconstruct(paths, widths, end, outdir, dtype, quiet):
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

@@ -12,6 +12,7 @@ import click
 
 from torch_utils.errors import user_errors
 from torch_utils.options import SEED
+from torch_utils.threads import wait_passively
 from toy.settings import ToySettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -124,4 +125,5 @@ def _run(work: Callable[[], str]) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

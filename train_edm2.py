@@ -2,6 +2,7 @@
 
 import click
 
+from torch_utils.threads import wait_passively
 from training.presets import EDM2Config, config_options
 from training.run.launch import common_options, launch
 
@@ -53,4 +54,5 @@ def build(config: EDM2Config, options: dict, dataset, device):
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

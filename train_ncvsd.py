@@ -2,6 +2,7 @@
 
 import click
 
+from torch_utils.threads import wait_passively
 from training.presets import NCVSDConfig, config_options
 from training.run.launch import common_options, compute_dtype, launch
 
@@ -70,4 +71,5 @@ def build(config: NCVSDConfig, options: dict, dataset, device):
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

@@ -133,4 +133,7 @@ def local_bytes(tensors: Any) -> int:
 
 
 if __name__ == "__main__":
+    from torch_utils.threads import wait_passively
+
+    wait_passively()
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from torch_utils.errors import user_errors
+from torch_utils.threads import wait_passively
 
 
 @click.command(context_settings={"show_default": True})
@@ -24,4 +25,5 @@ def main(**options: object) -> None:
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

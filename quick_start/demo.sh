@@ -14,7 +14,6 @@ OUT="${OUT:-out/demo}"
 NUM="${NUM:-2000}" # images behind each number of the table
 TEACHER=assets/demo/teacher.safetensors
 DATA=assets/fashion16.zip
-SEEDS=0-63
 DTYPE=float32
 if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then DTYPE=bf16; fi # elsewhere bf16 is emulated, slowly
 
@@ -31,13 +30,16 @@ run "$PYTHON" train_ncvsd.py --preset fashion16 --net "$TEACHER" --data "$DATA" 
 BEFORE="$OUT/run/network-snapshot-000000000-0.050.safetensors"
 AFTER="$(ls "$OUT"/run/network-snapshot-*-0.050.safetensors | tail -n 1)"
 
-run "$PYTHON" generate.py --net "$TEACHER" --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/teacher"
+draw() { # NAME NET [OPTION ...]
+    run "$PYTHON" generate.py --net "$2" "${@:3}" --seeds 0-63 --batch 64 --device cpu --grid --outdir "$OUT/$1"
+}
+draw teacher "$TEACHER"
 for stage in before after; do
     net="$BEFORE"
     if [ "$stage" = after ]; then net="$AFTER"; fi
-    run "$PYTHON" generate.py --net "$net" --ts 12,39 --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/$stage-1"
-    run "$PYTHON" generate.py --net "$net" --ts 10,22,39 --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/$stage-2"
-    run "$PYTHON" generate.py --net "$net" --ts 0,10,20,30,39 --seeds "$SEEDS" --batch 64 --device cpu --grid --outdir "$OUT/$stage-4"
+    draw "$stage-1" "$net" --ts 12,39
+    draw "$stage-2" "$net" --ts 10,22,39
+    draw "$stage-4" "$net" --ts 0,10,20,30,39
 done
 
 measure() {

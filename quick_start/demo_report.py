@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.files import atomic_write, read_json  # noqa: E402
 from torch_utils.options import FOLDER  # noqa: E402
+from torch_utils.threads import wait_passively  # noqa: E402
 
 
 @dataclass
@@ -55,6 +55,9 @@ def main(
         problems = [write_strip(path, folder) for path in solved]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise click.ClickException(f"these reports cannot be used: {error}") from error
+    except (TypeError, AttributeError, StopIteration) as error:  # another structure
+        told = "these reports cannot be used: one of them is not calculate_metrics.py's, or has no fd_demo"
+        raise click.ClickException(told) from error
     table = format_table(rows)
     print(table)
     print(f"fd_demo: Fréchet distance to {facts['reference_images']} images of the data in the features of a small")
@@ -71,8 +74,8 @@ def main(
 
 def make_row(key: str, record: dict[str, Any], outdir: Path) -> Row:
     """One line of the table."""
-    distance = next(metric["value"] for metric in record["metrics"] if metric["name"] == "fd_demo")
-    evaluations = record.get("evaluations")
+    distance = float(next(metric["value"] for metric in record["metrics"] if metric["name"] == "fd_demo"))
+    evaluations, milliseconds = record.get("evaluations"), record.get("sampling_ms_per_image")
     if key == "data":
         title, picture = f"{record['num_images']} images of the data itself", "data.png"
     elif key == "teacher":
@@ -82,12 +85,14 @@ def make_row(key: str, record: dict[str, Any], outdir: Path) -> Row:
         key = f"{key}-{evaluations}"
         picture = f"{key}/grid.png"
     shown = picture if key == "data" or (outdir / picture).is_file() else None
-    return Row(key, title, evaluations, distance, record.get("sampling_ms_per_image"), shown)
+    return Row(key, title, evaluations, distance, None if milliseconds is None else float(milliseconds), shown)
 
 
 def describe(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Facts to state beside the table. Raises ValueError where the rows do not belong together."""
     every = [record for part in records.values() for record in part]
+    if not records["after"]:
+        raise ValueError("there are no results after distillation")
     if len({record["reference"]["sha256"] for record in every}) != 1:
         raise ValueError("they were made with different references")
     first = records["after"][0]
@@ -150,51 +155,13 @@ def format_table(rows: list[Row]) -> str:
 
 def page(rows: list[Row], facts: dict[str, Any], problems: list[dict[str, Any]]) -> str:
     """index.html: the table, a sheet of images for each row, then the inverse problems."""
-    body = "".join(
-        f"<tr><td>{html.escape(row.title)}</td><td>{row.distance:.3f}</td><td>{row.evaluations or '–'}</td>"
-        f"<td>{'–' if row.milliseconds is None else f'{row.milliseconds:.2f}'}</td></tr>"
-        for row in rows
-    )
-    figures = "".join(
-        f"<figure><img src='{row.picture}' alt='{html.escape(row.title)}'><figcaption>{html.escape(row.title)}"
-        f"<span>fd_demo {row.distance:.3f}</span></figcaption></figure>"
-        for row in rows
-        if row.picture
-    )
-    solved = "".join(
-        f"<figure><img src='{html.escape(p['picture'])}' alt='truth, measurement, sample and mean of each image'>"
-        f"<figcaption>{html.escape(p['text'])}<a href='{html.escape(p['page'])}'>report</a></figcaption></figure>"
-        for p in problems
-    )
-    if solved:
-        solved = f"""<h2>Inverse problems</h2>
-<p>The student, distilled above, finds images it has never seen from noisy measurements. From top to bottom: truth,
-measurement, one sample of the posterior, mean of the samples. The class of each image is given.</p>
-<section>{solved}</section>"""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>NCVSD on one CPU</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
-main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.5rem }}
-figure {{ margin: 0 }}
-img {{ width: 100%; image-rendering: pixelated; border: 1px solid #ddd }}
-figcaption {{ display: flex; justify-content: space-between; gap: 1rem; color: #444 }}
-section figure {{ margin: 1rem 0 }}
-</style></head><body>
-<h1>NCVSD on one CPU</h1>
-<p>A diffusion model (the teacher) was distilled into a generative denoiser (the student) on this machine. All sheets
-of generated images show the same 64 seeds.</p>
-<table><tr><th></th><th>fd_demo</th><th>NFE</th><th>ms/image</th></tr>{body}</table>
-<p><b>fd_demo</b> is the Fréchet distance to {facts["reference_images"]} images of the data in the features of a small
-classifier trained on the same data, with {facts["images_per_row"]} images per row. It is no FID and compares within
-this table only. NFE is the number of network evaluations per image.</p>
-<main>{figures}</main>{solved}</body></html>
-"""
+    import jinja2
+
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True).get_template("demo.html")
+    return template.render(rows=rows, facts=facts, problems=problems)
 
 
 if __name__ == "__main__":
+    wait_passively()
     main()

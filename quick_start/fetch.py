@@ -28,6 +28,8 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
             raise DownloadError(f"{url!r} is no http:// or https:// URL")
         if not dest.name:
             raise DownloadError("the destination is empty or a folder: name a file")
+        if os.path.lexists(dest) and not dest.is_file():
+            raise DownloadError(f"{dest}: exists and is no file: name another place, or remove it")
         if not re.fullmatch("-|[0-9]{1,18}", size):
             raise DownloadError(f"{dest.name}: its length must be a number of bytes, or - where unknown, not {size!r}")
         if not re.fullmatch("-|[0-9a-fA-F]{64}", sha256):

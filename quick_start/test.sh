@@ -7,5 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_environment dev
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 exec "$PYTHON" -m pytest -n auto --dist worksteal "$@"

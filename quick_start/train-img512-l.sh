@@ -1,10 +1,3 @@
 #!/usr/bin/env bash
-# Distil the EDM2 teacher of latents of 512x512 ImageNet, size L, with the published settings.
-#   bash quick_start/train-img512-l.sh NUM_GPUS [OPTION ...]
-#   bash quick_start/train-img512-l.sh 8
-# The same command again resumes. NUM_GPUS 0 is the CPU. Further options go to train_ncvsd.py. Variables, with their defaults:
-#   MODEL_ZOO (../model_zoo/edm2)  DATA_DIR (../data/edm2)  OUT (training-runs/img512-l)
-#   NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT (29500): the same command on every node, with its NODE_RANK
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
-train img512-l edm2-img512-l-1879048-0.085.pkl img512-sd.zip "$@"
+# Distil the EDM2 teacher of latents of ImageNet 512x512, size L, with the published settings: NUM_GPUS [OPTION ...], or --help for more.
+exec bash "$(dirname "$0")/launch.sh" train img512-l edm2-img512-l-1879048-0.085.pkl img512-sd.zip "$@"

@@ -8,8 +8,13 @@ import zipfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+from torch_utils.threads import wait_passively
+
+wait_passively()
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 # Where the tests are started in the background or under nohup, these are ignored, in all processes that they start too.

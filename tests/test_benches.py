@@ -11,6 +11,7 @@ from click.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import bench_busy  # noqa: E402
 import bench_loader  # noqa: E402
 import bench_shard  # noqa: E402
 import bench_state  # noqa: E402
@@ -24,6 +25,8 @@ NO_GPU = "device cuda:99 does not exist"
 @pytest.mark.parametrize(
     "bench, arguments, problem",
     [
+        (bench_busy, ["--busy", "0"], "0 is not in the range x>=1"),
+        (bench_busy, ["--out", str(ROOT)], "this is a folder"),
         (bench_loader, ["--data", "nope.zip"], "Error: nope.zip: no such folder or ZIP file"),
         (bench_loader, ["--workers", "x"], "'x': write whole numbers of 0 or more"),
         (bench_loader, ["--workers=1,-1"], "'1,-1': write whole numbers of 0 or more"),
@@ -74,6 +77,24 @@ def test_the_loader_bench_prints_its_table_alone(tmp_path, tiny_data):
     assert result.exit_code == 0 and len(result.output.splitlines()) == 3, result.output
     assert not [w for w in caught if "DataLoader" in str(w.message)]
     assert [row["workers"] for row in json.loads(out.read_text())["rows"]] == [0, 3]
+
+
+def test_the_bench_beside_busy_processes_compares_both_policies(tmp_path, monkeypatch):
+    seconds = {"PASSIVE": [1.0, 2.0], None: [2.0, 8.0]}
+    calls = []
+
+    def measure(policy, num, batch, threads):
+        calls.append(policy)
+        return seconds[policy.get("OMP_WAIT_POLICY")][len(calls) > 2], 0.5, 2
+
+    monkeypatch.setattr(bench_busy, "measure", measure)
+    out = tmp_path / "busy.json"
+    result = CliRunner().invoke(bench_busy.main, ["--num", "8", "--repeats", "1", "--out", str(out)])
+    assert result.exit_code == 0 and len(result.output.splitlines()) == 6, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["busy"], row["policy"], row["ratio"]) for row in rows] == [
+        (0, "PASSIVE", 1.0), (0, "default", 0.5), (1, "PASSIVE", 1.0), (1, "default", 0.25),
+    ]  # fmt: skip
 
 
 def test_a_recipe_is_measured_once_and_shown_in_a_table(tmp_path):

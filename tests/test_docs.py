@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "assets" / "README.md", ROOT / "presets" / "README.md", *ROOT.glob("docs/*.md")]
-PAGES += [path for path in (ROOT / "CONTRIBUTING.md",) if path.exists()]
+ROOMS = (
+    "dnnlib torch_utils sampling networks data generation metrics inverse training toy bench quick_start tests".split()
+)
+PAGES += [ROOT / "CONTRIBUTING.md", *(ROOT / room / "README.md" for room in ROOMS)]
 # what a Python block may find defined: the page says where it comes from
 GIVEN = """
 import torch, networks
@@ -87,6 +90,13 @@ def test_commands_exist_with_their_options(text):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_rooms_page_names_its_files(room):
+    text = (ROOT / room / "README.md").read_text()
+    scripts = {path.name for path in (ROOT / room).glob("*.py")} if room != "tests" else set()
+    assert scripts - {"__init__.py"} <= set(re.findall(r"[\w.]+\.py", text)) and "May import: " in text
 
 
 def test_readme_is_short():

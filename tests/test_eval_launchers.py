@@ -12,6 +12,7 @@ from metrics.collect import evaluate_dataset
 from metrics.features.detectors import load_detector
 from metrics.kinds import parse_metrics
 from metrics.references import save_reference
+from quick_start.launch import newest_snapshot
 
 ROOT = Path(__file__).parents[1]
 STUDENT = ROOT / "assets" / "demo" / "student.safetensors"
@@ -40,6 +41,7 @@ def reference(tmp_path_factory):
 def empty_root(tmp_path):
     """The launchers in a folder of their own, without any training run."""
     shutil.copytree(ROOT / "quick_start", tmp_path / "root" / "quick_start")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "root")
     return tmp_path / "root"
 
 
@@ -110,12 +112,6 @@ def write_snapshots(run, *names, mtime):
         os.utime(path, (mtime, mtime))
 
 
-def newest_snapshot(folder, preset):
-    code = 'set -euo pipefail; source "$0"; newest_snapshot "$1" "$2"; echo "$SNAPSHOT"'
-    command = ["bash", "-c", code, str(ROOT / "quick_start" / "eval.sh"), str(folder), preset]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def test_newest_snapshot_is_of_the_run_that_wrote_last_and_of_the_narrow_profile(tmp_path):
     runs = tmp_path / "training runs"
     assert newest_snapshot(runs, "img64") == ""
@@ -152,11 +148,6 @@ def test_launcher_takes_the_newest_snapshot(empty_root, fake_python, tmp_path):
         ([8], {}, "as in: bash quick_start/eval-img64.sh 8 12,39"),
         (["eight", "12,39"], {}, "NUM_GPUS is 'eight'"),
         (["-1", "12,39"], {}, "NUM_GPUS is '-1'"),
-        ([1, "39,12"], {}, "TS is '39,12'"),
-        ([1, "12,12"], {}, "TS is '12,12'"),
-        ([1, "12,40"], {}, "TS is '12,40'"),
-        ([1, "39"], {}, "TS is '39'"),
-        ([1, "12;39"], {}, "TS is '12;39'"),
         ([1, "12,39"], {}, "name the network as the third argument or in NET"),
         ([1, "12,39", "missing.safetensors"], {}, "no network missing.safetensors"),
         ([1, "12,39"], {"NET": "missing.safetensors"}, "no network missing.safetensors"),
@@ -174,6 +165,24 @@ def test_mistakes_are_explained_in_one_line_before_any_process_starts(arguments,
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ts", "words"),
+    [
+        (1, "39,12", "ts 39,12,39: the entries must increase strictly"),
+        (1, "12,12", "ts 12,12,39: the entries must increase"),
+        (1, "12,40", "every entry must be an integer from 0 to 39"),
+        (1, "39", "ts 39: at least two entries are needed"),
+        (1, "12;39", "ts '12;39': write whole numbers"),
+        (0, "12;39", "ts '12;39': write whole numbers"),
+    ],
+)
+def test_a_wrong_schedule_is_told_once(gpus, ts, words, tmp_path):
+    result = launch(gpus, ts, STUDENT, REF=__file__, OUT=tmp_path / "report.json")
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    told = [line for line in result.stderr.splitlines() if line.lower().startswith("error")]
+    assert len(told) == 1 and result.stderr.rstrip().endswith(told[0]) and not any(tmp_path.iterdir())
 
 
 def test_ffhq_needs_a_reference_of_ones_own(empty_root):

@@ -1,81 +1,78 @@
-"""The figure of a trained student, drawn with Pillow: samples beside the true posterior, and the course of training."""
+"""The figure of a trained student: samples beside the true posterior, and the course of training."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from dnnlib.files import atomic_write
 from toy.check import PROBE_SAMPLES, SCHEDULES
 from toy.mixture import GaussianMixture
 from toy.training import BatchNoise, Student
+from training.run.curves import new_figure, png
 
-PANEL, GAP, LEFT, TOP = 264, 12, 128, 58  # pixels
-OVERSAMPLING = 3
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE = (15.2, 14.6)  # inches
 EXTENT = 1.25  # of a panel, in data units from the centre
+CELLS = 264  # of the density in a panel, across
 DRAWS = 700  # points per panel
-INK, MUTED, PAPER = (34, 40, 49), (120, 128, 138), (255, 255, 255)
-DATA, TRUE, BEFORE, MODEL, MARK = (196, 203, 211), (222, 118, 28), (138, 120, 160), (20, 104, 168), (190, 30, 60)
-LINES = {0.1: (20, 104, 168), 0.3: (52, 152, 150), 1.0: (222, 150, 28), 10.0: (222, 86, 60), 80.0: (120, 60, 130)}
+INK, MUTED, DATA, RULE = "#222831", "#78808a", "#c4cbd3", "#e8ebee"
+TRUE, BEFORE, MODEL, MARK = "#de761c", "#8a78a0", "#1468a8", "#be1e3c"
+LINES = {0.1: "#1468a8", 0.3: "#349896", 1.0: "#de961c", 10.0: "#de563c", 80.0: "#783c82"}
+LOSSES = {"disc_real": MODEL, "disc_fake": TRUE, "gan": "#783c82"}
 EXAMPLES = ((0.1, (0.02, -0.49)), (0.3, (-0.3, 0.12)), (0.7, (0.75, 0.5)), (80.0, None))  # sigma and y; None = any
 
 
 def draw_figure(path: str | Path, mixture: GaussianMixture, student: Student, seed: int = 1) -> None:
-    """Write the PNG: one row per observation y, columns truth, before distillation, 1, 2 and 4 steps; then curves."""
-    noise = BatchNoise(seed, 1)
-    columns = ["true posterior", "before distillation", *SCHEDULES]
-    width = LEFT + len(columns) * (PANEL + GAP) + GAP
-    curve_top = TOP + len(EXAMPLES) * (PANEL + GAP) + 46
-    canvas = Image.new("RGB", (width, curve_top + 250), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    density = _density(mixture)
-    for column, title in enumerate(columns):
-        _text(pen, (LEFT + column * (PANEL + GAP) + PANEL / 2, TOP - 20), title, 21, anchor="mm")
-    for row, (sigma, position) in enumerate(EXAMPLES):
-        top = TOP + row * (PANEL + GAP)
+    """Write the PNG: one row per observation y, columns truth, before distillation, 1, 2 and 4 steps; then curves.
+
+    Raises PlotError without matplotlib.
+    """
+    columns = {"true posterior": TRUE, "before distillation": BEFORE} | dict.fromkeys(SCHEDULES, MODEL)
+    figure = new_figure(*SIZE)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08, wspace=0, hspace=0)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(len(EXAMPLES), 0.95))
+    panels = upper.subplots(len(EXAMPLES), len(columns))
+    noise, density = BatchNoise(seed, 1), _density(mixture)
+    for row, (sigma, position) in zip(panels, EXAMPLES, strict=True):
         y = torch.tensor(position or (0.0, 0.0)).reshape(1, 2, 1, 1)
-        _text(pen, (LEFT / 2, top + PANEL / 2 - 14), f"sigma {sigma:g}", 23, anchor="mm")
-        _text(pen, (LEFT / 2, top + PANEL / 2 + 14), "given y" if position else "unconditional", 16, MUTED, anchor="mm")
-        for column, points in enumerate(_draws(mixture, student, y, sigma, noise)):
-            color = TRUE if column == 0 else BEFORE if column == 1 else MODEL
-            panel = _panel(density, points, color, position, sigma)
-            canvas.paste(panel, (LEFT + column * (PANEL + GAP), top))
-    middle = (width + GAP) // 2
-    energies = {
-        f"sigma {s:g}": [(e["iteration"], e[f"energy_{s:g}"]) for e in student.curves if f"energy_{s:g}" in e]
-        for s in LINES
-    }
-    losses = {
-        name: [(e["iteration"], e[name]) for e in student.curves if name in e]
-        for name in ("disc_real", "disc_fake", "gan")
-    }
-    energy_colors = dict(zip(energies, LINES.values(), strict=True))
-    loss_colors = dict(zip(losses, (MODEL, TRUE, LINES[80.0]), strict=True))
-    _curves(
-        pen,
-        (LEFT, curve_top, middle - 40, curve_top + 190),
-        energies,
-        energy_colors,
-        f"energy distance to the truth, 1 step / floor ({PROBE_SAMPLES} draws)",
-        log=True,
-    )
-    _curves(
-        pen,
-        (middle + 60, curve_top, width - GAP - 90, curve_top + 190),
-        losses,
-        loss_colors,
-        "adversarial losses",
-        log=False,
-    )
+        for panel, points, color in zip(row, _draws(mixture, student, y, sigma, noise), columns.values(), strict=True):
+            panel.imshow(density, cmap=_greys(), extent=(-EXTENT, EXTENT) * 2, interpolation="bilinear")
+            _points(panel, points, color, position, sigma)
+        row[0].set_ylabel("given y" if position else "unconditional", fontsize=11, color=MUTED)
+        row[0].text(
+            -0.17,
+            0.5,
+            f"sigma {sigma:g}",
+            transform=row[0].transAxes,
+            fontsize=16,
+            color=INK,
+            ha="right",
+            va="center",
+            rotation=90,
+        )
+    for panel, title in zip(panels[0], columns, strict=True):
+        panel.set_title(title, fontsize=16, color=INK, pad=10)
+    left, right = lower.subplots(1, 2)
+    energies = {f"energy_{sigma:g}": (f"sigma {sigma:g}", color) for sigma, color in LINES.items()}
+    losses = {name: (name, color) for name, color in LOSSES.items()}
+    _curves(left, student, energies, f"energy distance to the truth, 1 step / floor ({PROBE_SAMPLES} draws)")
+    left.set_yscale("log")
+    left.set_ylim(bottom=1)
+    _ticks(left)
+    _curves(right, student, losses, "adversarial losses")
     data = io.BytesIO()
-    canvas.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(data, format="PNG", optimize=True)
+    with Image.open(io.BytesIO(png(figure))) as image:  # a fifth of the bytes
+        palette = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    palette.save(data, format="PNG", optimize=True)
     with atomic_write(path) as file:
         file.write(data.getvalue())
 
@@ -90,86 +87,55 @@ def _draws(mixture: GaussianMixture, student: Student, y: Tensor, sigma: float, 
     return draws
 
 
-def _density(mixture: GaussianMixture) -> np.ndarray:
-    """The data's density over a panel, largest value 1, [PANEL,PANEL]."""
-    axis = (torch.arange(PANEL, dtype=torch.float64) + 0.5) / PANEL * 2 - 1
-    vertical, horizontal = torch.meshgrid(-axis * EXTENT, axis * EXTENT, indexing="ij")
+def _density(mixture: GaussianMixture) -> Tensor:
+    """The data's density over a panel, from the upper left, largest value 1, [CELLS,CELLS]."""
+    axis = ((torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS * 2 - 1) * EXTENT
+    vertical, horizontal = torch.meshgrid(-axis, axis, indexing="ij")
     points = torch.stack([horizontal, vertical], -1).reshape(-1, 2, 1, 1)
     prior = mixture.prior()
-    values = torch.cat([prior.log_prob(part) for part in points.split(8192)]).exp().reshape(PANEL, PANEL)
-    return (values / values.max()).numpy()
+    values = torch.cat([prior.log_prob(part) for part in points.split(8192)]).exp().reshape(CELLS, CELLS)
+    return (values / values.max()) ** 0.7
 
 
-def _panel(
-    density: np.ndarray, points: Tensor, color: Sequence[int], y: Sequence[float] | None, sigma: float
-) -> Image.Image:
-    """Points [n,2] over the data's density, with a cross at y and a circle of radius sigma around it."""
-    size = PANEL * OVERSAMPLING
-    panel = np.asarray(PAPER) + density[..., None] ** 0.7 * 0.75 * (np.asarray(DATA) - PAPER)
-    cells = ((points.numpy() * [1, -1] / EXTENT + 1) / 2 * size).astype(int)
-    cells = cells[((cells >= 0) & (cells < size)).all(1)]
-    counts = np.zeros((size, size), np.float32)
-    np.add.at(counts, (cells[:, 1], cells[:, 0]), 1)
-    dot = _disc(2.1 * OVERSAMPLING)
-    ink = np.fft.irfft2(np.fft.rfft2(counts) * np.fft.rfft2(dot, s=counts.shape), s=counts.shape)
-    ink = np.roll(ink, (-(dot.shape[0] // 2),) * 2, (0, 1)).clip(0)
-    ink = ink.reshape(PANEL, OVERSAMPLING, PANEL, OVERSAMPLING).mean((1, 3))
-    cover = 1 - 0.42**ink
-    panel = panel + cover[..., None] * (np.asarray(color) - panel)
-    image = Image.fromarray(panel.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(image)
+def _greys():
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("data", ["white", "#d3d8de"])
+
+
+def _points(panel: Axes, points: Tensor, color: str, y: Sequence[float] | None, sigma: float) -> None:
+    """Points [n,2], with a cross at y and a circle of radius sigma around it."""
+    from matplotlib.patches import Circle
+
+    panel.scatter(*points.T.numpy(), s=9, color=color, alpha=0.55, linewidths=0)
     if y is not None:
-        x, v, radius = (y[0] / EXTENT + 1) / 2 * size, (1 - y[1] / EXTENT) / 2 * size, sigma / EXTENT / 2 * size
-        pen.ellipse((x - radius, v - radius, x + radius, v + radius), outline=MARK, width=OVERSAMPLING)
-        for dx, dy in ((1, 1), (1, -1)):
-            arm = 5 * OVERSAMPLING
-            pen.line((x - dx * arm, v - dy * arm, x + dx * arm, v + dy * arm), fill=MARK, width=2 * OVERSAMPLING)
-    pen.rectangle((0, 0, size - 1, size - 1), outline=DATA, width=OVERSAMPLING)
-    return image.resize((PANEL, PANEL), Image.Resampling.BOX)
+        panel.add_patch(Circle(y, sigma, fill=False, color=MARK, linewidth=1))
+        panel.plot(*y, "x", color=MARK, markersize=8, markeredgewidth=1.6)
+    panel.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), xticks=[], yticks=[], aspect="equal")
+    panel.spines[:].set_color(DATA)
 
 
-def _disc(radius: float) -> np.ndarray:
-    reach = np.arange(-math.ceil(radius), math.ceil(radius) + 1)
-    return (np.hypot(reach[:, None], reach[None]) <= radius).astype(np.float32)
+def _curves(panel: Axes, student: Student, names: dict[str, tuple[str, str]], title: str) -> None:
+    """Lines over the training iterations; `names` gives label and colour of each quantity."""
+    for name, (label, color) in names.items():
+        points = [(entry["iteration"], entry[name]) for entry in student.curves if name in entry]
+        if points:
+            panel.plot(*zip(*points, strict=True), color=color, label=label, linewidth=2.2)
+    panel.set_title(title, loc="left", fontsize=13, color=INK)
+    panel.set_xlabel("iteration", fontsize=10, color=MUTED)
+    panel.set_xlim(left=0)
+    panel.grid(axis="y", color=RULE)
+    panel.tick_params(colors=MUTED, labelsize=10, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(MUTED)
+    if panel.lines:
+        panel.legend(frameon=False, fontsize=11, labelcolor="linecolor", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _curves(pen, box, series, colors, title: str, *, log: bool) -> None:
-    """Lines over the training iterations, each named at its end."""
-    left, top, right, bottom = box
-    series = {name: points for name, points in series.items() if points}
-    _text(pen, (left, top - 22), title, 19, anchor="lm")
-    pen.line((left, top, left, bottom, right, bottom), fill=MUTED, width=1)
-    if not series:
-        return
-    values = [v for points in series.values() for _, v in points]
-    last = max(i for points in series.values() for i, _ in points)
-    low, high = (1.0, max(values)) if log else (min(values), max(values))
-    high = max(high, low * 1.1 + 1e-6)
+def _ticks(panel: Axes) -> None:
+    """Plain numbers on a logarithmic axis: 1, 3, 10, 30 ..."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    def place(iteration: float, value: float) -> tuple[float, float]:
-        share = math.log(max(value, low) / low) / math.log(high / low) if log else (value - low) / (high - low)
-        return left + iteration / last * (right - left), bottom - share * (bottom - top)
-
-    ticks = [10**k * m for k in range(3) for m in (1, 3)] if log else [k / 10 for k in range(20)]
-    for tick in ticks:
-        if low <= tick <= high:
-            _, v = place(0, tick)
-            pen.line((left, v, right, v), fill=(232, 235, 238), width=1)
-            _text(pen, (left - 8, v), f"{tick:.3g}", 14, MUTED, anchor="rm")
-    for share in (0.5, 1.0):
-        _text(pen, (left + share * (right - left), bottom + 14), f"{share * last:.0f}", 14, MUTED, anchor="mm")
-    _text(pen, (left, bottom + 14), "iteration", 14, MUTED, anchor="lm")
-    ends = []
-    for name, points in series.items():
-        pen.line([place(i, v) for i, v in points], fill=colors[name], width=3, joint="curve")
-        ends.append([place(*points[-1])[1], name])
-    ends.sort()
-    for i in range(1, len(ends)):
-        ends[i][0] = max(ends[i][0], ends[i - 1][0] + 16)
-    excess = max(0.0, ends[-1][0] - bottom + 4)
-    for v, name in ends:
-        _text(pen, (right + 8, v - excess), name, 15, colors[name], anchor="lm")
-
-
-def _text(pen, position, text: str, size: int, color=INK, anchor: str = "la") -> None:
-    pen.text(position, text, fill=color, font=ImageFont.load_default(size), anchor=anchor)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    panel.yaxis.set_minor_formatter(NullFormatter())

@@ -241,7 +241,8 @@ def _texts(folder):
 def _runs(folder):
     for name, lines in {
         "run": '{"Progress/kimg": {"mean": 1}}\n', "run-text": "no JSON\n", "run-list": "[1]\n",
-        "run-deep": DEEP + "\n",
+        "run-deep": DEEP + "\n", "run-good": '{"nimg": 8, "Loss/score": 1.0}\n',
+        "run-binary": "\0\x80\n" * 9, "run-huge": '{"nimg": 8, "a": 1e999, "b": ' + "9" * 5000 + "}\n",
     }.items():  # fmt: skip
         (folder / name).mkdir()
         (folder / name / "stats.jsonl").write_text(lines)
@@ -249,7 +250,9 @@ def _runs(folder):
     report = {"net": "a", "fd_demo": 1.0}
     for name, value in {
         "list": [], "number": 1, "dict": {}, "records": [1], "empty": [{}], "some": [report],
-        "metrics": [{"metrics": "a"}],
+        "metrics": [{"metrics": "a"}], "none": {"results": []}, "count": {"results": 5}, "words": {"results": "abc"},
+        "bare": {"results": [{}]}, "null": {"results": [{"metrics": None}]}, "other": {"results": [{"metrics": []}]},
+        "text": {"results": [{"metrics": [{"name": "fd_demo", "value": "low"}], "evaluations": "two"}]},
     }.items():  # fmt: skip
         yield f"report-{name}.json", json.dumps(value)
     yield "report-deep.json", DEEP

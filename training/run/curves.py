@@ -1,20 +1,32 @@
-"""Curves of a run, read from its stats.jsonl."""
+"""Curves of runs: read from their stats.jsonl, and drawn by matplotlib, which is imported on first use."""
 
 from __future__ import annotations
 
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dnnlib.files import parse_json, read_regular
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curve = list[tuple[float, float]]  # (images seen, value)
 
 MAX_STATISTICS = 1 << 30  # bytes of a stats.jsonl
 LARGEST = 1e300  # magnitude whose sums and differences are still numbers
+COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#3d3d3d", "#e07a1f", "#009e9e")
+PANEL = (5.6, 3.0)  # inches
+DPI = 100
 
 
 class PlotError(ValueError):
-    """A run that has nothing to draw."""
+    """A run that has nothing to draw, or nothing to draw it with."""
 
 
 def read_entry(line: bytes) -> dict[str, Any] | None:
@@ -34,7 +46,7 @@ def read_curves(run_dir: str | Path) -> dict[str, Curve]:
     """
     path = Path(run_dir) / "stats.jsonl"
     if not path.is_file():
-        raise PlotError(f"{run_dir} has no stats.jsonl: name the folder of a run")
+        raise PlotError(f"{run_dir or repr('')} has no stats.jsonl: name the folder of a run")
     curves: dict[str, Curve] = {}
     for line in read_regular(path, MAX_STATISTICS).splitlines():
         entry = read_entry(line) or {}
@@ -45,3 +57,88 @@ def read_curves(run_dir: str | Path) -> dict[str, Curve]:
     if not curves:
         raise PlotError(f"{path} holds no statistics yet")
     return curves
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches. Raises PlotError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError(
+            f"figures are drawn by matplotlib, which is not installed: pip install matplotlib ({error})"
+        ) from error
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in scripts that the font lacks
+        figure.savefig(data, format="png")
+    return data.getvalue()
+
+
+def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
+    """A panel for each quantity that matches one of the patterns `keys`, the runs over one another.
+
+    Raises PlotError if there is none, and without matplotlib.
+    """
+    known = list(dict.fromkeys(key for curves in runs.values() for key in curves))
+    chosen = list(dict.fromkeys(key for pattern in keys for key in known if fnmatch(key, pattern.strip())))
+    if not chosen:
+        shown = ", ".join(key or repr(key) for key in keys)
+        raise PlotError(f"no statistics match {shown}: known are {', '.join(known)}")
+    columns = min(2, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    figure = new_figure(columns * PANEL[0], rows * PANEL[1] + 0.22 * len(runs) + 0.16)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, key in zip(panels, chosen, strict=False):
+        _draw_panel(panel, key, {i: curves[key] for i, curves in enumerate(runs.values()) if key in curves})
+    for panel in panels[len(chosen) :]:
+        panel.remove()
+    _draw_legend(figure, list(runs))
+    return figure
+
+
+def _draw_panel(panel: Axes, title: str, curves: dict[int, Curve]) -> None:
+    """The curves of one quantity, by number of their run."""
+    from matplotlib.ticker import EngFormatter
+
+    for index, curve in curves.items():
+        panel.plot(*zip(*curve, strict=True), **_style(index), marker="o" if len(curve) == 1 else None, clip_on=False)
+    panel.set_title(title, loc="left", fontsize=11, parse_math=False)
+    panel.set_xlim(0, max(1, *(x for curve in curves.values() for x, _ in curve)))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.ticklabel_format(axis="y", useOffset=False)
+    panel.tick_params(labelsize=9, colors="#444444")
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="y", color="#e2e2e2")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.set_xlabel("images", fontsize=9, color="#444444")
+
+
+def _draw_legend(figure: Figure, names: list[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], **_style(i)) for i in range(len(names))]
+    numbers = [str(i) for i in range(len(names))]  # a name that begins with _ would be left out
+    legend = figure.legend(lines, numbers, loc="outside upper left", frameon=False, fontsize=10, handlelength=3.5)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name.encode(errors="replace").decode())
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Look of run number `index`: where the colours begin again it is dashed, with wider gaps each time."""
+    again, number = divmod(index, len(COLOURS))
+    dashes = (0, (4, 1.5 * again)) if again else "-"
+    return {
+        "color": COLOURS[number],
+        "linewidth": 1.8,
+        "linestyle": dashes,
+        "markersize": 5,
+        "fillstyle": "none" if again else "full",
+    }
