@@ -8,8 +8,8 @@ trap 'exit 130' INT # Ctrl-C ends a script once what it runs has ended, whatever
 
 NEEDED_RUN="torch>=2.5 numpy>=1.26 click>=8.1 pillow>=10.1 tqdm>=4.66 safetensors>=0.4 huggingface_hub>=0.26
             diffusers>=0.31 accelerate>=0.34 tensorboard>=2.16 pyyaml>=6.0 jinja2>=3.1
-            requests>=2.31 urllib3>=2.3"
-NEEDED_DEV="$NEEDED_RUN scipy>=1.11 psutil>=5.9 pytest>=8.0 pytest-timeout>=2.3 pytest-xdist>=3.6 ruff>=0.9"
+            requests>=2.31 urllib3>=2.3 scipy>=1.11"
+NEEDED_DEV="$NEEDED_RUN psutil>=5.9 pytest>=8.0 pytest-timeout>=2.3 pytest-xdist>=3.6 ruff>=0.9"
 
 fail() {
     echo "error: $*" >&2

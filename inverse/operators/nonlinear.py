@@ -26,6 +26,12 @@ class PhaseRetrieval(Operator):
             raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample}")
         self.oversample = oversample
 
+    def describe(self) -> str:
+        return (
+            "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An "
+            "image and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
+        )
+
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
         pads = [self.oversample / 8 * size for size in (height, width)]
@@ -56,6 +62,9 @@ class HighDynamicRange(Operator):
             raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale}")
         self.scale = scale
 
+    def describe(self) -> str:
+        return f"Each image was overexposed: pixel values were multiplied by {self.scale} and clipped to the range."
+
     def forward(self, x: Tensor) -> Tensor:
         check_image_shape(x.shape)
         return (self.scale * x).clamp(-1, 1)
@@ -75,10 +84,10 @@ class NonlinearBlur(Operator):
     ) -> None:
         self._blur = CircularBlur(motion_kernel(kernel_size, intensity, seed) if kernel is None else kernel)
 
-    @property
-    def kernel(self) -> Tensor:
-        """The kernel [h,w], float64 on the CPU."""
-        return self._blur.kernel
+        self.kernel = self._blur.kernel  # [h,w] float64 on the CPU
+
+    def describe(self) -> str:
+        return "Each image was blurred by camera shake in linear light, as in a camera, and encoded again."
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * _encode_srgb(self._blur.forward(_decode_srgb((x + 1) / 2))) - 1
