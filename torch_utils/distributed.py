@@ -165,3 +165,13 @@ def print0(*args: object, **kwargs: object) -> None:
 def in_group() -> bool:
     """Return whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Torch dtype of a --dtype choice: auto (None, the network's own), float32, bf16 or fp16.
+
+    Raises ValueError for fp16 anywhere but on CUDA.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
+    return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -19,7 +19,8 @@ def gaussian_kernel(
 ) -> np.ndarray:
     """Return a Gaussian kernel [size, size] of sum 1, float64: a unit impulse at size//2 after a Gaussian filter.
 
-    Cut at 4 standard deviations and mirrored at the borders. Raises ValueError for a size below 1 or a std that is not positive.
+    Cut at 4 standard deviations and mirrored at the borders. Raises ValueError for a size below 1 or a std that is not
+    positive.
     """
     size = check_whole(size, "kernel_size", 1, _MAX_SIZE)
     if not 0 < std <= _MAX_SIZE:
