@@ -21,10 +21,6 @@ LIKELIHOODS = ("auto", "exact", "langevin")
 _MAX_BYTES = 1 << 16
 _MAX_DEPTH = 20  # of lists and mappings within each other
 _MAX_INT = 1 << 64
-_NESTING = {
-    **dict.fromkeys((f"{kind}{part}StartToken" for kind in ("Flow", "Block") for part in ("Mapping", "Sequence")), 1),
-    **dict.fromkeys(("FlowMappingEndToken", "FlowSequenceEndToken", "BlockEndToken"), -1),
-}
 
 
 class TaskError(ValueError):
@@ -195,10 +191,10 @@ def _parse(text: str) -> dict[str, Any]:
 
     try:
         depth = 0
-        for token in yaml.scan(text):
-            if isinstance(token, yaml.AliasToken):
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
                 raise TaskError("YAML aliases (*name) are not accepted")
-            depth += _NESTING.get(type(token).__name__, 0)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise TaskError(f"lists and mappings within each other more than {_MAX_DEPTH} deep")
         settings = yaml.safe_load(text)
