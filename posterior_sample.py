@@ -19,9 +19,9 @@ class ClassIndex(click.ParamType):
     name = "int|data"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value != "data" and not value.isdecimal():
+        if value != "data" and not (value.isdecimal() and len(value) < 20):
             self.fail(
-                f"{value!r}: give a class index, or 'data' for the classes in the data's dataset.json", param, ctx
+                f"{value[:40]!r}: give a class index, or 'data' for the classes in the data's dataset.json", param, ctx
             )
         return value if value == "data" else int(value)
 

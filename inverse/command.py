@@ -96,7 +96,7 @@ def run(request: Request) -> None:
 
 def prepare(request: Request, device: torch.device) -> Job:
     """Check a request and load all it names; the main process takes the output folder. Raises as `run`."""
-    if (request.data is None) == (request.measurements is None):
+    if (request.data is None) == (request.measurements is None) or "" in (request.data, request.measurements):
         raise click.UsageError("give either --data, images to measure, or --measurements, real ones")
     operator = _load_operator(request)
     net, sha256 = _load_net(request, device)

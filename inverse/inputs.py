@@ -153,7 +153,8 @@ def name_files(files: list[str], where: str) -> dict[str, str]:
                 f"{where}: {name[:60]}... is too long a name: at most {_MAX_NAME_BYTES} bytes, with its folders"
             )
         if name in named:
-            raise InputError(f"{where}: {file} and {named[name]} would both be called {name}; rename one")
+            both = f"{file} and {named[name]}".encode(errors="replace").decode()  # names that are not UTF-8
+            raise InputError(f"{where}: {both} would both be called {name}; rename one")
         named[name] = file
     return named
 
@@ -188,7 +189,7 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     try:
         data = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
-        raise InputError(f"{path}: the mask cannot be read ({error.strerror})") from None
+        raise InputError(f"{str(path) or 'no name'}: the mask cannot be read ({error.strerror})") from None
     return (decode_pixels(data, str(path)).mean(axis=0) > 127.5).astype(np.float32)
 
 

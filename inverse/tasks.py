@@ -21,6 +21,7 @@ LIKELIHOODS = ("auto", "exact", "langevin")
 _MAX_BYTES = 1 << 16
 _MAX_DEPTH = 20  # of lists and mappings within each other
 _MAX_INT = 1 << 64
+_MAX_STEPS = 40  # entries of a few-step schedule: the levels there are
 
 
 class TaskError(ValueError):
@@ -35,6 +36,8 @@ class GridIndices(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         from sampling.grids import parse_ts  # imports torch
 
+        if value.count(",") >= _MAX_STEPS:
+            self.fail(f"{value.count(',') + 1} entries, and there are {_MAX_STEPS} grid indices", param, ctx)
         try:
             return parse_ts(value).ts
         except ValueError as error:
@@ -165,7 +168,7 @@ def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> T
         settings.setdefault("name", path.stem)
         base = _build(settings)
     except UnicodeDecodeError:
-        raise TaskError(f"{path}: not a text file") from None
+        raise TaskError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from None
     except TaskError as error:
@@ -227,8 +230,9 @@ def _build(settings: Mapping[str, Any]) -> Task:
             raise TaskError("langevin must hold settings, as in `langevin: {steps: 100, c1: 0.1, c2: 0.1}`")
         settings["langevin"] = LangevinSettings(**_known(settings["langevin"], LangevinSettings, "langevin: "))
     if settings.get("ts") is not None:
-        if not isinstance(settings["ts"], list | tuple) or not all(type(t) is int for t in settings["ts"]):
-            raise TaskError(f"ts must be a list of whole numbers, not {_shown(settings['ts'])}")
+        ts = settings["ts"]
+        if not isinstance(ts, list | tuple) or len(ts) > _MAX_STEPS or not all(type(t) is int for t in ts):
+            raise TaskError(f"ts must be a list of at most {_MAX_STEPS} whole numbers, not {_shown(ts)}")
         settings["ts"] = tuple(settings["ts"])
     return Task(**settings)
 

@@ -23,8 +23,8 @@ def gaussian_kernel(
     positive.
     """
     size = check_whole(size, "kernel_size", 1, _MAX_SIZE)
-    if not 0 < std <= _MAX_SIZE:
-        raise ValueError(f"std of a Gaussian kernel must be a positive number of pixels up to {_MAX_SIZE}, not {std}")
+    if not is_number(std) or not 0 < std <= _MAX_SIZE:
+        raise ValueError(f"std of a Gaussian kernel must be a positive number of pixels up to {_MAX_SIZE}, not {std!r}")
     impulse = np.zeros(size)
     impulse[size // 2] = 1
     row = gaussian_filter1d(impulse, max(std, 0.1), truncate=4)  # up to 0.12 the impulse stays one
@@ -44,8 +44,8 @@ def motion_kernel(
     Raises ValueError for a size below 3, an intensity outside [0, 1] or a seed outside 0..2^32-1.
     """
     size = check_whole(size, "kernel_size", 3, _MAX_SIZE)
-    if not 0 <= intensity <= 1:
-        raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity}")
+    if not is_number(intensity) or not 0 <= intensity <= 1:
+        raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity!r}")
     rng = np.random.RandomState(check_whole(seed, "seed", 0, MAX_SEED))
     diagonal = np.hypot(2 * size, 2 * size)
 
@@ -83,9 +83,14 @@ def bicubic_matrix(size: int, factor: int) -> np.ndarray:
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number; what a task file says may be anything."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_whole(value: float, name: str, least: int, most: float = math.inf) -> int:
     """Return `value` as an int; raises ValueError unless it is a whole number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 or not least <= value <= most:
+    if not is_number(value) or value % 1 or not least <= value <= most:
         upto = "at least {}" if most == math.inf else "from {} to {}"
         raise ValueError(f"{name} must be a whole number {upto.format(least, most)}, not {value!r:.60}")
     return int(value)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from inverse.likelihood import gaussian_conditional
 from inverse.operators.base import LinearOperator, check_image_shape
-from inverse.operators.kernels import MAX_SEED, bicubic_matrix, check_whole, gaussian_kernel, motion_kernel
+from inverse.operators.kernels import (
+    MAX_SEED,
+    bicubic_matrix,
+    check_whole,
+    gaussian_kernel,
+    is_number,
+    motion_kernel,
+)
 
 Kernel = Tensor | np.ndarray | Sequence[Sequence[float]]
 
@@ -37,20 +44,20 @@ class Inpainting(LinearOperator):
         if sum(option is not None for option in (mask, box, fraction)) != 1:
             raise ValueError("inpainting needs exactly one of mask, box or fraction")
         if mask is not None:
-            mask = torch.as_tensor(mask, dtype=torch.float32).cpu()
+            mask = _as_tensor(mask, torch.float32, "inpainting mask (an image is named with --mask)")
             if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(
                     f"inpainting mask must be [H,W] of 0 (removed) and 1 (measured), this one is {list(mask.shape)}"
                     + (" with other values" if mask.ndim == 2 else "")
                 )
         if box is not None:
-            if len(box) != 4:
-                raise ValueError(f"inpainting box must be top, left, height, width in pixels, not {list(box)}")
+            if not isinstance(box, list | tuple) or len(box) != 4:
+                raise ValueError(f"inpainting box must be top, left, height, width in pixels, not {box!r:.60}")
             box = [
                 check_whole(v, "inpainting box: every entry", least) for v, least in zip(box, (0, 0, 1, 1), strict=True)
             ]
-        if fraction is not None and not 0 <= fraction < 1:
-            raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction}")
+        if fraction is not None and not (is_number(fraction) and 0 <= fraction < 1):
+            raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction!r}")
         self._given, self._box, self._fraction = mask, box, fraction
         self._seed = check_whole(seed, "seed", 0, MAX_SEED)
         self._masks: dict[Any, Tensor] = {}
@@ -232,10 +239,17 @@ def motion_blur_circ(
 
 def check_kernel(kernel: Kernel) -> Tensor:
     """Return a blur kernel as [h,w] float64 on the CPU; raises ValueError for another rank or non-finite weights."""
-    kernel = torch.as_tensor(kernel, dtype=torch.float64).detach().cpu()
+    kernel = _as_tensor(kernel, torch.float64, "a blur kernel")
     if kernel.ndim != 2 or not kernel.numel() or not kernel.isfinite().all():
         raise ValueError(f"a blur kernel must be [h,w] of finite numbers, not of shape {list(kernel.shape)}")
     return kernel
+
+
+def _as_tensor(values: Kernel, dtype: torch.dtype, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=dtype).detach().cpu()
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} must be rows of numbers, all of one length, not {values!r:.60}") from None
 
 
 def _separable(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import Operator, check_image_shape
-from inverse.operators.kernels import motion_kernel
+from inverse.operators.kernels import is_number, motion_kernel
 from inverse.operators.linear import CircularBlur, Kernel
 
 
@@ -22,8 +22,8 @@ class PhaseRetrieval(Operator):
     measures_images = False
 
     def __init__(self, *, oversample: float = 4.0) -> None:
-        if not 0 <= oversample <= 64:
-            raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample}")
+        if not is_number(oversample) or not 0 <= oversample <= 64:
+            raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample!r}")
         self.oversample = oversample
 
     def describe(self) -> str:
@@ -58,8 +58,8 @@ class HighDynamicRange(Operator):
     """
 
     def __init__(self, *, scale: float = 2.0) -> None:
-        if not 0 < scale <= 1e6:
-            raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale}")
+        if not is_number(scale) or not 0 < scale <= 1e6:
+            raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale!r}")
         self.scale = scale
 
     def describe(self) -> str:
