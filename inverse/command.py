@@ -80,14 +80,8 @@ def run(request: Request) -> None:
     sample(job)
     distributed.barrier()
     if distributed.is_main():
-        results = evaluate(
-            job.folder,
-            job.source.names,
-            request.task.name,
-            has_truth=request.data is not None,
-            lpips=job.lpips,
-            lpips_note=job.lpips_note,
-        )
+        has_truth = request.data is not None
+        results = evaluate(job.folder, job.source.names, request.task.name, has_truth, job.lpips, job.lpips_note)
         write_metrics(job.folder.path, results)
         page = write_report(job.folder.path, results, request.task, job.operator, job.options)
         click.echo(format_summary(results))
@@ -111,11 +105,9 @@ def prepare(request: Request, device: torch.device) -> Job:
     else:
         pictures = operator.measures_images
         source = MeasurementFolder(request.measurements, shape=y_shape, pictures=pictures, num=request.num)
-    inputs = Path(request.data or request.measurements).resolve()
-    if inputs.is_dir() and Path(request.outdir).resolve().is_relative_to(inputs):
-        raise InputError(
-            f"{request.outdir} lies in {inputs}, and results would be taken for input: use another --outdir"
-        )
+    inputs, outdir = Path(request.data or request.measurements).resolve(), request.outdir
+    if inputs.is_dir() and Path(outdir).resolve().is_relative_to(inputs):
+        raise InputError(f"{outdir} lies in {inputs}, and results would be taken for input: use another --outdir")
     classes = _classes(request, net.label_dim, source)
     folder, options = ResultsFolder(request.outdir, request.task.runs), _options(request, device, sha256)
     if distributed.is_main():
@@ -188,19 +180,10 @@ def _classes(request: Request, label_dim: int, source: ImageFolder | Measurement
 
 def _options(request: Request, device: torch.device, sha256: str) -> dict[str, Any]:
     """What options.json keeps of a request."""
+    names = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
     return {
-        "task": request.task.to_dict(),
-        "net": redact(request.net),
-        "net_sha256": sha256,
-        "data": request.data,
-        "measurements": request.measurements,
-        "mask": request.mask,
-        "resize": request.resize,
-        "class": request.class_idx,
-        "seed": request.seed,
-        "dtype": request.dtype,
-        "num": request.num,
-        "batch": request.batch,
+        **{"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": sha256},
+        **{name.removesuffix("_idx"): getattr(request, name) for name in names},
         "device": str(device),
     }
 
@@ -219,21 +202,12 @@ def sample(job: Job) -> None:
     total = len(mine) * task.runs
     layout = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
     disable = job.request.quiet or not total or not distributed.is_main()
-    with (
-        warnings.catch_warnings(),
-        tqdm(total=total, unit="sample", bar_format=layout, disable=disable) as progress,
-    ):
+    bar = tqdm(total=total, unit="sample", bar_format=layout, disable=disable)
+    with warnings.catch_warnings(), bar:
         warnings.simplefilter("ignore", LangevinWarning)  # recorded with each image, and told at the end
-        for solution in solve(
-            job.net,
-            job.operator,
-            task,
-            _problems(job, mine),
-            seed=job.request.seed,
-            batch=job.request.batch,
-            device=job.device,
-            progress=lambda samples: progress.update(min(samples, total - progress.n)),
-        ):
+        how = {"seed": job.request.seed, "batch": job.request.batch, "device": job.device}
+        how["progress"] = lambda samples: bar.update(min(samples, total - bar.n))
+        for solution in solve(job.net, job.operator, task, _problems(job, mine), **how):
             job.folder.write(solution, job.operator)
 
 

@@ -26,16 +26,6 @@ DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4, "residual": 4}  # of each measure in
 
 
 @dataclass
-class Calibration:
-    """Share of the true pixels in the samples' central interval, see `inverse.results.coverage`."""
-
-    interval: float
-    expected: float
-    coverage: float  # average over the images
-    runs: int
-
-
-@dataclass
 class Results:
     """All images of a run and their averages: what metrics.json holds, in its order."""
 
@@ -46,7 +36,7 @@ class Results:
     lpips: dict[str, Any]  # computed, name, note: why not
     langevin_retries: int  # Langevin steps that diverged and were repeated with a smaller step size
     summary: dict[str, dict[str, dict[str, float]]]  # estimate, measure: mean and std over the images
-    calibration: Calibration | None
+    calibration: dict[str, float] | None  # interval, expected, coverage (average over the images), runs
     images: list[ImageResult]
 
     @property
@@ -56,8 +46,7 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
-        calibration = None if self.calibration is None else vars(self.calibration)
-        content = {**vars(self), "calibration": calibration, "images": [image.to_dict() for image in self.images]}
+        content = {**vars(self), "images": [image.to_dict() for image in self.images]}
         return {name: value for name, value in content.items() if value is not None}
 
 
@@ -65,7 +54,6 @@ def evaluate(
     folder: ResultsFolder,
     names: Sequence[str],  # of the images, all finished
     task_name: str,
-    *,
     has_truth: bool,
     lpips: LPIPS | None = None,  # None = not computed
     lpips_note: str | None = None,  # why not
@@ -92,17 +80,13 @@ def evaluate(
             _compare(folder.path, image, lpips)
     covered = [image.coverage for image in images if image.coverage is not None]
     runs, interval = len(images[0].runs), images[0].interval
-    return Results(
-        task=task_name,
-        num_images=len(images),
-        runs=runs,
-        has_truth=has_truth,
-        lpips={"computed": lpips is not None, "name": getattr(lpips, "name", None), "note": lpips_note},
-        langevin_retries=sum(image.retries for image in images),
-        summary=_summarise(images),
-        calibration=Calibration(interval, interval, statistics.fmean(covered), runs) if covered else None,
-        images=images,
-    )
+    calibration = None
+    if covered:
+        found = statistics.fmean(covered)
+        calibration = {"interval": interval, "expected": interval, "coverage": found, "runs": runs}
+    about_lpips = {"computed": lpips is not None, "name": getattr(lpips, "name", None), "note": lpips_note}
+    retries, summary = sum(image.retries for image in images), _summarise(images)
+    return Results(task_name, len(images), runs, has_truth, about_lpips, retries, summary, calibration, images)
 
 
 @torch.no_grad()
@@ -180,11 +164,10 @@ def format_summary(results: Results) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     if results.calibration is not None:
-        found = results.calibration
-        lines.append(
-            f"calibration: {found.coverage:.1%} of the true pixels lie in the central {found.interval:.0%} "
-            "interval of the samples"
+        found, interval = (
+            f"{results.calibration[key]:.{digits}%}" for key, digits in (("coverage", 1), ("interval", 0))
         )
+        lines.append(f"calibration: {found} of the true pixels lie in the central {interval} interval of the samples")
     if results.langevin_retries:
         affected = sum(image.retries > 0 for image in results.images)
         lines.append(

@@ -35,11 +35,7 @@ _STOPS = np.array(
     [[0.16, 0.02, -0.06], [0.36, 0.10, -0.10], [0.56, 0.18, 0.01], [0.76, 0.08, 0.12], [0.96, -0.02, 0.08]]
 )
 _LAB_TO_CONES = np.array(  # Ottosson, "A perceptual color space for image processing", 2020
-    [
-        [1, 0.3963377774, 0.2158037573],
-        [1, -0.1055613458, -0.0638541728],
-        [1, -0.0894841775, -1.2914855480],
-    ]
+    [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
 )
 _CONES_TO_RGB = np.array(
     [
@@ -86,12 +82,9 @@ def write_report(
         load_pictures(outdir, image, results.has_truth, samples_per_image) for image in results.images[:max_images]
     ]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"scores": _scores, "text": _format, "url": _data_url, "coloured": colour_map}
     title, sentence = describe_task(task, operator)
     files = {label: outdir / f"{label.split()[-1].lower()}.png" for label in ("Blur kernel", "Mask")}

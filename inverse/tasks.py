@@ -77,10 +77,7 @@ class Task:
     name: str = "custom"
     description: str = ""
     noise: float = setting(
-        0.05,
-        (0, 1e6),
-        help="Task: standard deviation of simulated measurement noise.",
-        option=click.FloatRange(0),
+        0.05, (0, 1e6), help="Task: standard deviation of simulated measurement noise.", option=click.FloatRange(0)
     )
     ema_decay: float = setting(0.0, (0, 1), help="Task: share of the previous running estimate.")
     ema_sigma: float = setting(0.0, (0, 1e6), help="Task: noise level below which the estimate is averaged.")

@@ -14,14 +14,7 @@ from torch import Tensor
 
 from inverse.likelihood import gaussian_conditional
 from inverse.operators.base import LinearOperator, check_image_shape
-from inverse.operators.kernels import (
-    MAX_SEED,
-    bicubic_matrix,
-    check_whole,
-    gaussian_kernel,
-    is_number,
-    motion_kernel,
-)
+from inverse.operators.kernels import MAX_SEED, bicubic_matrix, check_whole, gaussian_kernel, is_number, motion_kernel
 
 Kernel = Tensor | np.ndarray | Sequence[Sequence[float]]
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from generation.pictures import save_image
-from inverse.evaluation import Calibration, Results
+from inverse.evaluation import Results
 from inverse.operators import Operator, get_operator
 from inverse.report import colour_map, describe_task, write_report
 from inverse.results import ImageResult
@@ -99,7 +99,7 @@ def write_results(outdir, *, runs=1, truth=True, lpips=True, images=None, names=
         },
         langevin_retries=sum(record.retries for record in records),
         summary=summary,
-        calibration=Calibration(0.9, 0.9, 0.82, runs) if truth and runs > 1 else None,
+        calibration={"interval": 0.9, "expected": 0.9, "coverage": 0.82, "runs": runs} if truth and runs > 1 else None,
         images=records,
     )
     task = Task({"name": "super_resolution", "factor": shrink}, 0.005, name="super_resolution", noise=noise)
@@ -230,7 +230,7 @@ def test_colour_map_is_even_in_lightness():
 
 def test_missing_lpips_and_images_that_are_not_shown_are_said(tmp_path):
     given = write_results(tmp_path, runs=4, lpips=False)
-    given.results.calibration.coverage = 0.88
+    given.results.calibration["coverage"] = 0.88
     page = Page(given.report(max_images=2))
     text = " ".join(page.text.split())
     assert f"LPIPS was not computed: {NOTE}" in text
