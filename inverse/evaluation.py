@@ -164,10 +164,8 @@ def format_summary(results: Results) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     if results.calibration is not None:
-        found, interval = (
-            f"{results.calibration[key]:.{digits}%}" for key, digits in (("coverage", 1), ("interval", 0))
-        )
-        lines.append(f"calibration: {found} of the true pixels lie in the central {interval} interval of the samples")
+        found = "{coverage:.1%} of the true pixels lie in the central {interval:.0%}".format(**results.calibration)
+        lines.append(f"calibration: {found} interval of the samples")
     if results.langevin_retries:
         affected = sum(image.retries > 0 for image in results.images)
         lines.append(

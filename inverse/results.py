@@ -132,7 +132,7 @@ class ResultsFolder:
         runs = len(samples)
         y = problem.y.cpu()[None]
         self._image("measurements", problem.name, _measurement_picture(y[0], operator.measures_images))
-        with atomic_write(self._file("measurements", f"{problem.name}.npz")) as file:
+        with atomic_write(self.path / "measurements" / f"{problem.name}.npz") as file:
             np.savez(file, y=y[0].numpy())
         pixels = _to_pixels(samples)
         for run, sample in enumerate(pixels):
@@ -155,26 +155,20 @@ class ResultsFolder:
             truth = _to_pixels(problem.truth.cpu()[None])[0]
             self._image("truth", problem.name, truth)
             record.update(coverage(pixels, truth) if runs > 1 else {})
-        write_json(self._file("records", f"{problem.name}.json"), record)
+        write_json(self.path / "records" / f"{problem.name}.json", record)
 
     def _write_operator(self, operator: Operator, size: tuple[int, int]) -> None:
-        kernel, mask = getattr(operator, "kernel", None), getattr(operator, "mask", None)
-        for name, found in zip(_OF_OPERATORS, (kernel, mask), strict=True):
-            if found is None:  # of a task that was given up before its first image
+        for name in _OF_OPERATORS:
+            if not hasattr(operator, Path(name).stem):  # of a task that was given up before its first image
                 (self.path / name).unlink(missing_ok=True)
-        if kernel is not None:
+        if (kernel := getattr(operator, "kernel", None)) is not None:
             scaled = (255 * kernel / kernel.max().clamp_min(1e-12)).clamp(0, 255)
             save_image(self.path / "kernel.png", scaled.to(torch.uint8)[None])
-        if mask is not None:
+        if (mask := getattr(operator, "mask", None)) is not None:
             save_image(self.path / "mask.png", (255 * mask(*size)).to(torch.uint8)[None])
 
     def _image(self, folder: str, name: str, pixels: Tensor) -> None:
-        save_image(self._file(folder, f"{name}.png"), pixels)
-
-    def _file(self, folder: str, name: str) -> Path:
-        path = self.path / folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        save_image(self.path / folder / f"{name}.png", pixels)
 
 
 def read_picture(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
