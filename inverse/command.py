@@ -65,7 +65,7 @@ class Job:
     source: ImageFolder | MeasurementFolder
     classes: dict[str, int | None]  # of each image
     folder: ResultsFolder
-    options: dict[str, Any]  # as in options.json
+    options: dict[str, Any]  # as in options.json; of the main process
     lpips: LPIPS | None
     lpips_note: str | None  # why there is none
 
@@ -93,7 +93,7 @@ def prepare(request: Request, device: torch.device) -> Job:
     if (request.data is None) == (request.measurements is None) or "" in (request.data, request.measurements):
         raise click.UsageError("give either --data, images to measure, or --measurements, real ones")
     operator = _load_operator(request)
-    net, sha256 = _load_net(request, device)
+    net, path = _load_net(request, device)
     scorer, note = (None, None) if request.data is None else _load_lpips(request, net.img_resolution, device)
     shape = (1, net.img_channels, net.img_resolution, net.img_resolution)
     y_shape = operator.measurement_shape(shape)[1:]
@@ -109,9 +109,10 @@ def prepare(request: Request, device: torch.device) -> Job:
     if inputs.is_dir() and Path(outdir).resolve().is_relative_to(inputs):
         raise InputError(f"{outdir} lies in {inputs}, and results would be taken for input: use another --outdir")
     classes = _classes(request, net.label_dim, source)
-    folder, options = ResultsFolder(request.outdir, request.task.runs), _options(request, device, sha256)
+    folder, options = ResultsFolder(request.outdir, request.task.runs), {}
     if distributed.is_main():
         source.check()
+        options = _options(request, device, path)
         folder.begin(options, operator, shape[2:])
     return Job(request, device, net, operator, source, classes, folder, options, scorer, note)
 
@@ -128,8 +129,8 @@ def _load_operator(request: Request) -> Operator:
     return operator
 
 
-def _load_net(request: Request, device: torch.device) -> tuple[networks.GenerativeDenoiser, str]:
-    """The network, ready to run, and its file's hash."""
+def _load_net(request: Request, device: torch.device) -> tuple[networks.GenerativeDenoiser, Path]:
+    """The network, ready to run, and its file."""
     loaded = networks.load(request.net, device=device)
     net = loaded.net
     if not isinstance(net, networks.GenerativeDenoiser):
@@ -141,7 +142,7 @@ def _load_net(request: Request, device: torch.device) -> tuple[networks.Generati
     net.compute_dtype = distributed.compute_dtype(request.dtype, device)
     if device.type == "cpu":
         net.to(memory_format=torch.channels_last)
-    return net, file_sha256(loaded.path)
+    return net, loaded.path
 
 
 def _load_lpips(request: Request, resolution: int, device: torch.device) -> tuple[LPIPS | None, str | None]:
@@ -178,11 +179,11 @@ def _classes(request: Request, label_dim: int, source: ImageFolder | Measurement
     return classes
 
 
-def _options(request: Request, device: torch.device, sha256: str) -> dict[str, Any]:
+def _options(request: Request, device: torch.device, path: Path) -> dict[str, Any]:
     """What options.json keeps of a request."""
     names = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
     return {
-        **{"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": sha256},
+        **{"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": file_sha256(path)},
         **{name.removesuffix("_idx"): getattr(request, name) for name in names},
         "device": str(device),
     }
