@@ -211,28 +211,21 @@ def coverage(
 def _damage(record: dict[str, Any], name: str, count: int | None) -> str | None:
     """What is wrong with the record of an image, in words; users edit and copy them."""
     runs, retries = record.get("runs"), record.get("retries")
-    if record.get("name") != name or type(retries) is not int or retries < 0 or not (isinstance(runs, list) and runs):
-        return f"not the record of {name}"
-    if not all(isinstance(run, dict) and "residual" in run for run in runs):
+    whole = isinstance(runs, list) and runs and all(isinstance(run, dict) and "residual" in run for run in runs)
+    if not whole or record.get("name") != name or type(retries) is not int or retries < 0:
         return f"not the record of {name}"
     if count not in (None, len(runs)):
         return f"of {len(runs)} runs where the task has {count}"
     if len(runs) > 1 and "mean_residual" not in record:
         return "without the posterior mean"
-    numbers = [("residual", run["residual"]) for run in runs]
-    numbers += [(key, record[key]) for key in ("std_max", "mean_residual") if key in record]
-    for key, value in numbers:  # null stands for one beyond float32
-        if value is not None and not _is_number(value, 1e300):
+    numbers = [("residual", run["residual"], 1e300) for run in runs]
+    numbers += [(key, record[key], 1e300) for key in ("std_max", "mean_residual") if key in record]
+    numbers += [(key, record.get(key), 1) for key in _SHARES if any(share in record for share in _SHARES)]
+    for key, value, most in numbers:
+        beyond_float32 = value is None and key not in _SHARES
+        if not beyond_float32 and not (type(value) in (int, float) and 0 <= value <= most):
             return f"{key} is not a number that it can be"
-    if any(key in record for key in _SHARES):
-        for key in _SHARES:
-            if not _is_number(record.get(key), 1):
-                return f"{key} is not a number that it can be"
     return None
-
-
-def _is_number(value: Any, most: float) -> bool:
-    return type(value) in (int, float) and 0 <= value <= most
 
 
 def _or_inf(value: float | None) -> float:
