@@ -91,7 +91,7 @@ class ImageFolder(Inputs):
             )
         side = min(height, width)
         left, top = (width - side) // 2, (height - side) // 2
-        square = _picture(pixels).crop((left, top, left + side, top + side))
+        square = to_picture(pixels).crop((left, top, left + side, top + side))
         return _pixels(square.resize((size, size), Image.Resampling.LANCZOS))
 
     def labels(self) -> dict[str, int]:
@@ -161,7 +161,7 @@ def name_files(files: list[str], where: str) -> dict[str, str]:
 
 def upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
     """Return the pixels [C,H,W] of an image file turned as its EXIF tag says, as viewers show them."""
-    picture = _picture(pixels)
+    picture = to_picture(pixels)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as file:  # Pillow turns TIFF itself
             picture.getexif()[ExifTags.Base.Orientation] = file.getexif()[ExifTags.Base.Orientation]
@@ -176,7 +176,8 @@ def pixels_to_image(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
 
 
-def _picture(pixels: np.ndarray) -> Image.Image:
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """Return uint8 pixels [C,H,W] of one or three channels as Pillow has them."""
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 

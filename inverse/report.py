@@ -13,10 +13,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 
 from dnnlib.files import atomic_write
 from inverse.evaluation import Results
+from inverse.inputs import to_picture
 from inverse.operators.base import Operator
 from inverse.results import ImageResult, Scores, read_picture
 from inverse.tasks import Task
@@ -159,9 +159,8 @@ def _scale_top(shown: list[Pictures]) -> float | None:
 
 def _data_url(image: np.ndarray) -> str:
     """A picture, uint8 [C,H,W], as a data: URL."""
-    picture = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
     data = io.BytesIO()
-    picture.save(data, format="PNG", optimize=True)
+    to_picture(image).save(data, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
