@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from reconstruction import Prox
     from torch import Tensor
 
+    from inverse.operators import Operator
+
 MAX_PIXELS = 4096  # of an image; the operators are written out as matrices
 RESULTS = {  # name in the JSON file: label in the table
     "pseudo_inverse": "pseudo-inverse",
@@ -99,7 +101,7 @@ class Problems:
 
     task: dict[str, Any]
     sampling: dict[str, Any]  # what else the samples depend on
-    operator: Any
+    operator: Operator
     matrix: Tensor  # [m,n] float64: A, of one channel
     truth: Tensor  # [N,C,H,W]
     y: Tensor  # [N,C,h,w]
@@ -114,23 +116,9 @@ def _load(folder: Path, tune: str, tune_range: range) -> Problems:
     from reconstruction import dense_matrix
 
     from generation.pictures import read_image
-    from inverse.inputs import ImageFolder, MeasurementFolder, pixels_to_image, read_mask
-    from inverse.operators import get_operator
-    from inverse.solve import simulate
+    from inverse.inputs import MeasurementFolder, pixels_to_image
 
-    try:
-        options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
-        task, seed, mask = options["task"], options["seed"], options["mask"]
-        parameters = dict(task["operator"])
-        name, noise, runs = parameters.pop("name"), task["noise"], task["runs"]
-        sampling = {key: options[key] for key in ("net_sha256", "class", "seed", "dtype")}
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: holds no options.json; give a folder that posterior_sample.py wrote") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{folder}/options.json is damaged or not of posterior_sample.py") from None
-    operator = get_operator(name, **(parameters if mask is None else {"mask": read_mask(mask)}))
-    if not operator.is_linear:
-        raise ValueError(f"{folder}: {name} is not linear and has no pseudo-inverse; leave it out")
+    task, sampling, operator = _options(folder)
     finished = {path.stem for path in (folder / "records").glob("*.json")}
     names = sorted(finished & {path.stem for path in (folder / "truth").glob("*.png")})
     if not names:
@@ -140,27 +128,16 @@ def _load(folder: Path, tune: str, tune_range: range) -> Problems:
         return torch.stack([pixels_to_image(read_image(folder / kind / f"{name}.png")) for name in names]).double()
 
     truth = read("truth")
-    _, channels, height, width = truth.shape
+    height, width = truth.shape[2:]
     if height * width > MAX_PIXELS:
         raise ValueError(f"{folder}: {width}x{height} pixels; this bench takes images of up to {MAX_PIXELS} pixels")
     shape = operator.measurement_shape(truth.shape)[1:]
     measurements = MeasurementFolder(folder / "measurements", shape=shape, pictures=False)
     y = torch.stack([measurements.read(name) for name in names]).double()
-
-    images = ImageFolder(tune, resolution=height, channels=channels)
-    chosen = images.names[tune_range[0] : tune_range[-1] + 1]
-    if len(chosen) < len(tune_range):
-        raise ValueError(f"{tune}: holds {len(images.names)} images, too few for {tune_range[0]}-{tune_range[-1]}")
-    tune_images = [images.read(name) for name in chosen]
-    reported = {image.numpy().tobytes(): name for image, name in zip(truth.float(), names, strict=True)}
-    for image, tuned in zip(tune_images, chosen, strict=True):
-        if image.numpy().tobytes() in reported:
-            raise ValueError(
-                f"{folder}: {reported[image.numpy().tobytes()]} is the tuning image {tuned}; tune on other images"
-            )
-    tune_y = [simulate(operator, x, noise, seed=seed, name=name) for x, name in zip(tune_images, chosen, strict=True)]
-    drawn = {"sample": [read(f"samples/run_{run}") for run in range(runs)]}
-    if runs > 1:
+    reported = dict(zip(names, truth.float(), strict=True))
+    tune_truth, tune_y = _tuning(folder, tune, tune_range, reported, operator, sampling["seed"], task["noise"])
+    drawn = {"sample": [read(f"samples/run_{run}") for run in range(task["runs"])]}
+    if task["runs"] > 1:
         drawn["posterior_mean"] = [read("mean")]
     return Problems(
         task=task,
@@ -169,19 +146,66 @@ def _load(folder: Path, tune: str, tune_range: range) -> Problems:
         matrix=dense_matrix(operator, height, width),
         truth=truth,
         y=y,
-        tune_truth=torch.stack(tune_images).double(),
-        tune_y=torch.stack(tune_y).double(),
+        tune_truth=tune_truth,
+        tune_y=tune_y,
         drawn=drawn,
     )
+
+
+def _options(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Operator]:
+    """Task, what else the samples depend on, and the operator of a results folder."""
+    from inverse.inputs import read_mask
+    from inverse.operators import get_operator
+
+    try:
+        options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+        task, mask = options["task"], options["mask"]
+        parameters = dict(task["operator"])
+        name, _, _ = parameters.pop("name"), task["noise"], task["runs"]
+        sampling = {key: options[key] for key in ("net_sha256", "class", "seed", "dtype")}
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: holds no options.json; give a folder that posterior_sample.py wrote") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder}/options.json is damaged or not of posterior_sample.py") from None
+    operator = get_operator(name, **(parameters if mask is None else {"mask": read_mask(mask)}))
+    if not operator.is_linear:
+        raise ValueError(f"{folder}: {name} is not linear and has no pseudo-inverse; leave it out")
+    return task, sampling, operator
+
+
+def _tuning(
+    folder: Path, tune: str, tune_range: range, reported: dict[str, Tensor], operator: Operator, seed: int, noise: float
+) -> tuple[Tensor, Tensor]:
+    """Images to tune on and their measurements, [N,C,H,W] and [N,C,h,w]; none of them may be a reported one."""
+    import torch
+
+    from inverse.inputs import ImageFolder
+    from inverse.solve import simulate
+
+    channels, height, _ = next(iter(reported.values())).shape
+    images = ImageFolder(tune, resolution=height, channels=channels)
+    chosen = images.names[tune_range[0] : tune_range[-1] + 1]
+    if len(chosen) < len(tune_range):
+        raise ValueError(f"{tune}: holds {len(images.names)} images, too few for {tune_range[0]}-{tune_range[-1]}")
+    found = {name: images.read(name) for name in chosen}
+    known = {image.numpy().tobytes(): name for name, image in reported.items()}
+    for tuned, image in found.items():
+        if image.numpy().tobytes() in known:
+            raise ValueError(
+                f"{folder}: {known[image.numpy().tobytes()]} is the tuning image {tuned}; tune on other images"
+            )
+    y = [simulate(operator, image, noise, seed=seed, name=name) for name, image in found.items()]
+    return torch.stack(list(found.values())).double(), torch.stack(y).double()
 
 
 def measure(problems: Problems, iterations: int, inner: int, check: int, prox: Prox | None) -> dict[str, Any]:
     """Return mean PSNR and SSIM of every reconstruction of one task, the tuned weights and how well TV converged."""
     import torch
-    from reconstruction import interpolate, pseudo_inverse, tikhonov, total_variation, tune_weight
+    from reconstruction import interpolate, pseudo_inverse, tikhonov, tune_weight
 
     matrix, truth, y = problems.matrix, problems.truth, problems.y
     started = time.perf_counter()
+    tv = _tv_solver(matrix, iterations, inner)
     drawn = {kind: [_quality(images, truth) for images in runs] for kind, runs in problems.drawn.items()}
     found = {
         "pseudo_inverse": pseudo_inverse(matrix, y, truth.shape),
@@ -199,11 +223,6 @@ def measure(problems: Problems, iterations: int, inner: int, check: int, prox: P
         tuning[kind] = {f"{weight:.4g}": value for weight, value in scores.items()}
         found[kind] = solver(y, weights[kind], truth.shape)
 
-    def tv(y: Tensor, weight: float, shape: Sequence[int], bounded: bool, effort: int = 1) -> Tensor:
-        return total_variation(
-            matrix, y, weight, shape, iterations=effort * iterations, inner=effort * inner, bounded=bounded
-        )
-
     tuned("tikhonov", lambda y, weight, shape: tikhonov(matrix, y, weight, shape), 0.05)
     tuned("tv", lambda y, weight, shape: tv(y, weight, shape, False), 0.02)
     tuned("tv_bounded", lambda y, weight, shape: tv(y, weight, shape, True), 0.02)
@@ -214,12 +233,7 @@ def measure(problems: Problems, iterations: int, inner: int, check: int, prox: P
         change = longer - qualities[kind]["psnr"]
         convergence[kind] = {"mean_change_db": change.mean().item(), "largest_change_db": change.abs().max().item()}
     if prox is not None:
-        few = y[:check]
-        ours = _quality(found["tv"][:check], truth[:check])["psnr"]
-        images = total_variation(matrix, few, weights["tv"], truth[:check].shape, iterations=iterations, prox=prox)
-        change = _quality(images, truth[:check])["psnr"] - ours
-        convergence["scikit_image"] = {"images": len(few), "largest_change_db": change.abs().max().item()}
-
+        convergence["scikit_image"] = _compare(problems, found["tv"], weights["tv"], iterations, check, prox)
     for kind, runs in drawn.items():
         qualities[kind] = {key: torch.stack([run[key] for run in runs]).mean(dim=0) for key in runs[0]}
     row: dict[str, Any] = {
@@ -244,6 +258,28 @@ def measure(problems: Problems, iterations: int, inner: int, check: int, prox: P
             kind: _difference(qualities["posterior_mean"]["psnr"] - qualities[kind]["psnr"]) for kind in found
         }
     return row
+
+
+def _tv_solver(matrix: Tensor, iterations: int, inner: int) -> Callable[..., Tensor]:
+    from reconstruction import total_variation
+
+    def tv(y: Tensor, weight: float, shape: Sequence[int], bounded: bool, effort: int = 1) -> Tensor:
+        work = {"iterations": effort * iterations, "inner": effort * inner}
+        return total_variation(matrix, y, weight, shape, bounded=bounded, **work)
+
+    return tv
+
+
+def _compare(
+    problems: Problems, found: Tensor, weight: float, iterations: int, check: int, prox: Prox
+) -> dict[str, float]:
+    """How far total variation with another proximal step lies from what was found, on the first images."""
+    from reconstruction import total_variation
+
+    few, truth = problems.y[:check], problems.truth[:check]
+    images = total_variation(problems.matrix, few, weight, truth.shape, iterations=iterations, prox=prox)
+    change = _quality(images, truth)["psnr"] - _quality(found[:check], truth)["psnr"]
+    return {"images": len(few), "largest_change_db": change.abs().max().item()}
 
 
 def _difference(values: Tensor) -> dict[str, float]:

@@ -78,7 +78,7 @@ def main(device: str, preset: str, names: tuple[str, ...], batch: int, steps: in
     from dnnlib.files import write_json
     from inverse.tasks import load_task, task_names
     from networks import GenerativeDenoiser, PrecondCondition
-    from torch_utils.distributed import device_for
+    from torch_utils.distributed import compute_dtype, device_for
     from torch_utils.errors import user_errors
 
     with user_errors():
@@ -91,7 +91,7 @@ def main(device: str, preset: str, names: tuple[str, ...], batch: int, steps: in
         torch.manual_seed(0)
         net = GenerativeDenoiser(PrecondCondition(**TEACHERS[preset])).eval().requires_grad_(False)
         net.to(resolved, memory_format=torch.channels_last)
-        net.compute_dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
+        net.compute_dtype = compute_dtype(dtype, resolved)
         where = torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else resolved.type
         shown = str(net.compute_dtype).removeprefix("torch.")
         print(f"{preset}, batch {batch}, {steps} noise levels, {shown}, {where}, random weights")

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from inverse.operators import get_operator
@@ -14,13 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["get_operator", "pnp_sample"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "get_operator":
-        from inverse.operators import get_operator
-
-        return get_operator
-    if name == "pnp_sample":
-        from inverse.pnp import pnp_sample
-
-        return pnp_sample
-    raise AttributeError(f"module 'inverse' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'inverse' has no attribute {name!r}")
+    return getattr(importlib.import_module("inverse.operators" if name == "get_operator" else "inverse.pnp"), name)

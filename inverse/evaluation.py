@@ -10,165 +10,168 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dnnlib.files import atomic_write, write_json
 from inverse.inputs import pixels_to_image
-from inverse.report_input import ReportError, read_png
-from inverse.results import ResultsFolder
-from metrics.image_quality import SSIM_WINDOW, psnr, ssim
+from inverse.results import ImageResult, ResultsError, ResultsFolder, Scores, read_picture
+from metrics.image_quality import LPIPS, SSIM_WINDOW, psnr, ssim
 
-QUALITIES = ("psnr", "ssim", "lpips")
+DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4, "residual": 4}  # of each measure in the table
+
+
+@dataclass
+class Results:
+    """All images of a run and their averages: what metrics.json holds, in its order."""
+
+    task: str
+    num_images: int
+    runs: int  # samples per image
+    has_truth: bool
+    lpips: dict[str, Any]  # computed, name, note: why not
+    langevin_retries: int  # Langevin steps that diverged and were repeated with a smaller step size
+    summary: dict[str, dict[str, dict[str, float]]]  # estimate, measure: mean and std over the images
+    calibration: dict[str, float] | None  # interval, expected, coverage (average over the images), runs
+    images: list[ImageResult]
+
+    @property
+    def measures(self) -> list[str]:
+        """Those that were computed."""
+        return [name for name in DIGITS if name in self.images[0].runs[0]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data."""
+        content = {**vars(self), "images": [image.to_dict() for image in self.images]}
+        return {name: value for name, value in content.items() if value is not None}
 
 
 def evaluate(
-    outdir: str | Path,
+    folder: ResultsFolder,
     names: Sequence[str],  # of the images, all finished
     task_name: str,
-    *,
-    lpips: Any = None,  # metrics.image_quality.LPIPS; None = not computed
+    has_truth: bool,
+    lpips: LPIPS | None = None,  # None = not computed
     lpips_note: str | None = None,  # why not
-) -> dict[str, Any]:
-    """Write metrics.json and metrics.csv for the images of a results folder and return what the former holds.
+) -> Results:
+    """Judge the images of a results folder.
 
     Per image and run: PSNR in dB, SSIM and LPIPS against the truth where there is one, and the residual, the root mean
     square of A(x) - y. With several runs also the posterior mean; the run of the smallest residual, which a user can
     choose without the truth; and the oracle, the best run by PSNR against the truth, which a user cannot.
     `summary` averages over the images: "sample" first over the runs of each; std is that over the images.
-    `langevin_retries` counts the Langevin steps that diverged and were repeated with a smaller step size.
+    Raises ResultsError for records and pictures that are missing or damaged.
     """
-    outdir = Path(outdir)
-    folder = ResultsFolder(outdir)
-    images = [_evaluate_image(outdir, folder.record(name), lpips) for name in names]
-    runs = len(images[0]["runs"])
-    report: dict[str, Any] = {
-        "task": task_name,
-        "num_images": len(images),
-        "runs": runs,
-        "has_truth": "psnr" in images[0]["runs"][0],
-        "lpips": {"computed": lpips is not None, "name": getattr(lpips, "name", None), "note": lpips_note},
-        "langevin_retries": sum(image["retries"] for image in images),
-        "summary": _summarise(images, runs),
-    }
-    covered = [image for image in images if "coverage" in image]
+    images = []
+    for name in names:
+        image = folder.record(name)
+        if image is None:
+            raise ResultsError(
+                f"{folder.path}: files of {name} were removed meanwhile; the same command draws it again"
+            )
+        images.append(image)
+        if len(image.runs) > 1:
+            image.chosen_run = min(range(len(image.runs)), key=lambda run: image.runs[run]["residual"])
+        if has_truth:
+            _compare(folder.path, image, lpips)
+    covered = [image.coverage for image in images if image.coverage is not None]
+    runs, interval = len(images[0].runs), images[0].interval
+    calibration = None
     if covered:
-        report["calibration"] = {
-            "interval": covered[0]["interval"],
-            "expected": covered[0]["interval"],
-            "coverage": statistics.fmean(image["coverage"] for image in covered),
-            "runs": runs,
-        }
-    report["images"] = images
-    write_json(outdir / "metrics.json", report)
-    _write_csv(outdir / "metrics.csv", images)
-    return report
-
-
-def _evaluate_image(outdir: Path, record: dict[str, Any], lpips: Any) -> dict[str, Any]:
-    name, count = record["name"], len(record["runs"])
-    # null stands for a residual beyond float32
-    runs = [{"residual": math.inf if run["residual"] is None else run["residual"]} for run in record["runs"]]
-    image = {**record, "runs": runs}
-    truth_file = outdir / "truth" / f"{name}.png"
-    if count > 1:
-        residual = image.pop("mean_residual")
-        image["posterior_mean"] = {"residual": math.inf if residual is None else residual}
-        image["chosen_run"] = min(range(count), key=lambda run: image["runs"][run]["residual"])
-    if truth_file.exists():
-        files = [outdir / "samples" / f"run_{run}" / f"{name}.png" for run in range(count)]
-        results = [*image["runs"]]
-        if count > 1:
-            files.append(outdir / "mean" / f"{name}.png")
-            results.append(image["posterior_mean"])
-        for result, values in zip(results, _qualities(files, truth_file, lpips), strict=True):
-            result.update(values)
-        if count > 1:
-            image["oracle_run"] = max(range(count), key=lambda run: image["runs"][run]["psnr"])
-    return image
+        found = statistics.fmean(covered)
+        calibration = {"interval": interval, "expected": interval, "coverage": found, "runs": runs}
+    about_lpips = {"computed": lpips is not None, "name": getattr(lpips, "name", None), "note": lpips_note}
+    retries, summary = sum(image.retries for image in images), _summarise(images)
+    return Results(task_name, len(images), runs, has_truth, about_lpips, retries, summary, calibration, images)
 
 
 @torch.no_grad()
-def _qualities(files: Sequence[Path], truth_file: Path, lpips: Any) -> list[dict[str, float]]:
-    pixels = read_png(truth_file)
-    images = [read_png(file, pixels.shape[1:]) for file in files]
-    for file, image in zip(files, images, strict=True):
-        if image.shape != pixels.shape:
-            raise ReportError(f"{file}: {image.shape[0]} channels, and {truth_file} has {pixels.shape[0]}")
-    x = pixels_to_image(np.stack(images))
+def _compare(outdir: Path, image: ImageResult, lpips: LPIPS | None) -> None:
+    """Add qualities against the truth to the scores of one image, and its best run."""
+    files = [outdir / "samples" / f"run_{run}" / f"{image.name}.png" for run in range(len(image.runs))]
+    scores = [*image.runs]
+    if image.posterior_mean is not None:
+        files.append(outdir / "mean" / f"{image.name}.png")
+        scores.append(image.posterior_mean)
+    truth_file = outdir / "truth" / f"{image.name}.png"
+    pixels = read_picture(truth_file)
+    pictures = [read_picture(file, pixels.shape[1:]) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.shape != pixels.shape:
+            raise ResultsError(f"{file}: {len(picture)} channels, and {truth_file} has {len(pixels)}")
+    x = pixels_to_image(np.stack(pictures))
     truth = pixels_to_image(pixels)[None].expand_as(x)
-    values: dict[str, Tensor] = {"psnr": psnr(x, truth)}
+    values = {"psnr": psnr(x, truth)}
     if min(x.shape[2:]) >= SSIM_WINDOW:
         values["ssim"] = ssim(x, truth)
     if lpips is not None:
         values["lpips"] = lpips(x, truth).cpu()
-    return [{name: column[i].item() for name, column in values.items()} for i in range(len(files))]
+    for i, found in enumerate(scores):
+        found.update({name: column[i].item() for name, column in values.items()})
+    if image.posterior_mean is not None:
+        image.oracle_run = max(range(len(image.runs)), key=lambda run: image.runs[run]["psnr"])
 
 
-def _summarise(images: Sequence[dict[str, Any]], runs: int) -> dict[str, Any]:
-    picks: dict[str, list[list[dict[str, float]]]] = {"sample": [image["runs"] for image in images]}
-    if runs > 1:
-        picks["posterior_mean"] = [[image["posterior_mean"]] for image in images]
-        picks["chosen"] = [[image["runs"][image["chosen_run"]]] for image in images]
-        if "oracle_run" in images[0]:
-            picks["oracle"] = [[image["runs"][image["oracle_run"]]] for image in images]
-    summary: dict[str, Any] = {}
-    for pick, results in picks.items():
+def _summarise(images: Sequence[ImageResult]) -> dict[str, dict[str, dict[str, float]]]:
+    picks: dict[str, list[list[Scores]]] = {"sample": [image.runs for image in images]}
+    if images[0].posterior_mean is not None:
+        picks["posterior_mean"] = [[image.posterior_mean] for image in images]
+        picks["chosen"] = [[image.runs[image.chosen_run]] for image in images]
+    if images[0].oracle_run is not None:
+        picks["oracle"] = [[image.runs[image.oracle_run]] for image in images]
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for pick, scores in picks.items():
         summary[pick] = {}
-        for name in [*QUALITIES, "residual"]:
-            if name in results[0][0]:
-                values = [statistics.fmean(result[name] for result in of_image) for of_image in results]
-                std = statistics.stdev(values) if len(values) > 1 and all(map(np.isfinite, values)) else 0.0
-                summary[pick][name] = {"mean": statistics.fmean(values), "std": std}
+        for name in (name for name in DIGITS if name in scores[0][0]):
+            values = [statistics.fmean(score[name] for score in of_image) for of_image in scores]
+            std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else 0.0
+            summary[pick][name] = {"mean": statistics.fmean(values), "std": std}
     return summary
 
 
-def _write_csv(path: Path, images: Sequence[dict[str, Any]]) -> None:
-    columns = [name for name in [*QUALITIES, "residual"] if name in images[0]["runs"][0]]
+def write_metrics(outdir: Path, results: Results) -> None:
+    """Write metrics.json and metrics.csv."""
+    write_json(outdir / "metrics.json", results.to_dict())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "run", "role", *columns])
-    for image in images:
-        for run, result in enumerate(image["runs"]):
-            roles = [role for role in ("chosen", "oracle") if image.get(f"{role}_run") == run]
-            writer.writerow([image["name"], run, "+".join(["sample", *roles]), *(result[name] for name in columns)])
-        if "posterior_mean" in image:
-            writer.writerow([image["name"], "", "mean", *(image["posterior_mean"][name] for name in columns)])
-    with atomic_write(path, "w", encoding="utf-8") as file:
+    writer.writerow(["image", "run", "role", *results.measures])
+    for image in results.images:
+        for run, scores in enumerate(image.runs):
+            roles = ["sample", *["chosen"] * (run == image.chosen_run), *["oracle"] * (run == image.oracle_run)]
+            writer.writerow([image.name, run, "+".join(roles), *(scores[name] for name in results.measures)])
+        if image.posterior_mean is not None:
+            mean = (image.posterior_mean[name] for name in results.measures)
+            writer.writerow([image.name, "", "mean", *mean])
+    with atomic_write(outdir / "metrics.csv", "w", encoding="utf-8") as file:
         file.write(text.getvalue())
 
 
-def format_summary(report: dict[str, Any]) -> str:
+def format_summary(results: Results) -> str:
     """Return the averages as a table for the terminal, with a line on LPIPS and calibration where there is one."""
     labels = {
         "sample": "one sample",
-        "posterior_mean": f"mean of {report['runs']}",
+        "posterior_mean": f"mean of {results.runs}",
         "chosen": "smallest residual",
         "oracle": "best by truth (oracle)",
     }
-    columns = [name for name in [*QUALITIES, "residual"] if name in report["summary"]["sample"]]
-    rows = [["", *(name.upper() if name != "residual" else name for name in columns)]]
-    digits = {"psnr": 2, "ssim": 4, "lpips": 4, "residual": 4}
-    for pick, values in report["summary"].items():
-        rows.append([labels[pick], *(f"{values[name]['mean']:.{digits[name]}f}" for name in columns)])
+    rows = [["", *(name.upper() if name != "residual" else name for name in results.measures)]]
+    for pick, values in results.summary.items():
+        rows.append([labels[pick], *(f"{values[name]['mean']:.{DIGITS[name]}f}" for name in results.measures)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    if "calibration" in report:
-        found = report["calibration"]
+    if results.calibration is not None:
+        found = "{coverage:.1%} of the true pixels lie in the central {interval:.0%}".format(**results.calibration)
+        lines.append(f"calibration: {found} interval of the samples")
+    if results.langevin_retries:
+        affected = sum(image.retries > 0 for image in results.images)
         lines.append(
-            f"calibration: {found['coverage']:.1%} of the true pixels lie in the central {found['interval']:.0%} "
-            "interval of the samples"
+            f"Langevin steps diverged and were repeated with a smaller step size {results.langevin_retries} times, "
+            f"in {affected} of {results.num_images} images: a smaller c1 avoids this"
         )
-    if report["langevin_retries"]:
-        affected = sum(image["retries"] > 0 for image in report["images"])
-        lines.append(
-            f"Langevin steps diverged and were repeated with a smaller step size {report['langevin_retries']} times, "
-            f"in {affected} of {report['num_images']} images: a smaller c1 avoids this"
-        )
-    if report["has_truth"] and not report["lpips"]["computed"]:
-        lines.append(f"LPIPS not computed: {report['lpips']['note']}")
+    if results.has_truth and not results.lpips["computed"]:
+        lines.append(f"LPIPS not computed: {results.lpips['note']}")
     return "\n".join(lines)

@@ -7,11 +7,12 @@ import math
 import os
 import re
 import zipfile
+from abc import ABC, abstractmethod
 from pathlib import PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from data.archives import MAX_FILE_BYTES, FileSource, decode_pixels, is_image_name, read_labels
@@ -22,23 +23,33 @@ from dnnlib.npy import read_npy
 _ARRAY_EXTENSIONS = (".npz", ".npy")
 _MAX_HEADER_BYTES = 4096
 _MAX_NAME_BYTES = 200  # of an image, so that every file named after it fits a file system
-_ORIENTATION = 274  # EXIF tag: how a camera was held
-_UPRIGHT = {  # its values: first transposed, then flipped along (rows, columns)
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
 
 
 class InputError(ValueError):
     """An image or a measurement cannot be used; the message is one line that names the file."""
 
 
-class ImageFolder:
+class Inputs(ABC):
+    """Files of a folder or archive, in order of their names."""
+
+    def __init__(self, source: FileSource, files: list[str], what: str, num: int | None) -> None:
+        if num is not None and num > len(files):
+            raise InputError(f"{source.path}: holds {len(files)} {what}, fewer than the {num} asked for")
+        self._source = source
+        self._files = name_files(files[:num], str(source.path))
+        self.names = list(self._files)
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Return one of them, float32 [C,h,w]. Raises DatasetError or InputError."""
+
+    def check(self) -> None:
+        """Read every one once. Raises DatasetError or InputError for the first that cannot be used."""
+        for name in self.names:
+            self.read(name)
+
+
+class ImageFolder(Inputs):
     """Images of any format, in a network's resolution and channels, as [C,H,W] in [-1, 1]."""
 
     def __init__(
@@ -48,52 +59,41 @@ class ImageFolder:
         resolution: int,  # pixels
         channels: int,  # 1 or 3
         resize: bool = False,  # centre-crop and resize other sizes; without it they are an error
-        num: int | None = None,  # the first so many in order of their names; None = all
+        num: int | None = None,  # the first so many; None = all
     ) -> None:
         """Raises InputError or DatasetError where there are no images or fewer than `num`."""
-        self._source = FileSource(path)
-        self._shape = (channels, resolution, resolution)
-        self._resize = resize
-        files = [name for name in self._source.names if is_image_name(name)]
+        source = FileSource(path)
+        files = [name for name in source.names if is_image_name(name)]
         if not files:
             raise InputError(f"{path}: holds no images")
-        if num is not None and num > len(files):
-            raise InputError(f"{path}: holds {len(files)} images, fewer than the {num} asked for")
-        self._files = name_files(files[:num], str(path))
-        self.names = list(self._files)
+        super().__init__(source, files, "images", num)
+        self._channels, self._size, self._resize = channels, resolution, resize
 
     def read(self, name: str) -> Tensor:
-        """Return one image [C,H,W], float32 in [-1, 1]. Raises DatasetError or InputError."""
-        file = self._files[name]
-        where = self._source.where(file)
-        data = self._source.read(file)
+        where, data = self._source.where(self._files[name]), self._source.read(self._files[name])
         return pixels_to_image(self.fit(upright(decode_pixels(data, where), data), where))
-
-    def check(self) -> None:
-        """Read every image once. Raises DatasetError or InputError for the first that cannot be used."""
-        for name in self.names:
-            self.read(name)
 
     def fit(self, pixels: np.ndarray, where: str) -> np.ndarray:
         """Return uint8 pixels [C,H,W] as the network takes them. Raises InputError where they need `resize`."""
-        channels, height, width = self._shape
-        if pixels.shape[0] == 1 and channels == 3:
+        size = self._size
+        if len(pixels) == 1 and self._channels == 3:
             pixels = pixels.repeat(3, axis=0)
-        if pixels.shape[0] == 3 and channels == 1:
+        if len(pixels) == 3 and self._channels == 1:
             if not (pixels == pixels[:1]).all():
                 raise InputError(f"{where}: a colour image, and the network takes grey ones; convert it first")
             pixels = pixels[:1]
-        if pixels.shape[1:] == (height, width):
+        height, width = pixels.shape[1:]
+        if (height, width) == (size, size):
             return pixels
         if not self._resize:
             raise InputError(
-                f"{where}: {pixels.shape[2]}x{pixels.shape[1]} pixels, and the network takes {width}x{height}; "
+                f"{where}: {width}x{height} pixels, and the network takes {size}x{size}; "
                 "--resize crops the centre and resizes it"
             )
-        side = min(pixels.shape[1:])
-        top, left = ((size - side) // 2 for size in pixels.shape[1:])
-        square = to_picture(pixels[:, top : top + side, left : left + side])
-        return to_array(square.resize((width, height), Image.Resampling.LANCZOS))
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = to_picture(pixels).crop((left, top, left + side, top + side))
+        return to_array(square.resize((size, size), Image.Resampling.LANCZOS))
 
     def labels(self) -> dict[str, int]:
         """Return the class of every image from the folder's dataset.json. Raises InputError where there are none."""
@@ -103,7 +103,7 @@ class ImageFolder:
         return dict(zip(self.names, labels.tolist(), strict=True))
 
 
-class MeasurementFolder:
+class MeasurementFolder(Inputs):
     """Real measurements: .npz (array y) or .npy files of floats, or pictures that stand for [-1, 1]."""
 
     def __init__(
@@ -112,28 +112,23 @@ class MeasurementFolder:
         *,
         shape: tuple[int, ...],  # of one measurement [C,h,w]
         pictures: bool,  # whether pictures can be measurements
-        num: int | None = None,
+        num: int | None = None,  # the first so many; None = all
     ) -> None:
         """Raises InputError or DatasetError where there are no measurements or fewer than `num`."""
-        self._source = FileSource(path)
-        self._shape, kinds = tuple(shape), _ARRAY_EXTENSIONS
-        files = [name for name in self._source.names if name.lower().endswith(kinds)]
+        source, self._shape = FileSource(path), tuple(shape)
+        files = [name for name in source.names if name.lower().endswith(_ARRAY_EXTENSIONS)]
         if not files and pictures:
-            files = [name for name in self._source.names if is_image_name(name)]
+            files = [name for name in source.names if is_image_name(name)]
         if not files:
             raise InputError(f"{path}: holds no measurements: .npz (array y), .npy" + (", images" if pictures else ""))
-        if num is not None and num > len(files):
-            raise InputError(f"{path}: holds {len(files)} measurements, fewer than the {num} asked for")
-        self._files = name_files(files[:num], str(path))
-        self.names = list(self._files)
+        super().__init__(source, files, "measurements", num)
 
     def read(self, name: str) -> Tensor:
-        """Return one measurement [C,h,w], float32. Raises DatasetError or InputError."""
         file = self._files[name]
         where, data = self._source.where(file), self._source.read(file)
         if is_image_name(file):
             measurement = pixels_to_image(decode_pixels(data, where))
-            if measurement.shape[0] == 1:
+            if len(measurement) == 1:
                 measurement = measurement.expand(self._shape[0], -1, -1).clone()
         else:
             measurement = torch.from_numpy(_read_array(data, where, math.prod(self._shape)))
@@ -143,11 +138,6 @@ class MeasurementFolder:
                 f"{list(self._shape)} (channels, height, width)"
             )
         return measurement
-
-    def check(self) -> None:
-        """Read every measurement once. Raises DatasetError or InputError for the first that cannot be used."""
-        for name in self.names:
-            self.read(name)
 
 
 def name_files(files: list[str], where: str) -> dict[str, str]:
@@ -164,21 +154,22 @@ def name_files(files: list[str], where: str) -> dict[str, str]:
                 f"{where}: {name[:60]}... is too long a name: at most {_MAX_NAME_BYTES} bytes, with its folders"
             )
         if name in named:
-            raise InputError(f"{where}: {file} and {named[name]} would both be called {name}; rename one")
+            both = f"{file} and {named[name]}".encode(errors="replace").decode()  # names that are not UTF-8
+            raise InputError(f"{where}: {both} would both be called {name}; rename one")
         named[name] = file
     return named
 
 
 def upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
     """Return the pixels [C,H,W] of an image file turned as its EXIF tag says, as viewers show them."""
+    picture = to_picture(pixels)
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:  # Pillow turns TIFF itself
-            orientation = picture.getexif().get(_ORIENTATION)
-    except Exception:  # another format, or a damaged tag
-        orientation = None
-    transposed, *flipped = _UPRIGHT.get(orientation, (False, False, False))
-    pixels = pixels.transpose(0, 2, 1) if transposed else pixels
-    return np.ascontiguousarray(np.flip(pixels, tuple(axis for axis, flip in enumerate(flipped, 1) if flip)))
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as file:  # Pillow turns TIFF itself
+            picture.getexif()[ExifTags.Base.Orientation] = file.getexif()[ExifTags.Base.Orientation]
+        picture = ImageOps.exif_transpose(picture)
+    except Exception:  # another format, no tag, or a damaged one
+        pass
+    return to_array(picture)
 
 
 def pixels_to_image(pixels: np.ndarray) -> Tensor:
@@ -191,7 +182,7 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     try:
         data = read_regular(path, MAX_FILE_BYTES)
     except OSError as error:
-        raise InputError(f"{path}: the mask cannot be read ({error.strerror})") from None
+        raise InputError(f"{str(path) or 'no name'}: the mask cannot be read ({error.strerror})") from None
     return (decode_pixels(data, str(path)).mean(axis=0) > 127.5).astype(np.float32)
 
 

@@ -104,14 +104,7 @@ def langevin_step(
 
     limit = energy(x) + ENERGY_PER_DIMENSION * x[0].numel()
     if not limit.isfinite().all():
-        reached = ", ".join(
-            f"{n} {v.abs().max().item():.3g}" for n, v in (("x", x), ("A(x)", operator.forward(x)), ("y", y))
-        )
-        raise ValueError(
-            f"Langevin cannot start: |A(x) - y|²/beta is not finite in {x.dtype}, with values up to: {reached}, beta "
-            f"{beta:g}; check the measurements' scale, beta and the operator"
-        )
-
+        raise ValueError(_cannot_start(operator.forward(x), x, y, beta))
     seeds = randn_like(x[:, :1, :1, :1]).float().cpu().flatten().view(torch.int32).tolist()
     u = _langevin_chain(operator, x, y, beta, rho_sigma, lr, steps, randn_like)
     retries = torch.zeros(len(x), dtype=torch.int64)
@@ -129,6 +122,14 @@ def langevin_step(
     raise LangevinDivergenceError(
         f"Langevin diverged for {int(diverged.sum())} of {len(x)} images at noise level {rho_sigma:.4g}, even with the "
         f"step size reduced to {lr:.3g}: make c1 smaller than {c1:g} or c2 larger than {c2:g}"
+    )
+
+
+def _cannot_start(ax: Tensor, x: Tensor, y: Tensor, beta: float) -> str:
+    reached = ", ".join(f"{n} {v.abs().max().item():.3g}" for n, v in (("x", x), ("A(x)", ax), ("y", y)))
+    return (
+        f"Langevin cannot start: |A(x) - y|²/beta is not finite in {x.dtype}, with values up to: {reached}, beta "
+        f"{beta:g}; check the measurements' scale, beta and the operator"
     )
 
 

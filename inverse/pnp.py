@@ -76,15 +76,12 @@ def pnp_sample(
     """
     levels = _check_levels(sigmas)
     kind = resolve_likelihood(operator, likelihood)
-    settings = langevin or LangevinSettings()
-    noise_std = likelihood_std(beta)
+    settings, noise_std = asdict(langevin or LangevinSettings()), likelihood_std(beta)
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay is the share of the previous estimate and must lie in [0, 1), not {ema_decay}")
     if shape is None:
         shape = (y.shape[0], net.img_channels, net.img_resolution, net.img_resolution)
-    wanted = operator.measurement_shape(shape)
-    if tuple(y.shape) != wanted:
-        raise ValueError(f"measurements {list(y.shape)} do not fit: images {list(shape)} give {list(wanted)}")
+    _check_shape(y, shape, operator)
 
     u = levels[0] * randn_like(torch.empty(tuple(shape), dtype=y.dtype, device=y.device))
     retries = torch.zeros(len(y), dtype=torch.int64)
@@ -98,18 +95,28 @@ def pnp_sample(
             if kind == "exact":
                 u = operator.sample_conditional(x, y, noise_std, levels[i + 1], randn_like)
             else:
-                step = langevin_step(operator, x, y, beta, levels[i + 1], randn_like=randn_like, **asdict(settings))
+                step = langevin_step(operator, x, y, beta, levels[i + 1], randn_like=randn_like, **settings)
                 u, retries = step.sample, retries + step.retries
         if progress is not None:
             progress(i + 1, len(levels) - 1)
+    _warn_of(retries)
+    return PnPResult(estimate, kind, retries)
+
+
+def _warn_of(retries: Tensor) -> None:
     if retries.any():
         warnings.warn(
             f"Langevin diverged and was repeated with a smaller step size {int(retries.sum())} times, in "
-            f"{int((retries > 0).sum())} of {len(y)} images; a smaller c1 avoids this",
+            f"{int((retries > 0).sum())} of {len(retries)} images; a smaller c1 avoids this",
             LangevinWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of `pnp_sample`, beyond no_grad
         )
-    return PnPResult(estimate, kind, retries)
+
+
+def _check_shape(y: Tensor, shape: Sequence[int], operator: Operator) -> None:
+    wanted = operator.measurement_shape(shape)
+    if tuple(y.shape) != wanted:
+        raise ValueError(f"measurements {list(y.shape)} do not fit: images {list(shape)} give {list(wanted)}")
 
 
 def _check_output(net: Any, x: Tensor, u: Tensor, sigma: float, given: str) -> None:

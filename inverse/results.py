@@ -12,6 +12,8 @@ kernel.png, mask.png       of the operator, where it has one
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnnlib.files import atomic_write, lock_folder, write_json
-from generation.pictures import save_image
-from inverse.json_files import JsonFileError, read_json
+from dnnlib.files import atomic_write, lock_folder, parse_json, read_regular, write_json
+from generation.pictures import read_image, save_image
 from inverse.operators.base import Operator
 from inverse.solve import Solution
 from networks.encoders import RGBEncoder
@@ -31,18 +32,41 @@ _RESUMABLE = ("batch", "device", "num", "net")  # options that a restart may cha
 _OF_IMAGES = ("truth", "measurements", "samples", "mean", "std", "records", "metrics.json")
 _OF_OPERATORS = ("kernel.png", "mask.png")
 _SHARES = ("interval", "coverage")  # of records
-_NUMBERS = ("residual", "std_max", "mean_residual", *_SHARES)
+_MAX_BYTES = 1 << 28  # of a JSON file
+
+Scores = dict[str, float]  # residual and, where there is a truth, psnr, ssim and lpips
 
 
 class ResultsError(ValueError):
-    """An output folder cannot be used; the message is one line that says why."""
+    """An output folder or a file of it cannot be used; the message is one line that says why."""
+
+
+@dataclass
+class ImageResult:
+    """One finished image: what its record holds, and what `inverse.evaluation` adds to it."""
+
+    name: str
+    runs: list[Scores]  # of each sample
+    retries: int  # Langevin steps repeated with a smaller step size, over all runs
+    has_truth: bool
+    std_max: float | None = None  # largest value of the std map
+    interval: float | None = None  # see `coverage`
+    coverage: float | None = None
+    posterior_mean: Scores | None = None  # of several runs, as are the next
+    chosen_run: int | None = None  # of the smallest residual
+    oracle_run: int | None = None  # of the best PSNR
+
+    def to_dict(self) -> dict[str, Any]:
+        """What there is of it, as JSON data."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class ResultsFolder:
     """Writes one image's results at a time, each file whole or not at all."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, runs: int | None = None) -> None:
+        """`runs`: samples that each image must have; None = any number."""
+        self.path, self._runs = Path(path), runs
 
     def begin(self, options: dict[str, Any], operator: Operator, size: tuple[int, int]) -> None:
         """Create the folder, or check that it holds results of the same options, or none yet; keep other processes out
@@ -63,7 +87,7 @@ class ResultsFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ResultsError(f"{self.path} is a file: give a folder")
         if file.exists():
-            before = self._read(file, "use another folder")
+            before = read_object(file, "use another folder")
             if not {"task", "net_sha256"} <= set(before):
                 raise ResultsError(f"{file} is not of posterior_sample.py: use another folder")
             fixed = (set(options) | set(before)) - set(_RESUMABLE)
@@ -76,45 +100,39 @@ class ResultsFolder:
     def _has(self, *names: str) -> bool:
         return any((self.path / name).exists() for name in names)
 
-    def record(self, name: str) -> dict[str, Any] | None:
+    def record(self, name: str) -> ImageResult | None:
         """Return what was recorded of a finished image, or None, also where one of its pictures is gone.
 
         Raises ResultsError for a damaged record.
         """
-        path = self.path / "records" / f"{name}.json"
+        path, advice = self.path / "records" / f"{name}.json", "remove it, and the image is drawn again"
         if not path.exists():
             return None
-        advice = "remove it, and the image is drawn again"
-        record = self._read(path, advice)
-        runs = record.get("runs")
-        whole = record.get("name") == name and type(record.get("retries")) is int and isinstance(runs, list) and runs
-        if not whole or not all(isinstance(run, dict) and "residual" in run for run in runs):
-            raise ResultsError(f"{path}: damaged, not the record of {name}; {advice}")
-        if len(runs) > 1 and "mean_residual" not in record:
-            raise ResultsError(f"{path}: damaged, without the posterior mean; {advice}")
-        named = [*record.items(), *(item for run in runs for item in run.items())]
-        wrong = [key for key, value in named if key in _NUMBERS and not _is_number(value, null=key not in _SHARES)]
-        wrong += [key for key in _SHARES if key not in record and any(other in record for other in _SHARES)]
-        if wrong:
-            raise ResultsError(f"{path}: damaged, {wrong[0]} is not a number that it can be; {advice}")
-        folders = [f"samples/run_{run}" for run in range(len(runs))] + ["mean"] * (len(runs) > 1)
-        folders += ["truth"] * bool(record.get("has_truth"))
-        return record if all((self.path / folder / f"{name}.png").exists() for folder in folders) else None
+        record = read_object(path, advice)
+        damage = _damage(record, name, self._runs)
+        if damage:
+            raise ResultsError(f"{path}: damaged, {damage}; {advice}")
+        result = ImageResult(
+            name,
+            [{"residual": _or_inf(run["residual"])} for run in record["runs"]],
+            record["retries"],
+            bool(record.get("has_truth")),
+            _or_inf(record["std_max"]) if "std_max" in record else None,
+            *(record.get(key) for key in _SHARES),
+        )
+        folders = [f"samples/run_{run}" for run in range(len(result.runs))] + ["truth"] * result.has_truth
+        if len(result.runs) > 1:
+            result.posterior_mean = {"residual": _or_inf(record["mean_residual"])}
+            folders.append("mean")
+        return result if all((self.path / folder / f"{name}.png").exists() for folder in folders) else None
 
-    @staticmethod
-    def _read(path: Path, advice: str) -> dict[str, Any]:
-        try:
-            return read_json(path, advice)
-        except JsonFileError as error:
-            raise ResultsError(str(error)) from None
-
-    def write(self, solution: Solution, operator: Operator) -> dict[str, Any]:
-        """Write the files of one image and return its record."""
+    def write(self, solution: Solution, operator: Operator) -> None:
+        """Write the files of one image, its record last."""
         problem, samples = solution.problem, solution.samples.float()
         runs = len(samples)
         y = problem.y.cpu()[None]
         self._image("measurements", problem.name, _measurement_picture(y[0], operator.measures_images))
-        with atomic_write(self._file("measurements", f"{problem.name}.npz")) as file:
+        with atomic_write(self.path / "measurements" / f"{problem.name}.npz") as file:
             np.savez(file, y=y[0].numpy())
         pixels = _to_pixels(samples)
         for run, sample in enumerate(pixels):
@@ -137,29 +155,38 @@ class ResultsFolder:
             truth = _to_pixels(problem.truth.cpu()[None])[0]
             self._image("truth", problem.name, truth)
             record.update(coverage(pixels, truth) if runs > 1 else {})
-        write_json(self._file("records", f"{problem.name}.json"), record)
-        return record
+        write_json(self.path / "records" / f"{problem.name}.json", record)
 
     def _write_operator(self, operator: Operator, size: tuple[int, int]) -> None:
-        kernel, mask = getattr(operator, "kernel", None), getattr(operator, "mask", None)
-        for name, found in zip(_OF_OPERATORS, (kernel, mask), strict=True):
-            if found is None:  # of a task that was given up before its first image
+        for name in _OF_OPERATORS:
+            if not hasattr(operator, Path(name).stem):  # of a task that was given up before its first image
                 (self.path / name).unlink(missing_ok=True)
-        if kernel is not None:
-            save_image(
-                self.path / "kernel.png",
-                (255 * kernel / kernel.max().clamp_min(1e-12)).clamp(0, 255).to(torch.uint8)[None],
-            )
-        if mask is not None:
+        if (kernel := getattr(operator, "kernel", None)) is not None:
+            scaled = (255 * kernel / kernel.max().clamp_min(1e-12)).clamp(0, 255)
+            save_image(self.path / "kernel.png", scaled.to(torch.uint8)[None])
+        if (mask := getattr(operator, "mask", None)) is not None:
             save_image(self.path / "mask.png", (255 * mask(*size)).to(torch.uint8)[None])
 
     def _image(self, folder: str, name: str, pixels: Tensor) -> None:
-        save_image(self._file(folder, f"{name}.png"), pixels)
+        save_image(self.path / folder / f"{name}.png", pixels)
 
-    def _file(self, folder: str, name: str) -> Path:
-        path = self.path / folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+
+def read_picture(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A picture of a finished image as uint8 [C,H,W]; users may have changed it since.
+
+    Raises ResultsError if it is missing, damaged or not of this height and width.
+    """
+    try:
+        image = read_image(path)
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: missing, though the image is recorded as finished") from None
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged data
+        raise ResultsError(f"{path}: damaged or not a PNG ({type(error).__name__})") from None
+    if shape is not None and image.shape[1:] != shape:
+        raise ResultsError(
+            f"{path}: {image.shape[2]}x{image.shape[1]} pixels, where {shape[1]}x{shape[0]} are expected"
+        )
+    return image
 
 
 def coverage(
@@ -181,9 +208,41 @@ def coverage(
     return {"interval": 1 - 2 * k / (runs + 1), "coverage": share.mean().item()}
 
 
-def _is_number(value: Any, *, null: bool) -> bool:
-    """Whether it is a finite number, or null, which stands for one beyond float32."""
-    return (null and value is None) or (type(value) in (int, float) and abs(value) < 1e300)
+def _damage(record: dict[str, Any], name: str, count: int | None) -> str | None:
+    """What is wrong with the record of an image, in words; users edit and copy them."""
+    runs, retries = record.get("runs"), record.get("retries")
+    whole = isinstance(runs, list) and runs and all(isinstance(run, dict) and "residual" in run for run in runs)
+    if not whole or record.get("name") != name or type(retries) is not int or retries < 0:
+        return f"not the record of {name}"
+    if count not in (None, len(runs)):
+        return f"of {len(runs)} runs where the task has {count}"
+    if len(runs) > 1 and "mean_residual" not in record:
+        return "without the posterior mean"
+    numbers = [("residual", run["residual"], 1e300) for run in runs]
+    numbers += [(key, record[key], 1e300) for key in ("std_max", "mean_residual") if key in record]
+    numbers += [(key, record.get(key), 1) for key in _SHARES if any(share in record for share in _SHARES)]
+    for key, value, most in numbers:
+        beyond_float32 = value is None and key not in _SHARES
+        if not beyond_float32 and not (type(value) in (int, float) and 0 <= value <= most):
+            return f"{key} is not a number that it can be"
+    return None
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ResultsError, which ends in `advice`, where it cannot be had."""
+    try:
+        content = parse_json(read_regular(path, _MAX_BYTES))
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path}: damaged, not JSON ({str(error)[:100]}); {advice}") from None
+    if not isinstance(content, dict):
+        raise ResultsError(f"{path}: damaged, must hold a JSON object, not {type(content).__name__}; {advice}")
+    return content
 
 
 def _to_pixels(images: Tensor) -> Tensor:

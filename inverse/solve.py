@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,13 +35,6 @@ class Solution:
     problem: Problem
     samples: Tensor  # [R,C,H,W] in [-1, 1] up to the network's overshoot
     retries: int  # Langevin steps repeated with a smaller step size, over all runs
-
-
-@dataclass
-class _Open:
-    problem: Problem
-    samples: list[Tensor] = field(default_factory=list)
-    retries: int = 0
 
 
 def stream(seed: int, name: str, run: int | None = None) -> int:
@@ -76,9 +70,10 @@ def solve(
     network's rounding, which Langevin chains can amplify (README.md). Raises ValueError as `inverse.pnp_sample` does.
     """
     levels = karras_sigmas(task.steps, task.sigma_min, task.sigma_max, task.rho, dtype=torch.float64).tolist()
-    started: list[_Open] = []
-    for units in _batches(problems, task.runs, batch):
-        started += [_Open(problem) for problem, run in units if run == 0]
+    todo = ((problem, run) for problem in problems for run in range(task.runs))
+    drawn: list[tuple[Problem, Tensor, int]] = []
+    while units := list(islice(todo, batch)):
+        count = len(units)
         result = pnp_sample(
             net,
             operator,
@@ -86,33 +81,15 @@ def solve(
             levels,
             **task.sampler_options(),
             labels=_one_hot([problem.class_idx for problem, _ in units], net.label_dim, device),
-            shape=(len(units), net.img_channels, net.img_resolution, net.img_resolution),
+            shape=(count, net.img_channels, net.img_resolution, net.img_resolution),
             randn_like=SeededNoise([stream(seed, problem.name, run) for problem, run in units], device).randn_like,
-            progress=None if progress is None else _share_of(len(units), progress),
+            progress=progress and (lambda _, levels, count=count: progress(count / levels)),
         )
-        open_by_name = {entry.problem.name: entry for entry in started}
-        for (problem, _), image, retries in zip(units, result.images.cpu(), result.retries.tolist(), strict=True):
-            open_by_name[problem.name].samples.append(image)
-            open_by_name[problem.name].retries += retries
-        while started and len(started[0].samples) == task.runs:
-            done = started.pop(0)
-            yield Solution(done.problem, torch.stack(done.samples), done.retries)
-
-
-def _share_of(samples: int, progress: Callable[[float], Any]) -> Callable[[int, int], Any]:
-    return lambda done, levels: progress(samples / levels)
-
-
-def _batches(problems: Iterable[Problem], runs: int, batch: int) -> Iterator[list[tuple[Problem, int]]]:
-    units: list[tuple[Problem, int]] = []
-    for problem in problems:
-        for run in range(runs):
-            units.append((problem, run))
-            if len(units) == batch:
-                yield units
-                units = []
-    if units:
-        yield units
+        drawn += zip((problem for problem, _ in units), result.images.cpu(), result.retries.tolist(), strict=True)
+        while len(drawn) >= task.runs:
+            runs, drawn = drawn[: task.runs], drawn[task.runs :]
+            of_problem, samples, retries = zip(*runs, strict=True)
+            yield Solution(of_problem[0], torch.stack(samples), sum(retries))
 
 
 def _one_hot(classes: list[int | None], label_dim: int, device: torch.device | str) -> Tensor | None:

@@ -1,14 +1,16 @@
-"""Tasks: a measurement operator with the settings of its sampler, from YAML files.
+"""Tasks: a measurement operator with the settings of its sampler, from YAML files and command-line options.
 
 Imports no torch, so that scripts show their help at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import click
 
 from dnnlib import ROOT
 from dnnlib.files import read_regular
@@ -19,28 +21,51 @@ LIKELIHOODS = ("auto", "exact", "langevin")
 _MAX_BYTES = 1 << 16
 _MAX_DEPTH = 20  # of lists and mappings within each other
 _MAX_INT = 1 << 64
-_NESTING = {
-    **dict.fromkeys((f"{kind}{part}StartToken" for kind in ("Flow", "Block") for part in ("Mapping", "Sequence")), 1),
-    **dict.fromkeys(("FlowMappingEndToken", "FlowSequenceEndToken", "BlockEndToken"), -1),
-}
+_MAX_STEPS = 40  # entries of a few-step schedule: the levels there are
 
 
 class TaskError(ValueError):
     """A task that does not exist, cannot be read or holds a setting that makes no sense."""
 
 
+class GridIndices(click.ParamType):
+    """A few-step schedule on the command line."""
+
+    name = "list"  # in upper case in --help
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        from sampling.grids import parse_ts  # imports torch
+
+        if value.count(",") >= _MAX_STEPS:
+            self.fail(f"{value.count(',') + 1} entries, and there are {_MAX_STEPS} grid indices", param, ctx)
+        try:
+            return parse_ts(value).ts
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def setting(
+    default: Any = MISSING,
+    limits: tuple[float, float] | None = None,  # of a number
+    *,
+    help: str = "",  # of the option; without it there is none
+    option: click.ParamType | None = None,  # None = by the type of the field
+) -> Any:
+    """A field of a task: in YAML under its name, checked against its limits, and an option of scripts."""
+    return field(default=default, metadata={"limits": limits, "help": help, "option": option})
+
+
 @dataclass(frozen=True)
 class LangevinSettings:
     """Settings of `inverse.likelihood.langevin_step`; the defaults are the published ones."""
 
-    steps: int = 100
-    c1: float = 0.1  # step size of the prior's scale
-    c2: float = 0.1  # smaller = longer steps where the likelihood dominates
-    max_retries: int = 4  # attempts with smaller steps for chains that diverged
+    steps: int = setting(100, (1, 100_000), help="Task: Langevin iterations per likelihood step.")
+    c1: float = setting(0.1, (1e-12, 1e6), help="Task: Langevin step size on the prior's scale.")
+    c2: float = setting(0.1, (1e-12, 1e6), help="Task: smaller = longer Langevin steps under a strong likelihood.")
+    max_retries: int = setting(4, (0, 20))  # attempts with smaller steps for chains that diverged
 
     def __post_init__(self) -> None:
-        _check(self, int, "langevin: ", steps=(1, 100_000), max_retries=(0, 20))
-        _check(self, float, "langevin: ", c1=(1e-12, 1e6), c2=(1e-12, 1e6))
+        _check_limits(self, "langevin: ")
 
 
 @dataclass(frozen=True)
@@ -48,21 +73,29 @@ class Task:
     """One inverse problem, y = A(x) + noise·n on images in [-1, 1], and how it is solved (NCVSD, Appendix)."""
 
     operator: Mapping[str, Any]  # name and parameters, for `inverse.get_operator`
-    beta: float  # 2·(measurement noise std)², as the sampler assumes it; larger = y is trusted less
+    beta: float = setting(limits=(1e-12, 1e12), help="Task: 2·(noise std)² that the sampler assumes.")
     name: str = "custom"
     description: str = ""
-    noise: float = 0.05  # standard deviation of the simulated measurement noise
-    ema_decay: float = 0.0  # share of the previous running estimate
-    ema_sigma: float = 0.0  # the estimate is averaged below this noise level
-    steps: int = 50  # noise levels
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 2.0  # of the Karras grid
-    likelihood: str = "auto"  # auto (exact where the operator allows it), exact or langevin
+    noise: float = setting(
+        0.05, (0, 1e6), help="Task: standard deviation of simulated measurement noise.", option=click.FloatRange(0)
+    )
+    ema_decay: float = setting(0.0, (0, 1), help="Task: share of the previous running estimate.")
+    ema_sigma: float = setting(0.0, (0, 1e6), help="Task: noise level below which the estimate is averaged.")
+    steps: int = setting(50, (2, 10_000), help="Task: noise levels.")
+    sigma_min: float = setting(0.002, (1e-6, 1e6), help="Task: last noise level.")
+    sigma_max: float = setting(80.0, (1e-6, 1e6), help="Task: first noise level.")
+    rho: float = setting(2.0, (0.1, 100), help="Task: exponent of the Karras grid of noise levels.")
+    likelihood: str = setting(
+        "auto", help="Task: auto is exact where the operator allows it.", option=click.Choice(LIKELIHOODS)
+    )
     langevin: LangevinSettings = field(default_factory=LangevinSettings)
-    ts: tuple[int, ...] | None = None  # few-step prior steps; None = one evaluation each
-    zeta: float = 1.0  # share of fresh noise between those
-    runs: int = 1  # samples of the posterior per image
+    ts: tuple[int, ...] | None = setting(  # None = one evaluation each
+        None, help="Few-step prior steps: grid indices, as 10,22,39.", option=GridIndices()
+    )
+    zeta: float = setting(
+        1.0, (0, 1), help="With --ts: share of fresh noise between steps.", option=click.FloatRange(0, 1)
+    )
+    runs: int = setting(1, (1, 1000), help="Samples per image.  [default: the task's]")
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Mapping) or not isinstance(self.operator.get("name"), str):
@@ -72,9 +105,7 @@ class Task:
         for name in ("name", "description"):
             if not isinstance(getattr(self, name), str):
                 raise TaskError(f"{name} must be text, not {_shown(getattr(self, name))}")
-        _check(self, int, steps=(2, 10_000), runs=(1, 1000))
-        _check(self, float, beta=(1e-12, 1e12), sigma_min=(1e-6, 1e6), sigma_max=(1e-6, 1e6), rho=(0.1, 100))
-        _check(self, float, noise=(0, 1e6), ema_decay=(0, 1), ema_sigma=(0, 1e6), zeta=(0, 1))
+        _check_limits(self)
         if self.ema_decay == 1:
             raise TaskError("ema_decay is a share and must be below 1, or nothing new would count")
         if self.sigma_min >= self.sigma_max:
@@ -90,6 +121,30 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Every setting as JSON data."""
         return {**asdict(self), "operator": dict(self.operator)}
+
+
+def task_options(function: Callable) -> Callable:
+    """Decorator of a click command: one option per setting that has a help text, None where it is not given."""
+    for name, f in reversed(_options().items()):
+        low = (f.metadata["limits"] or (None,))[0]
+        kind = f.metadata["option"] or (click.IntRange(min=low) if f.type == "int" else float)
+        function = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=f.metadata["help"])(function)
+    return function
+
+
+def pop_overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what `task_options` added out of a command's arguments; return what was given."""
+    values = {name: options.pop(name) for name in _options()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _options() -> dict[str, Field]:
+    """Fields by the name of their option."""
+    found = {}
+    for f in fields(Task):
+        inner = fields(LangevinSettings) if f.name == "langevin" else ()
+        found |= {f"langevin_{part.name}": part for part in inner} or {f.name: f}
+    return {name: f for name, f in found.items() if f.metadata.get("help")}
 
 
 def task_names() -> list[str]:
@@ -110,12 +165,17 @@ def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> T
         settings.setdefault("name", path.stem)
         base = _build(settings)
     except UnicodeDecodeError:
-        raise TaskError(f"{path}: not a text file") from None
+        raise TaskError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from None
     except TaskError as error:
         raise TaskError(f"{path}: {error}") from None
-    return _override(base, overrides) if overrides else base
+    if not overrides:
+        return base
+    prefix = "langevin_"
+    inner = {name.removeprefix(prefix): value for name, value in overrides.items() if name.startswith(prefix)}
+    outer = {name: value for name, value in overrides.items() if not name.startswith(prefix)}
+    return replace(base, **outer, langevin=replace(base.langevin, **inner))
 
 
 def _find(task: str) -> Path:
@@ -127,20 +187,20 @@ def _find(task: str) -> Path:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    import yaml
+    import yaml  # would take a fifth of the time of --help
 
     try:
         depth = 0
-        for token in yaml.scan(text):
-            if isinstance(token, yaml.AliasToken):
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
                 raise TaskError("YAML aliases (*name) are not accepted")
-            depth += _NESTING.get(type(token).__name__, 0)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 raise TaskError(f"lists and mappings within each other more than {_MAX_DEPTH} deep")
         settings = yaml.safe_load(text)
+    except TaskError:
+        raise
     except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, TaskError):
-            raise
         raise TaskError(f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise TaskError("a task is a list of `setting: value` lines")
@@ -160,15 +220,16 @@ def _check_sizes(name: str, value: Any) -> None:
 
 def _build(settings: Mapping[str, Any]) -> Task:
     settings = _known(settings, Task)
-    for missing in {"operator", "beta"} - set(settings):
+    for missing in (name for name in ("operator", "beta") if name not in settings):
         raise TaskError(f"{missing} is missing")
     if "langevin" in settings:
         if not isinstance(settings["langevin"], dict):
             raise TaskError("langevin must hold settings, as in `langevin: {steps: 100, c1: 0.1, c2: 0.1}`")
         settings["langevin"] = LangevinSettings(**_known(settings["langevin"], LangevinSettings, "langevin: "))
     if settings.get("ts") is not None:
-        if not isinstance(settings["ts"], list | tuple) or not all(type(t) is int for t in settings["ts"]):
-            raise TaskError(f"ts must be a list of whole numbers, not {_shown(settings['ts'])}")
+        ts = settings["ts"]
+        if not isinstance(ts, list | tuple) or len(ts) > _MAX_STEPS or not all(type(t) is int for t in ts):
+            raise TaskError(f"ts must be a list of at most {_MAX_STEPS} whole numbers, not {_shown(ts)}")
         settings["ts"] = tuple(settings["ts"])
     return Task(**settings)
 
@@ -189,20 +250,14 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-def _override(task: Task, overrides: Mapping[str, Any]) -> Task:
-    prefix = "langevin_"
-    inner = {name.removeprefix(prefix): value for name, value in overrides.items() if name.startswith(prefix)}
-    outer = {name: value for name, value in overrides.items() if not name.startswith(prefix)}
-    return replace(task, **outer, langevin=replace(task.langevin, **inner))
-
-
-def _check(settings: Any, kind: type, where: str = "", **limits: tuple[float, float]) -> None:
-    """Raise TaskError unless these settings are numbers, whole ones for `int`, within their limits."""
-    for name, (low, high) in limits.items():
-        value = getattr(settings, name)
-        if type(value) not in (int, kind) or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise TaskError(f"{where}{name} must be {what} from {low:g} to {high:g}, not {_shown(value)}")
+def _check_limits(settings: Task | LangevinSettings, where: str = "") -> None:
+    """Raise TaskError unless the settings that have limits are numbers, whole ones for `int`, within them."""
+    for f in fields(settings):
+        if f.metadata.get("limits"):
+            value, (low, high) = getattr(settings, f.name), f.metadata["limits"]
+            if not (type(value) is int or (type(value) is float and f.type == "float")) or not low <= value <= high:
+                what = "a whole number" if f.type == "int" else "a number"
+                raise TaskError(f"{where}{f.name} must be {what} from {low:g} to {high:g}, not {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

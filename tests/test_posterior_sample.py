@@ -242,7 +242,7 @@ def test_images_of_another_size_need_resize(nets, task, tmp_path):
         (["--task", "box_inpainting"], "box [64, 64, 128, 128] reaches beyond images of 16x16 pixels"),
         (["--task", "phase_retrieval", "--likelihood", "exact"], "no exact likelihood step"),
         (["--mask", "{tmp}/mask.png"], "--mask belongs to inpainting"),
-        (["--dtype", "fp16"], "float16 needs a CUDA device"),
+        (["--dtype", "fp16"], "--dtype fp16 needs a CUDA device, and this run is on cpu"),
         (["--sigma-min", "90"], "sigma_min 90.0 must be below sigma_max 80.0"),
         (["--ema-decay", "1"], "Error: ema_decay is a share"),
         (["--outdir", ""], "it is empty: name a folder"),

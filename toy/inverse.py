@@ -45,7 +45,7 @@ def pnp_draws(
     values: Tensor,  # noisy first coordinates [N]
     samples: int,  # draws per value
     noise: BatchNoise,
-    ts=None,  # few-step schedule of the prior step
+    ts: tuple[int, ...] | None = None,  # few-step schedule of the prior step
 ) -> Tensor:
     """Draw [N,samples,2] from p(x0 | value)."""
     y = values.to(torch.float32).repeat_interleave(samples).reshape(-1, 1, 1, 1)

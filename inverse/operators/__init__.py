@@ -10,24 +10,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from inverse.operators.base import LinearOperator, Operator
-from inverse.operators.linear import CircularBlur, Inpainting, SuperResolution, gaussian_blur_circ, motion_blur_circ
+from inverse.operators.base import Operator
+from inverse.operators.linear import Inpainting, SuperResolution, gaussian_blur_circ, motion_blur_circ
 from inverse.operators.nonlinear import HighDynamicRange, NonlinearBlur, PhaseRetrieval
-
-__all__ = [
-    "OPERATORS",
-    "CircularBlur",
-    "HighDynamicRange",
-    "Inpainting",
-    "LinearOperator",
-    "NonlinearBlur",
-    "Operator",
-    "PhaseRetrieval",
-    "SuperResolution",
-    "gaussian_blur_circ",
-    "get_operator",
-    "motion_blur_circ",
-]
 
 OPERATORS: dict[str, Callable[..., Operator]] = {
     "inpainting": Inpainting,

@@ -1,4 +1,4 @@
-"""Blur kernels: Gaussian, and random camera shake fixed by a seed."""
+"""Weights of linear operators: Gaussian and camera-shake kernels, and antialiased bicubic downsampling."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from numbers import Real
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-
-from inverse.operators.resize import mirror
+from scipy.ndimage import gaussian_filter1d
 
 MAX_SEED = (1 << 32) - 1  # of NumPy's legacy generator
 _MAX_SIZE = 2048  # of a kernel, in pixels
@@ -20,17 +19,15 @@ def gaussian_kernel(
 ) -> np.ndarray:
     """Return a Gaussian kernel [size, size] of sum 1, float64: a unit impulse at size//2 after a Gaussian filter.
 
-    As scipy.ndimage.gaussian_filter computes it: sampled, cut at 4 standard deviations, mirrored at the borders.
-    Raises ValueError for a size below 1 or a std that is not positive.
+    Cut at 4 standard deviations and mirrored at the borders. Raises ValueError for a size below 1 or a std that is not
+    positive.
     """
     size = check_whole(size, "kernel_size", 1, _MAX_SIZE)
-    if not 0 < std <= _MAX_SIZE:
-        raise ValueError(f"std of a Gaussian kernel must be a positive number of pixels up to {_MAX_SIZE}, not {std}")
-    radius = int(4 * std + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    weights = np.exp(-0.5 * (offsets / std) ** 2)
-    row = np.zeros(size)
-    np.add.at(row, mirror(size // 2 + offsets, size), weights / weights.sum())
+    if not is_number(std) or not 0 < std <= _MAX_SIZE:
+        raise ValueError(f"std of a Gaussian kernel must be a positive number of pixels up to {_MAX_SIZE}, not {std!r}")
+    impulse = np.zeros(size)
+    impulse[size // 2] = 1
+    row = gaussian_filter1d(impulse, max(std, 0.1), truncate=4)  # up to 0.12 the impulse stays one
     return np.outer(row, row)
 
 
@@ -47,8 +44,8 @@ def motion_kernel(
     Raises ValueError for a size below 3, an intensity outside [0, 1] or a seed outside 0..2^32-1.
     """
     size = check_whole(size, "kernel_size", 3, _MAX_SIZE)
-    if not 0 <= intensity <= 1:
-        raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity}")
+    if not is_number(intensity) or not 0 <= intensity <= 1:
+        raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity!r}")
     rng = np.random.RandomState(check_whole(seed, "seed", 0, MAX_SEED))
     diagonal = np.hypot(2 * size, 2 * size)
 
@@ -67,9 +64,33 @@ def motion_kernel(
     return kernel / kernel.sum()
 
 
+def bicubic_matrix(size: int, factor: int) -> np.ndarray:
+    """Return the float64 matrix [ceil(size/factor), size] that downsamples a row of pixels by an integer factor.
+
+    Output pixel i is centred at input factor·i + (factor - 1)/2, Keys' cubic kernel (1981) of a = -0.5 is stretched by
+    `factor` against aliasing, borders are mirrored, and the weights of each output pixel sum to 1. Factor 1 is the
+    identity. No library at hand mirrors the borders.
+    """
+    margin = 5 * factor
+    mirrored = np.pad(np.arange(size), margin, mode="symmetric")
+    rows = np.arange(-(-size // factor))[:, None]
+    centers = factor * rows + (factor - 1) / 2
+    taps = factor * rows + np.arange(-2 * factor, 3 * factor)
+    t = np.abs((taps - centers) / factor)
+    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * (t**3 - 5 * t**2 + 8 * t - 4)
+    matrix = np.zeros([len(rows), size])
+    np.add.at(matrix, (rows, mirrored[taps + margin]), np.where(t <= 1, near, np.where(t < 2, far, 0.0)))
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number; what a task file says may be anything."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_whole(value: float, name: str, least: int, most: float = math.inf) -> int:
     """Return `value` as an int; raises ValueError unless it is a whole number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 or not least <= value <= most:
+    if not is_number(value) or value % 1 or not least <= value <= most:
         upto = "at least {}" if most == math.inf else "from {} to {}"
         raise ValueError(f"{name} must be a whole number {upto.format(least, most)}, not {value!r:.60}")
     return int(value)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from inverse.likelihood import gaussian_conditional
 from inverse.operators.base import LinearOperator, check_image_shape
-from inverse.operators.kernels import MAX_SEED, check_whole, gaussian_kernel, motion_kernel
-from inverse.operators.resize import bicubic_matrix
+from inverse.operators.kernels import MAX_SEED, bicubic_matrix, check_whole, gaussian_kernel, is_number, motion_kernel
 
 Kernel = Tensor | np.ndarray | Sequence[Sequence[float]]
 
@@ -38,23 +37,31 @@ class Inpainting(LinearOperator):
         if sum(option is not None for option in (mask, box, fraction)) != 1:
             raise ValueError("inpainting needs exactly one of mask, box or fraction")
         if mask is not None:
-            mask = torch.as_tensor(mask, dtype=torch.float32).cpu()
+            mask = _as_tensor(mask, torch.float32, "inpainting mask (an image is named with --mask)")
             if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
                 raise ValueError(
                     f"inpainting mask must be [H,W] of 0 (removed) and 1 (measured), this one is {list(mask.shape)}"
                     + (" with other values" if mask.ndim == 2 else "")
                 )
         if box is not None:
-            if len(box) != 4:
-                raise ValueError(f"inpainting box must be top, left, height, width in pixels, not {list(box)}")
+            if not isinstance(box, list | tuple) or len(box) != 4:
+                raise ValueError(f"inpainting box must be top, left, height, width in pixels, not {box!r:.60}")
             box = [
                 check_whole(v, "inpainting box: every entry", least) for v, least in zip(box, (0, 0, 1, 1), strict=True)
             ]
-        if fraction is not None and not 0 <= fraction < 1:
-            raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction}")
+        if fraction is not None and not (is_number(fraction) and 0 <= fraction < 1):
+            raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction!r}")
         self._given, self._box, self._fraction = mask, box, fraction
         self._seed = check_whole(seed, "seed", 0, MAX_SEED)
         self._masks: dict[Any, Tensor] = {}
+
+    def describe(self) -> str:
+        if self._box is not None:
+            return f"A box of {self._box[2]} × {self._box[3]} pixels was removed from each image."
+        if self._fraction is not None:
+            share = f"{self._fraction:.0%} of the pixels"
+            return f"{share}, drawn at random, were removed, the same ones in every image."
+        return "The pixels outside a mask were removed from each image."
 
     def mask(self, height: int, width: int) -> Tensor:
         """Return the mask [H,W] at an image size, float32 on the CPU.
@@ -115,9 +122,13 @@ class CircularBlur(LinearOperator):
     The exact step is diagonal in the Fourier basis. A kernel larger than the image wraps around.
     """
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, cause: str = "a given kernel, wrapping") -> None:
         self.kernel = check_kernel(kernel)  # [h,w] float64 on the CPU
+        self._cause = cause  # in words, for `describe`
         self._transfers: dict[Any, Tensor] = {}
+
+    def describe(self) -> str:
+        return f"Each image was blurred by {self._cause} at the border."
 
     def forward(self, x: Tensor) -> Tensor:
         return self._inverse(self._transfer(x) * torch.fft.rfft2(x), x)
@@ -152,14 +163,19 @@ class CircularBlur(LinearOperator):
 class SuperResolution(LinearOperator):
     """Antialiased bicubic downsampling (a = -0.5) by an integer factor: [N,C,H,W] to [N,C,ceil(H/f),ceil(W/f)].
 
-    See `resize.bicubic_matrix`. Separable, y = R_h x R_wᵀ, so that the singular vectors of A are products of those of
+    See `kernels.bicubic_matrix`. Separable, y = R_h x R_wᵀ, so that the singular vectors of A are products of those of
     the two small matrices and the exact step takes no iteration: inside their span u is drawn singular value by
     singular value, and in the null space from the prior.
     """
 
     def __init__(self, *, factor: int = 4) -> None:
         self.factor = check_whole(factor, "super_resolution factor", 1, 1024)
+        self.ratio = f"×{self.factor}"
         self._matrices: dict[Any, tuple[Tensor, ...]] = {}
+
+    def describe(self) -> str:
+        how = "by antialiased bicubic interpolation"
+        return f"Each image was shrunk {self.factor} times in height and width {how}."
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
@@ -200,22 +216,33 @@ class SuperResolution(LinearOperator):
 
 def gaussian_blur_circ(*, kernel_size: int = 61, std: float = 3.0, kernel: Kernel | None = None) -> CircularBlur:
     """Circular Gaussian blur; `std` in pixels. A `kernel` given replaces it."""
-    return CircularBlur(gaussian_kernel(kernel_size, std) if kernel is None else kernel)
+    if kernel is not None:
+        return CircularBlur(kernel)
+    return CircularBlur(gaussian_kernel(kernel_size, std), f"a Gaussian of {std} pixels, wrapping")
 
 
 def motion_blur_circ(
     *, kernel_size: int = 61, intensity: float = 0.5, seed: int = 0, kernel: Kernel | None = None
 ) -> CircularBlur:
     """Circular blur by random camera shake, see `kernels.motion_kernel`. A `kernel` given replaces it."""
-    return CircularBlur(motion_kernel(kernel_size, intensity, seed) if kernel is None else kernel)
+    if kernel is not None:
+        return CircularBlur(kernel)
+    return CircularBlur(motion_kernel(kernel_size, intensity, seed), "random camera shake, wrapping around")
 
 
 def check_kernel(kernel: Kernel) -> Tensor:
     """Return a blur kernel as [h,w] float64 on the CPU; raises ValueError for another rank or non-finite weights."""
-    kernel = torch.as_tensor(kernel, dtype=torch.float64).detach().cpu()
+    kernel = _as_tensor(kernel, torch.float64, "a blur kernel")
     if kernel.ndim != 2 or not kernel.numel() or not kernel.isfinite().all():
         raise ValueError(f"a blur kernel must be [h,w] of finite numbers, not of shape {list(kernel.shape)}")
     return kernel
+
+
+def _as_tensor(values: Kernel, dtype: torch.dtype, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=dtype).detach().cpu()
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} must be rows of numbers, all of one length, not {values!r:.60}") from None
 
 
 def _separable(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:

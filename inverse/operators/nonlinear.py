@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inverse.operators.base import Operator, check_image_shape
-from inverse.operators.kernels import motion_kernel
+from inverse.operators.kernels import is_number, motion_kernel
 from inverse.operators.linear import CircularBlur, Kernel
 
 
@@ -22,9 +22,15 @@ class PhaseRetrieval(Operator):
     measures_images = False
 
     def __init__(self, *, oversample: float = 4.0) -> None:
-        if not 0 <= oversample <= 64:
-            raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample}")
+        if not is_number(oversample) or not 0 <= oversample <= 64:
+            raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample!r}")
         self.oversample = oversample
+
+    def describe(self) -> str:
+        return (
+            "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An "
+            "image and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
+        )
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
@@ -52,9 +58,12 @@ class HighDynamicRange(Operator):
     """
 
     def __init__(self, *, scale: float = 2.0) -> None:
-        if not 0 < scale <= 1e6:
-            raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale}")
+        if not is_number(scale) or not 0 < scale <= 1e6:
+            raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale!r}")
         self.scale = scale
+
+    def describe(self) -> str:
+        return f"Each image was overexposed: pixel values were multiplied by {self.scale} and clipped to the range."
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_shape(x.shape)
@@ -75,10 +84,10 @@ class NonlinearBlur(Operator):
     ) -> None:
         self._blur = CircularBlur(motion_kernel(kernel_size, intensity, seed) if kernel is None else kernel)
 
-    @property
-    def kernel(self) -> Tensor:
-        """The kernel [h,w], float64 on the CPU."""
-        return self._blur.kernel
+        self.kernel = self._blur.kernel  # [h,w] float64 on the CPU
+
+    def describe(self) -> str:
+        return "Each image was blurred by camera shake in linear light, as in a camera, and encoded again."
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * _encode_srgb(self._blur.forward(_decode_srgb((x + 1) / 2))) - 1

@@ -209,7 +209,7 @@ def readers():
     from data.dataset import ImageDataset
     from generation.pictures import read_image
     from inverse.inputs import read_mask
-    from inverse.json_files import read_json as read_output
+    from inverse.results import read_object as read_output
     from inverse.tasks import load_task
     from metrics.features.demo import load_demo_classifier
     from metrics.references import load_reference

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import networks
 from networks.encoders import RGBEncoder
 from tests.conftest import TINY_NET, write_images
+from tests.hostile.inverse_files import inverse_files
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEP = "[" * 100_000
@@ -36,7 +37,8 @@ def make_files(folder):
     names = {"root": ROOT, "new": folder / "new", "none": folder / "none", "long": folder / ("n" * 300)}
     names |= {"fashion": ROOT / "assets/fashion16.zip", "student": ROOT / "tests/data/ncvsd-tiny-0000000-0.050.pkl"}
     names |= {"teacher": ROOT / "assets/demo/teacher.safetensors", "toy": ROOT / "assets/toy/student.safetensors"}
-    for make in (_plain, _networks, _images, _labels, _references, _texts, _runs):
+    names |= {"nines": "9" * 5000, "ones": "1," * 3000 + "39"}
+    for make in (_plain, _networks, _images, _labels, _references, _texts, _runs, inverse_files):
         for name, data in make(folder):
             names[name] = path = folder / name
             if isinstance(data, str):

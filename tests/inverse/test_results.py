@@ -104,6 +104,9 @@ def test_options_may_change_until_the_first_image_is_written(tmp_path):
         "{}",
         '{"name": "a"}',
         '{"name": "a", "runs": [], "retries": 0}',
+        '{"name": "a", "runs": [{"residual": 1}], "retries": -1}',
+        '{"name": "a", "runs": [{"residual": 1}], "retries": 0, "coverage": 2, "interval": 0.9}',
+        '{"name": "a", "runs": [{"residual": 1}], "retries": 0, "std_max": -1}',
         '{"name": "a", "runs": [{}], "retries": 0}',
         '{"name": "a", "runs": [{"residual": "text"}], "retries": 0}',
         '{"name": "a", "runs": [{"residual": [1]}], "retries": 0}',
@@ -134,13 +137,16 @@ def test_maps_of_several_runs(tmp_path):
     samples[:, 0, 1, 1] = 3.0  # an overshoot counts as white
     operator = get_operator("inpainting", fraction=0.0)
     solution = Solution(Problem("a", torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)), samples, retries=2)
-    record = ResultsFolder(tmp_path).write(solution, operator)
-    assert record["std_max"] == pytest.approx(0.5**0.5) and record["retries"] == 2
-    assert record["runs"][0]["residual"] == pytest.approx(((0.25 + 1) / 16) ** 0.5)
+    ResultsFolder(tmp_path).write(solution, operator)
+    record = ResultsFolder(tmp_path).record("a")
+    assert record.std_max == pytest.approx(0.5**0.5) and record.retries == 2
+    assert record.runs[0]["residual"] == pytest.approx(((0.25 + 1) / 16) ** 0.5)
     std = read_image(tmp_path / "std" / "a.png")[0]
     assert std[0, 0] == 255 and (np.delete(std.ravel(), 0) == 0).all()
     assert read_image(tmp_path / "mean" / "a.png")[0, 1, 1] == 255
-    assert ResultsFolder(tmp_path).record("a") == record and ResultsFolder(tmp_path).record("b") is None
+    assert ResultsFolder(tmp_path).record("b") is None
+    with pytest.raises(ResultsError, match="a.json: damaged, of 2 runs where the task has 3; remove it"):
+        ResultsFolder(tmp_path, runs=3).record("a")
     for folder in ("truth", "mean", "samples/run_1"):  # an image that lacks a picture is drawn again
         (tmp_path / folder / "a.png").rename(tmp_path / "kept.png")
         assert ResultsFolder(tmp_path).record("a") is None

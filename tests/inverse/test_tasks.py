@@ -1,10 +1,11 @@
 import dataclasses
 
+import click
 import pytest
 
 from inverse.operators import get_operator
 from inverse.pnp import resolve_likelihood
-from inverse.tasks import LangevinSettings, Task, TaskError, load_task, task_names
+from inverse.tasks import LangevinSettings, Task, TaskError, load_task, pop_overrides, task_names, task_options
 
 PUBLISHED = {  # beta, ema_sigma, ema_decay
     "box_inpainting": (1e-4, 100, 0.2),
@@ -103,6 +104,16 @@ def test_a_file_that_is_no_text_and_names_that_do_not_exist(tmp_path):
     for name in ("nothing", "../task/super_resolution", "demo"):
         with pytest.raises(TaskError, match="there is no task"):
             load_task(name)
+
+
+def test_every_setting_but_those_of_the_file_is_an_option():
+    command = click.Command("command", callback=None)
+    command.params = task_options(lambda: None).__click_params__[::-1]
+    settings = {f.name for f in dataclasses.fields(Task)} - {"operator", "name", "description", "langevin"}
+    assert {param.name for param in command.params} == settings | {"langevin_steps", "langevin_c1", "langevin_c2"}
+    with command.make_context("command", ["--steps", "7", "--langevin-c1", "0.5", "--ts", "10,22"]) as context:
+        given = pop_overrides(context.params)
+    assert given == {"steps": 7, "langevin_c1": 0.5, "ts": (10, 22, 39)} and not context.params
 
 
 def test_a_task_can_be_made_without_a_file():

@@ -1,0 +1,221 @@
+"""All that posterior_sample.py does: check a request, draw and write what is missing, judge and show the results."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+import networks
+from dnnlib.files import file_sha256
+from dnnlib.text import redact
+from inverse.evaluation import evaluate, format_summary, write_metrics
+from inverse.inputs import ImageFolder, InputError, MeasurementFolder, read_mask
+from inverse.operators import Operator, get_operator
+from inverse.pnp import LangevinWarning, resolve_likelihood
+from inverse.report import write_report
+from inverse.results import ResultsFolder
+from inverse.solve import Problem, simulate, solve
+from inverse.tasks import Task
+from metrics.features.weights import DetectorError
+from metrics.image_quality import LPIPS, LPIPS_MIN_SIZE, load_lpips
+from networks.encoders import RGBEncoder
+from sampling.grids import few_step_sigmas
+from torch_utils import distributed
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of posterior_sample.py; one of `data` and `measurements` is given."""
+
+    task: Task
+    net: str  # path, URL or hf://
+    data: str | None  # images to measure and to find again
+    measurements: str | None  # real ones
+    outdir: str
+    num: int | None = None  # the first so many images; None = all
+    resize: bool = False  # crop and resize images of another size
+    mask: str | None = None  # image; replaces the task's
+    class_idx: int | str | None = None  # of all images, or "data": each its own
+    seed: int = 0
+    batch: int = 16  # samples at once, per process
+    lpips: str = "auto"  # auto, download or off
+    lpips_path: str | None = None
+    lpips_pooling: str = "average"
+    device: str = "auto"
+    dtype: str = "auto"
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the checks of a request leave behind: everything is loaded, nothing is drawn."""
+
+    request: Request
+    device: torch.device
+    net: networks.GenerativeDenoiser
+    operator: Operator
+    source: ImageFolder | MeasurementFolder
+    classes: dict[str, int | None]  # of each image
+    folder: ResultsFolder
+    options: dict[str, Any]  # as in options.json; of the main process
+    lpips: LPIPS | None
+    lpips_note: str | None  # why there is none
+
+
+def run(request: Request) -> None:
+    """Solve the inverse problems of a request, under torchrun with other processes, and print the averages.
+
+    Raises ValueError, OSError or click.UsageError, as one line, for what cannot be done.
+    """
+    device = distributed.init(request.device)
+    job = distributed.main_first(lambda: prepare(request, device))
+    sample(job)
+    distributed.barrier()
+    if distributed.is_main():
+        has_truth = request.data is not None
+        results = evaluate(job.folder, job.source.names, request.task.name, has_truth, job.lpips, job.lpips_note)
+        write_metrics(job.folder.path, results)
+        page = write_report(job.folder.path, results, request.task, job.operator, job.options)
+        click.echo(format_summary(results))
+        click.echo(f"results: {job.folder.path}; page: {page}", err=True)
+
+
+def prepare(request: Request, device: torch.device) -> Job:
+    """Check a request and load all it names; the main process takes the output folder. Raises as `run`."""
+    if (request.data is None) == (request.measurements is None) or "" in (request.data, request.measurements):
+        raise click.UsageError("give either --data, images to measure, or --measurements, real ones")
+    operator = _load_operator(request)
+    net, path = _load_net(request, device)
+    scorer, note = (None, None) if request.data is None else _load_lpips(request, net.img_resolution, device)
+    shape = (1, net.img_channels, net.img_resolution, net.img_resolution)
+    y_shape = operator.measurement_shape(shape)[1:]
+    operator.forward(torch.zeros(shape))  # a mask or box that does not fit is told before anything is written
+    source: ImageFolder | MeasurementFolder
+    if request.data is not None:
+        size = {"resolution": net.img_resolution, "channels": net.img_channels}
+        source = ImageFolder(request.data, **size, resize=request.resize, num=request.num)
+    else:
+        pictures = operator.measures_images
+        source = MeasurementFolder(request.measurements, shape=y_shape, pictures=pictures, num=request.num)
+    inputs, outdir = Path(request.data or request.measurements).resolve(), request.outdir
+    if inputs.is_dir() and Path(outdir).resolve().is_relative_to(inputs):
+        raise InputError(f"{outdir} lies in {inputs}, and results would be taken for input: use another --outdir")
+    classes = _classes(request, net.label_dim, source)
+    folder, options = ResultsFolder(request.outdir, request.task.runs), {}
+    if distributed.is_main():
+        source.check()
+        options = _options(request, device, path)
+        folder.begin(options, operator, shape[2:])
+    return Job(request, device, net, operator, source, classes, folder, options, scorer, note)
+
+
+def _load_operator(request: Request) -> Operator:
+    parameters = dict(request.task.operator)
+    name = parameters.pop("name")
+    if request.mask is not None:
+        if name != "inpainting":
+            raise click.UsageError(f"--mask belongs to inpainting, and the task's operator is {name}")
+        parameters = {"mask": read_mask(request.mask)}
+    operator = get_operator(name, **parameters)
+    resolve_likelihood(operator, request.task.likelihood)
+    return operator
+
+
+def _load_net(request: Request, device: torch.device) -> tuple[networks.GenerativeDenoiser, Path]:
+    """The network, ready to run, and its file."""
+    loaded = networks.load(request.net, device=device)
+    net = loaded.net
+    if not isinstance(net, networks.GenerativeDenoiser):
+        raise ValueError(f"{request.net}: a {type(net).__name__}; inverse problems need a generative denoiser")
+    if not isinstance(loaded.encoder, RGBEncoder):
+        raise ValueError(f"{request.net}: works on latents; inverse problems need a network of pixels")
+    if request.task.ts is not None:
+        few_step_sigmas(request.task.ts, sigma_max=net.init_sigma)
+    net.compute_dtype = distributed.compute_dtype(request.dtype, device)
+    if device.type == "cpu":
+        net.to(memory_format=torch.channels_last)
+    return net, loaded.path
+
+
+def _load_lpips(request: Request, resolution: int, device: torch.device) -> tuple[LPIPS | None, str | None]:
+    """LPIPS, or None and the reason."""
+    if request.lpips == "off":
+        return None, "switched off"
+    if resolution < LPIPS_MIN_SIZE:
+        return None, f"it needs images of at least {LPIPS_MIN_SIZE}x{LPIPS_MIN_SIZE} pixels"
+    path, download = request.lpips_path, request.lpips == "download"
+    try:
+        return load_lpips(path, variant=request.lpips_pooling, device=device, download=download), None
+    except DetectorError as error:
+        if path is not None or download:
+            raise
+        return None, str(error)
+
+
+def _classes(request: Request, label_dim: int, source: ImageFolder | MeasurementFolder) -> dict[str, int | None]:
+    """The class of every image by name. Raises ValueError where the network and the request do not fit."""
+    class_idx, has_images = request.class_idx, isinstance(source, ImageFolder)
+    if label_dim == 0:
+        if class_idx is not None:
+            raise ValueError(f"{request.net} has no classes: leave out --class")
+        return dict.fromkeys(source.names)
+    known = f"{request.net} has classes 0 to {label_dim - 1}"
+    if class_idx is None:
+        raise ValueError(f"{known}: give one with --class" + (", or --class data" if has_images else ""))
+    if class_idx == "data" and not has_images:
+        raise ValueError("--class data needs --data: measurements carry no classes")
+    classes = source.labels() if class_idx == "data" else dict.fromkeys(source.names, class_idx)
+    wrong = [c for c in classes.values() if c >= label_dim]
+    if wrong:
+        raise ValueError(f"{known}, and not {wrong[0]}")
+    return classes
+
+
+def _options(request: Request, device: torch.device, path: Path) -> dict[str, Any]:
+    """What options.json keeps of a request."""
+    names = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
+    return {
+        **{"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": file_sha256(path)},
+        **{name.removesuffix("_idx"): getattr(request, name) for name in names},
+        "device": str(device),
+    }
+
+
+def sample(job: Job) -> None:
+    """Draw and write what this process's share of the images lacks."""
+    task, names = job.request.task, job.source.names
+    todo = [name for name in names if job.folder.record(name) is None]
+    distributed.barrier()  # all have looked before anyone writes
+    distributed.print0(
+        f"{task.name}: {task.runs} sample(s) each of {len(names)} images, {task.steps} noise levels"
+        + (f"; {len(names) - len(todo)} were finished before" if len(todo) < len(names) else ""),
+        file=sys.stderr,
+    )
+    mine = todo[distributed.rank() :: distributed.world_size()]
+    total = len(mine) * task.runs
+    layout = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+    disable = job.request.quiet or not total or not distributed.is_main()
+    bar = tqdm(total=total, unit="sample", bar_format=layout, disable=disable)
+    with warnings.catch_warnings(), bar:
+        warnings.simplefilter("ignore", LangevinWarning)  # recorded with each image, and told at the end
+        how = {"seed": job.request.seed, "batch": job.request.batch, "device": job.device}
+        how["progress"] = lambda samples: bar.update(min(samples, total - bar.n))
+        for solution in solve(job.net, job.operator, task, _problems(job, mine), **how):
+            job.folder.write(solution, job.operator)
+
+
+def _problems(job: Job, names: list[str]) -> Iterator[Problem]:
+    for name in names:
+        found, truth = job.source.read(name), None
+        if job.request.data is not None:
+            truth = found
+            found = simulate(job.operator, truth, job.request.task.noise, seed=job.request.seed, name=name)
+        yield Problem(name, found, truth, job.classes[name])
