@@ -19,6 +19,9 @@ from dnnlib.files import read_json
 from dnnlib.text import parse_si
 
 PRESET_DIR = ROOT / "presets"
+MAY_CHANGE = frozenset(  # settings that need not stay on resume
+    "duration status snapshot checkpoint keep_every batch_gpu eval_ts eval_steps nonfinite nonfinite_limit".split()
+)
 _MAX_BYTES = 1 << 20
 
 
@@ -75,6 +78,14 @@ class TrainingConfig:
             raise PresetError(f"ema_stds must differ in their first three decimals, got {self.ema_stds}")
         if self.nonfinite not in ("zero", "skip"):
             raise PresetError(f"nonfinite must be 'zero' or 'skip', got {self.nonfinite!r}")
+
+    def split_batch(self, world: int) -> tuple[int, int]:
+        """Images per forward pass and accumulation rounds of each process. Raises ValueError where they do not fit."""
+        batch_gpu = self.batch_gpu or self.batch // world
+        rounds, rest = divmod(self.batch, max(batch_gpu, 1) * world)
+        if rest or not rounds:
+            raise ValueError(f"batch {self.batch} must be a multiple of batch_gpu {batch_gpu} times {world} processes")
+        return batch_gpu, rounds
 
     def warnings(self) -> list[str]:
         """What is likely to be a mistake: parts of a run that take longer than it, and networks that never learn."""
@@ -184,7 +195,10 @@ class NCVSDConfig(Recipe, TrainingConfig):
     sigma_rho: float = setting(7.0, "Levels of y: uniform over a Karras grid of this rho")
     sigma_steps: int = setting(1000, "Levels of y: points of that grid")
     eval_ts: tuple[tuple[int, ...], ...] = setting(
-        ((10, 22, 39),), "Few-step schedule of sample grids, as grid indices; may be repeated", multiple=True
+        ((10, 22, 39),),
+        "Few-step schedule of sample grids, as grid indices; may be repeated",
+        flags=("--eval-ts", "--ts"),
+        multiple=True,
     )
 
     def __post_init__(self) -> None:

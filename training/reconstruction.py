@@ -13,7 +13,7 @@ import torch
 
 import networks
 from training.phema import profile_errors, solve_posthoc_coefficients, std_to_exp
-from training.run.identity import MAY_CHANGE
+from training.presets import MAY_CHANGE
 
 MAX_ERROR = 0.1  # of a profile, relative
 

@@ -15,6 +15,7 @@ from tests.training.tiny_runs import (
     NCVSD,
     compare_states,
     differing,
+    load_newest_state,
     make_task,
     run_training,
     stats,
@@ -22,8 +23,8 @@ from tests.training.tiny_runs import (
 )
 from training import loop
 from training.optim import DivergenceError
-from training.run import resuming
-from training.run.state import StateError, list_states, load_newest_state
+from training.run import identity
+from training.run.state import StateError, list_states
 from training.tasks import distillation_task
 
 # ----------------------------------------------------------------------------
@@ -152,10 +153,10 @@ def test_a_run_cut_off_between_state_and_snapshot_makes_up_for_it(tmp_path, data
 
 
 def test_a_process_that_does_not_see_the_main_ones_state_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(resuming.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
+    monkeypatch.setattr(identity.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(identity.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
     with pytest.raises(StateError, match="does not see .*training-state-000000016.*share that folder"):
-        resuming._newest_state(tmp_path, print, writing=False)
+        identity.newest_state(tmp_path, print, writing=False)
 
 
 @pytest.mark.parametrize(
