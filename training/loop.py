@@ -17,7 +17,7 @@ from training.optim import learning_rate, update_network
 from training.presets import TrainingConfig
 from training.run.options import RunOptions
 from training.run.parallel import accumulate, replicate
-from training.run.session import running
+from training.run.session import Run
 from training.run.stop import ignore_signals
 from training.tasks import Batch, Task
 
@@ -41,7 +41,8 @@ def train(
     batch_gpu, rounds = config.split_batch(distributed.world_size())
     for phase in task.phases:
         phase.net.eval().requires_grad_(False)  # but for the one whose turn it is
-    with running(task, dataset, encoder, config, options, device) as run:
+    run = Run(task, dataset, encoder, config, options, device)
+    with run.opened():
         trained = run.trained
         nets = {phase.name: replicate(phase.net) for phase in task.phases}  # what is called in training
         first = trained.nimg * len(task.order)  # position in the run's image sequence

@@ -76,8 +76,8 @@ def check_identity(
     run_dir: Path,
     identity: Identity,
     state: State | None,  # the training state to resume from
+    defaults: TrainingConfig,  # what a run had of settings that did not exist when it began
     *,
-    defaults: Identity,  # what a run had of settings that did not exist when it began
     force: bool = False,
     log: Log = print,
 ) -> None:
@@ -92,7 +92,7 @@ def check_identity(
         if stored is None:
             return
         try:
-            stored = defaults | json.loads(json.dumps(stored))
+            stored = settings(defaults) | json.loads(json.dumps(stored))
         except (TypeError, ValueError, RecursionError):
             raise StateError(
                 f"the newest training state of {run_dir} is damaged: it does not say whose it is"

@@ -28,7 +28,7 @@ from training.presets import EDM2Config, NCVSDConfig, TrainingConfig
 from training.run.evaluation import snapshot_metrics
 from training.run.memory import memory_plan
 from training.run.options import RunOptions
-from training.run.session import dry_run
+from training.run.session import Run
 from training.tasks import Task, distillation_task, pretraining_task
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
@@ -114,7 +114,7 @@ def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
         description=description,
     )
     if options.dry_run:
-        dry_run(task, dataset, config, options, device)
+        Run(task, dataset, encoder, config, options, device).dry_run()
         return
     distributed.main_first(lambda: options.run_dir.mkdir(parents=True, exist_ok=True))
     try:

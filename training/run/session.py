@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,15 +20,7 @@ from torch_utils import distributed
 from training.optim import DivergenceError, check_weights, learning_rate
 from training.presets import TrainingConfig
 from training.run import record
-from training.run.identity import (
-    Identity,
-    check_identity,
-    newest_state,
-    run_identity,
-    settings,
-    sole_user,
-    write_identity,
-)
+from training.run.identity import check_identity, newest_state, run_identity, sole_user, write_identity
 from training.run.memory import memory_plan
 from training.run.options import RunOptions
 from training.run.parallel import FAIL, GO_ON, INTERRUPT, STOP, gravest
@@ -39,70 +32,82 @@ from training.tasks import Task, draw
 GRID_SEEDS = range(64)
 
 
-@contextmanager
-def running(
-    task: Task,
-    dataset: ImageDataset,
-    encoder: Encoder,
-    config: TrainingConfig,
-    options: RunOptions,
-    device: torch.device,
-) -> Iterator[Run]:
-    """A run that is resumed, or begun, and at the end finished: what it saves is complete even after an error.
-
-    A DivergenceError then names the last good state. Collective.
-    """
-    with options.stop, sole_user(options.run_dir):
-        run = Run(task, dataset, encoder, config, options, device)
-        try:
-            run.begin()
-            yield run
-            run.finish()
-        except DivergenceError as error:
-            run.await_write()  # all processes have seen it
-            good = run.writer.last_good
-            named = f"the last good state is {good}" if good else "no state was written before"
-            raise DivergenceError(f"{error}; {named}") from None
-        except Exception:  # but not Ctrl-C: at once, whatever is being written
-            run.writer.wait()
-            raise
-        finally:
-            run.recorder.close()
-
-
+@dataclass
 class Run:
     """A run between its steps. Where several processes train together, each calls the same methods at the same time."""
 
-    def __init__(
-        self,
-        task: Task,
-        dataset: ImageDataset,
-        encoder: Encoder,
-        config: TrainingConfig,
-        options: RunOptions,
-        device: torch.device,
-    ) -> None:
-        """Resumes from the newest valid state."""
-        self.task, self.dataset, self.encoder, self.config, self.options = task, dataset, encoder, config, options
-        self.device, self.main = device, distributed.is_main()
+    task: Task
+    dataset: ImageDataset
+    encoder: Encoder
+    config: TrainingConfig
+    options: RunOptions
+    device: torch.device
+    reason: str | None = None  # to stop early
+    interrupted: bool = False  # by Ctrl-C, in any process
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Resume from the newest valid state, or begin; at the end, finish. What is saved is complete after an error
+        too, and a DivergenceError names the last good state.
+        """
+        with self.options.stop, sole_user(self.options.run_dir):
+            self.begin()
+            try:
+                self.show_missing()
+                yield
+                self.finish()
+            except DivergenceError as error:
+                self.await_write()  # all processes have seen it
+                good = self.writer.last_good
+                named = f"the last good state is {good}" if good else "no state was written before"
+                raise DivergenceError(f"{error}; {named}") from None
+            except Exception:  # but not Ctrl-C: at once, whatever is being written
+                self.writer.wait()
+                raise
+            finally:
+                self.recorder.close()
+
+    def take_up(self, warn: Callable[[str], None]) -> None:
+        """Take what is trained from the newest valid state of the folder.
+
+        Raises StateError where the folder holds another run, or no state that can be used.
+        """
+        options, config, force = self.options, self.config, self.options.force_resume
+        self.identity = run_identity(config, options.seed, self.dataset.fingerprint(), self.task.teacher_digest)
+        ema_device = None if options.ema_device == "same" else options.ema_device
+        self.trained = Trained(self.task, config, options.seed, self.device, shard=options.shard, ema_device=ema_device)
+        self.resumed, state = newest_state(options.run_dir, warn, writing=not options.dry_run)
+        check_identity(options.run_dir, self.identity, state, type(config)(), force=force, log=warn)
+        if state is not None:
+            self.trained.load_state_dict(state, force=force)
+
+    def dry_run(self) -> None:
+        """Check all that a run does before its first step, writing nothing, and print what it would begin with."""
+        with sole_user(self.options.run_dir, create=False):
+            self.take_up(distributed.print0)
+        begins = f"it would resume at {self.trained.nimg} images" if self.resumed else "it would begin a new run"
+        distributed.print0(f"dry run: nothing is written; {begins}")
+
+    def begin(self) -> None:
+        """Take up the run, and open what records and saves it."""
+        options, config, main = self.options, self.config, distributed.is_main()
         warnings: list[str] = []
-        self.trained, self.resumed, self.identity = take_up(task, dataset, config, options, device, warnings.append)
-        self.reason: str | None = None  # to stop early
-        self.interrupted = False  # by Ctrl-C, in any process
+        self.take_up(warnings.append)
         self.first = nimg = self.trained.nimg
-        if self.main:
+        if main:
             write_identity(options.run_dir, self.identity)
-        self.recorder = Recorder(options.run_dir, config.duration, nimg, active=self.main, quiet=options.quiet)
+        self.recorder = Recorder(options.run_dir, config.duration, nimg, active=main, quiet=options.quiet)
+        log = self.recorder.log
         for line in options.description:
-            self.recorder.log(line, terminal=False)
-        for line in warnings:
-            self.recorder.log(line)
-        self.recorder.log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
-        phases = [(p.name, p.net) for p in task.phases]
-        expected = memory_plan(phases, [], task.result, len(config.ema_stds)).state if self.main else 0
-        self.writer = StateWriter(
-            options.run_dir, keep_every=config.keep_every, expected=expected, log=self.recorder.log
-        )
+            log(line, terminal=False)
+        for line in (
+            *warnings,
+            f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images",
+        ):
+            log(line)
+        phases = [(p.name, p.net) for p in self.task.phases]
+        expected = memory_plan(phases, [], self.task.result, len(config.ema_stds)).state if main else 0
+        self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=expected, log=log)
         self.writer.last_good = self.resumed
         self.means = RunningMeans()
         self.clock = nimg, time.perf_counter()  # of the last statistics; snapshots do not count
@@ -117,8 +122,8 @@ class Run:
         """Whether there is no further step."""
         return self.done or self.reason is not None
 
-    def begin(self) -> None:
-        """Before the first step: the snapshot that is missing, of a new run or of one that was cut off before it."""
+    def show_missing(self) -> None:
+        """Before the first step: the snapshot of a new run, or of one that was cut off between a state and it."""
         self.agree()
         if self.reason is None and (self.resumed is None or self.snapshot_is_missing()):
             self.snapshot()
@@ -147,7 +152,7 @@ class Run:
             raise self.refused()
         if self.reason == TIME_IS_OVER and self.trained.nimg == self.first and not self.done:
             message = "--max-time leaves no time for an iteration and its state: nothing was trained; give more"
-            raise ValueError(message) if self.main else distributed.MainProcessError(message)
+            raise ValueError(message) if distributed.is_main() else distributed.MainProcessError(message)
         outcome = "finished" if self.done else f"stopped ({self.reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
         if self.interrupted and not self.done:
@@ -167,7 +172,9 @@ class Run:
 
     def refused(self) -> Exception:
         """That the disk refuses states: told by the main process."""
-        return self.writer.error() if self.main else distributed.MainProcessError("states cannot be written")
+        return (
+            self.writer.error() if distributed.is_main() else distributed.MainProcessError("states cannot be written")
+        )
 
     def await_write(self) -> None:
         """Wait for the state that is being written, together: a process alone in a collective would give up on it."""
@@ -198,7 +205,7 @@ class Run:
         self.await_write()
         waited = time.perf_counter() - started
         state = self.trained.host_state(self.identity)
-        if self.main:
+        if distributed.is_main():
             stall = time.perf_counter() - started
             self.writer.start(state, self.trained.nimg, sound=self.trained.sound, spent=stall - waited)
             self.means.add("Checkpoint/stall_seconds", stall)
@@ -213,11 +220,11 @@ class Run:
         facts["config"] = dataclasses.asdict(self.config)
         for index, std in reversed(list(enumerate(trained.ema.stds))):
             measured = index == 0 and options.evaluate is not None
-            if not (self.main or options.shard or measured):
+            if not (distributed.is_main() or options.shard or measured):
                 continue
             average = trained.ema.network(index)
             try:
-                if self.main:
+                if distributed.is_main():
                     known = dict(dataset=self.dataset.facts(), provenance={**facts, "ema_std": std})
                     networks.save(self.snapshot_path(std), average, self.encoder, dtype=torch.float16, **known)
                     if index == 0:
@@ -227,7 +234,7 @@ class Run:
             if measured:
                 self.measure(average)
         trained.snapshot_seconds = time.perf_counter() - started
-        if self.main:
+        if distributed.is_main():
             self.means.add("Snapshot/seconds", trained.snapshot_seconds)
         self.clock = self.clock[0], self.clock[1] + trained.snapshot_seconds
         options.stop.skip()
@@ -271,36 +278,3 @@ class Run:
         for name, images in grids.items():
             save_grid(self.options.run_dir / f"grid-{name}.png", images)
             self.recorder.image(nimg, f"Samples/{name.rpartition('-')[2]}", image_grid(images))
-
-
-def take_up(
-    task: Task,
-    dataset: ImageDataset,
-    config: TrainingConfig,
-    options: RunOptions,
-    device: torch.device,
-    warn: Callable[[str], None],
-) -> tuple[Trained, Path | None, Identity]:
-    """What is trained, as the newest valid state of the folder has it; that state's path; the run's identity.
-
-    Raises StateError where the folder holds another run, or no state that can be used. Collective.
-    """
-    identity = run_identity(config, options.seed, dataset.fingerprint(), task.teacher_digest)
-    ema_device = None if options.ema_device == "same" else options.ema_device
-    trained = Trained(task, config, options.seed, device, shard=options.shard, ema_device=ema_device)
-    path, state = newest_state(options.run_dir, warn, writing=not options.dry_run)
-    defaults, force = settings(type(config)()), options.force_resume
-    check_identity(options.run_dir, identity, state, defaults=defaults, force=force, log=warn)
-    if state is not None:
-        trained.load_state_dict(state, force=force)
-    return trained, path, identity
-
-
-def dry_run(
-    task: Task, dataset: ImageDataset, config: TrainingConfig, options: RunOptions, device: torch.device
-) -> None:
-    """Check all that a run does before its first step, writing nothing, and print what it would begin with."""
-    with sole_user(options.run_dir, create=False):
-        trained, path, _ = take_up(task, dataset, config, options, device, distributed.print0)
-    begins = f"it would resume at {trained.nimg} images" if path else "it would begin a new run"
-    distributed.print0(f"dry run: nothing is written; {begins}")
