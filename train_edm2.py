@@ -4,13 +4,12 @@ from typing import Any
 
 import click
 
-from training.presets import EDM2Config, config_options
-from training.run.options import checked, run_options
+from training.presets import EDM2Config
+from training.run.options import checked, training_options
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
-@run_options(EDM2Config)
-@config_options(EDM2Config)
+@training_options(EDM2Config)
 def main(**given: Any) -> None:
     """Train a denoiser on a data set with the EDM2 loss.
 

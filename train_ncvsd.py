@@ -4,14 +4,13 @@ from typing import Any
 
 import click
 
-from training.presets import NCVSDConfig, config_options
-from training.run.options import checked, run_options
+from training.presets import NCVSDConfig
+from training.run.options import checked, training_options
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--net", metavar="PATH|URL|hf://…", required=True, help="Teacher: an EDM2 network.")
-@run_options(NCVSDConfig)
-@config_options(NCVSDConfig)
+@training_options(NCVSDConfig)
 def main(net: str, **given: Any) -> None:
     """Train a generative denoiser G(y, sigma), a sampler of p(x0 | y), from a teacher.
 

@@ -13,9 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
-
-import click
+from typing import Any, ClassVar, TypeVar
 
 from dnnlib import ROOT
 from dnnlib.files import read_json
@@ -129,6 +127,9 @@ class TrainingConfig:
     def last_update(self) -> int:
         """Images before the last update."""
         return (self.duration - 1) // self.batch * self.batch
+
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def preset_names(kind: type) -> list[str]:
     return sorted(names)
 
 
-def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
+def load_config(kind: type[Config], preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Settings of `kind` from a preset, a name in presets/ or a path, with overrides (None = not given).
 
     Settings that the preset names in "scale_with_duration" are shares of its run: they keep their proportion to the
@@ -324,22 +325,6 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
         reasons = {bool: "write yes or no", int: "no whole number", float: "no number"}
         reason = error if si else reasons.get(kind, "write numbers with commas between them")
         raise PresetError(f"{name.replace('_', '-')}: {value!r} is not valid ({reason})") from None
-
-
-def config_options(kind: type) -> Callable:
-    """Click decorator that adds one option per setting of `kind`, all defaulting to the preset's value."""
-
-    def decorate(function: Callable) -> Callable:
-        for f in reversed(dataclasses.fields(kind)):
-            flags = f.metadata["flags"] or (f"--{f.name.replace('_', '-')}",)
-            metavar = {bool: "BOOL", float: "FLOAT", int: "INT"}.get(typing.get_type_hints(kind)[f.name], "TEXT")
-            metavar = "COUNT" if f.metadata["si"] else metavar
-            text = f"{f.metadata['help']}  [default: preset's]"
-            repeated = dict(multiple=True) if f.metadata["multiple"] else dict(default=None)
-            function = click.option(*flags, f.name, metavar=metavar, help=text, **repeated)(function)
-        return function
-
-    return decorate
 
 
 def _kind_name(kind: type) -> str:

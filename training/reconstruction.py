@@ -115,7 +115,7 @@ def plan_reconstruction(
 def reconstruct(
     plan: Plan,
     *,
-    progress: Callable[[Snapshot], Any] | None = None,  # called after each snapshot
+    progress: Callable[[Snapshot], object] | None = None,  # called after each snapshot
 ) -> tuple[list[dict[str, torch.Tensor]], networks.LoadedNetwork]:
     """Weights of each wanted profile, and the last snapshot used (with architecture and encoder).
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dnnlib.text import parse_duration
 from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER
-from training.presets import TrainingConfig, load_config, preset_names
+from training.presets import Config, TrainingConfig, load_config, preset_names
 from training.run import stop as stopping
 from training.run.stop import StopRequest
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from networks.encoders import Encoder
-
-Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def option(text: str, default: Any = None, **settings: Any) -> Any:
@@ -78,18 +78,24 @@ class RunOptions:
         return Path(self.outdir)
 
 
-def run_options(kind: type[TrainingConfig]) -> Callable:
-    """Click decorator with the options of `RunOptions` for settings of one kind."""
+def training_options(kind: type[TrainingConfig]) -> Callable[[Callable], Callable]:
+    """Click decorator with the options of `RunOptions`, and one for each setting of `kind` (None = the preset's)."""
+    options = []
+    for f in dataclasses.fields(RunOptions):
+        if "option" in f.metadata:
+            given = {"flags": (f"--{f.name.replace('_', '-')}",), "is_flag": f.default is False, **f.metadata["option"]}
+            given["help"] = given["help"].format(presets=", ".join(preset_names(kind)))
+            options.append(click.option(*given.pop("flags"), f.name, **given))
+    types = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        flags = f.metadata["flags"] or (f"--{f.name.replace('_', '-')}",)
+        names = {bool: "BOOL", float: "FLOAT", int: "INT"}
+        metavar = "COUNT" if f.metadata["si"] else names.get(types[f.name], "TEXT")
+        text = f"{f.metadata['help']}  [default: preset's]"
+        options.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=f.metadata["multiple"]))
 
     def decorate(function: Callable) -> Callable:
-        for f in reversed(dataclasses.fields(RunOptions)):
-            if "option" in f.metadata:
-                settings = dict(f.metadata["option"])
-                flags = settings.pop("flags", (f"--{f.name.replace('_', '-')}",))
-                settings["help"] = settings["help"].format(presets=", ".join(preset_names(kind)))
-                settings["is_flag"] = f.default is False
-                function = click.option(*flags, f.name, **settings)(function)
-        return function
+        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
 
     return decorate
 

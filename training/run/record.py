@@ -194,7 +194,7 @@ class Recorder:
             self._show(self._bar.close)
 
     @staticmethod
-    def _show(write: Callable[[], Any]) -> None:
+    def _show(write: Callable[[], object]) -> None:
         """Write to the terminal. One that is closed must not end training: what fails leads nowhere from then on."""
         try:
             write()

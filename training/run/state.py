@@ -63,7 +63,7 @@ class Trained:
         """Whether the last update of every network had finite gradients."""
         return not any(health.streak for health in self.health.values())
 
-    def host_state(self, identity: dict[str, Any] | None = None) -> State:
+    def host_state(self, identity: State | None = None) -> State:
         """Plain data, what identifies the run among it, and in the main process copies of all tensors in host memory.
 
         The order of the images and all noise are functions of seed and position in the image sequence. Collective.
