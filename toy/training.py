@@ -171,10 +171,7 @@ def _parameters(phase: Phase, settings: ToySettings) -> list[torch.nn.Parameter]
 def save_student(path: str | Path, student: Student) -> None:
     """Write one safetensors file, weights in float32, the rest as JSON metadata; the file appears whole or not."""
     facts = dict(
-        format=FORMAT,
-        settings=dataclasses.asdict(student.settings),
-        curves=student.curves,
-        seconds=student.seconds,
+        format=FORMAT, settings=dataclasses.asdict(student.settings), curves=student.curves, seconds=student.seconds
     )
     nets = {"generator": student.generator, "start": student.start}
     tensors = {

@@ -269,10 +269,7 @@ def denoised_views(
             labels = torch.nn.functional.one_hot(noise.randint(generator.label_dim), generator.label_dim).float()
         x = generator(y, sigma, labels, randn_like=noise.randn_like)
         x_t = x + t * noise.randn_like(x)
-        found = (
-            score_net(x_t, t, y, sigma, labels),
-            teacher(*combine_observations(y, sigma, x_t, t), labels),
-        )
+        found = (score_net(x_t, t, y, sigma, labels), teacher(*combine_observations(y, sigma, x_t, t), labels))
         for images, latents in zip(views.values(), found, strict=True):
             images.append(encoder.decode(latents).cpu())
     return {name: torch.cat(images) for name, images in views.items()}
