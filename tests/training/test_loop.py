@@ -194,6 +194,21 @@ def test_a_run_begun_before_a_setting_existed_had_its_default(tmp_path, dataset,
         run_training(make_task(same, tiny_teacher), dataset, same, tmp_path)
 
 
+def test_a_run_begun_in_another_order_of_the_images_is_refused(tmp_path, dataset, tiny_teacher):
+    run_training(make_task(NCVSD, tiny_teacher), dataset, NCVSD, tmp_path)
+    path = tmp_path / "run.json"
+    known = json.loads(path.read_text())
+    del known["image_order"]  # as before orders had versions
+    path.write_text(json.dumps(known))
+    longer = dataclasses.replace(NCVSD, duration=16)
+    with pytest.raises(StateError, match="takes the training images in another order.*--force-resume") as error:
+        run_training(make_task(longer, tiny_teacher), dataset, longer, tmp_path)
+    assert "\n" not in str(error.value)
+    run_training(make_task(longer, tiny_teacher), dataset, longer, tmp_path, force_resume=True)
+    assert "image_order is 1, now 2" in (tmp_path / "log.txt").read_text()
+    run_training(make_task(longer, tiny_teacher), dataset, longer, tmp_path)  # now the run's order
+
+
 def test_other_data_or_another_seed_are_refused_on_resume(tmp_path, dataset, tiny_teacher, tiny_images):
     run_training(make_task(NCVSD, tiny_teacher), dataset, NCVSD, tmp_path / "run")
     longer = dataclasses.replace(NCVSD, duration=16)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.dataset import InfiniteSampler
 from dnnlib.files import lock_folder, read_json, write_json
 from torch_utils import distributed
 from training.presets import MAY_CHANGE, TrainingConfig
@@ -21,11 +22,11 @@ Log = Callable[[str], None]
 
 
 def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> Identity:
-    """Settings that shape the result, seed, and fingerprints of data set and teacher."""
+    """Settings that shape the result, seed, order of the images, and fingerprints of data set and teacher."""
     fields = settings(config)
     if config.cooldown_mimg > 0:
         fields["duration"] = config.duration  # the learning rate falls to 0 at its end
-    return {**fields, "seed": seed, "data": data, "teacher": teacher}
+    return {**fields, "seed": seed, "data": data, "teacher": teacher, "image_order": InfiniteSampler.version}
 
 
 def settings(config: TrainingConfig) -> Identity:
@@ -92,11 +93,16 @@ def check_identity(
         if stored is None:
             return
         try:
-            stored = settings(defaults) | json.loads(json.dumps(stored))
+            stored = settings(defaults) | {"image_order": 1} | json.loads(json.dumps(stored))
         except (TypeError, ValueError, RecursionError):
             raise StateError(
                 f"the newest training state of {run_dir} is damaged: it does not say whose it is"
             ) from None
+        if stored["image_order"] != identity["image_order"] and not force:
+            raise StateError(
+                f"{run_dir} holds a run that takes the training images in another order, of another version of this "
+                "code: finish it with that version, give --force-resume to go on in the new order, or another --outdir"
+            )
         fields = [k for k in sorted(stored.keys() | identity.keys()) if stored.get(k) != identity.get(k)]
         found = "; ".join(f"{k} is {_short(stored.get(k))}, now {_short(identity.get(k))}" for k in fields)
         if fields and not force:
