@@ -109,7 +109,7 @@ def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
     distributed.print0("\n".join(description), flush=True)
     options = dataclasses.replace(
         options,
-        evaluate=_evaluation(config, options, task, dataset, device),
+        evaluate=_evaluation(config, options, task, dataset, device) if options.eval_metric else None,
         provenance={"command": command, "git_commit": git_commit()},
         description=description,
     )
@@ -170,10 +170,8 @@ def _load_data(config: TrainingConfig, path: str) -> ImageDataset:
 
 def _evaluation(
     config: TrainingConfig, options: RunOptions, task: Task, dataset: ImageDataset, device: torch.device
-) -> Callable[[torch.nn.Module, Encoder], dict[str, float]] | None:
-    """What measures each snapshot, where asked for. Collective."""
-    if not options.eval_metric:
-        return None
+) -> Callable[[torch.nn.Module, Encoder], dict[str, float]]:
+    """What measures each snapshot. Collective."""
     return snapshot_metrics(
         options.eval_metric,
         options.eval_num,

@@ -100,11 +100,9 @@ class Run:
         log = self.recorder.log
         for line in options.description:
             log(line, terminal=False)
-        for line in (
-            *warnings,
-            f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images",
-        ):
+        for line in warnings:
             log(line)
+        log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
         phases = [(p.name, p.net) for p in self.task.phases]
         expected = memory_plan(phases, [], self.task.result, len(config.ema_stds)).state if main else 0
         self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=expected, log=log)
