@@ -161,9 +161,7 @@ def measure(
     return row
 
 
-def _iterate(
-    task: Any, config: Any, trained: Any, images: Any, labels: Any, seconds: dict[str, float]
-) -> None:
+def _iterate(task: Any, config: Any, trained: Any, images: Any, labels: Any, seconds: dict[str, float]) -> None:
     """One iteration; adds what each phase took."""
     from training.noise import training_noise
     from training.optim import update_network
