@@ -29,8 +29,8 @@ def main(gib: float, folder: str, device: str, out: str | None) -> None:
 
     from torch_utils import distributed
     from torch_utils.errors import user_errors
-    from training.run.state import find_newest_state, to_host
-    from training.run.writer import StateWriter
+    from training.run.parallel import to_host
+    from training.run.state import StateWriter, find_newest_state
 
     with user_errors("--gib"):
         resolved = distributed.device_for(device)

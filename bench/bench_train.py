@@ -112,8 +112,7 @@ def measure(
 
     from training.presets import NCVSDConfig, load_config
     from training.run.launch import compute_dtype
-    from training.run.record import RunningMeans
-    from training.run.trained import Trained
+    from training.run.state import Trained
     from training.tasks import distillation_task
 
     dtype, options = _parse(variant)
@@ -137,10 +136,9 @@ def measure(
         if "compile" in options:
             getattr(net, "model", net).compile(backend=backend)
     trained = Trained(task, config, 0, device)
-    means = RunningMeans()
 
     def iterate(seconds: dict[str, float]) -> None:
-        _iterate(task, config, trained, images, labels, means, seconds)
+        _iterate(task, config, trained, images, labels, seconds)
 
     warm: dict[str, float] = {}
     for _ in range(2):
@@ -163,9 +161,7 @@ def measure(
     return row
 
 
-def _iterate(
-    task: Any, config: Any, trained: Any, images: Any, labels: Any, means: Any, seconds: dict[str, float]
-) -> None:
+def _iterate(task: Any, config: Any, trained: Any, images: Any, labels: Any, seconds: dict[str, float]) -> None:
     """One iteration; adds what each phase took."""
     from training.noise import training_noise
     from training.optim import update_network
@@ -179,7 +175,7 @@ def _iterate(
         noise = training_noise(0, range(first, first + batch), device)
         terms = phase.loss(Batch(images, labels, noise, trained.nimg), phase.net)
         terms.total.sum().mul(config.loss_scaling / batch).backward()
-        update_network(phase, trained.optimizers[phase.name], 1e-4, trained.health[phase.name], config, means)
+        update_network(phase, trained.optimizers[phase.name], 1e-4, trained.health[phase.name], config)
         phase.net.eval().requires_grad_(False)
         _synchronize(device)
         seconds[phase.name] = seconds.get(phase.name, 0.0) + time.perf_counter() - started
@@ -229,15 +225,15 @@ def write_state(
     trained: Any, iterate: Callable[[dict[str, float]], None], batch_gpu: int, parent: Path
 ) -> dict[str, float]:
     """How long one training state holds training up, how long it takes to write, and the speed meanwhile."""
-    from training.run.state import state_bytes
-    from training.run.writer import StateWriter
+    from training.run.memory import tensor_bytes
+    from training.run.state import StateWriter
 
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         writer = StateWriter(Path(folder))
         started = time.perf_counter()
         copied = trained.host_state()
         stall = time.perf_counter() - started
-        size = state_bytes(copied)
+        size = tensor_bytes(copied)
         writer.start(copied, trained.nimg, spent=stall)
         iterations, meanwhile = 0, {}
         while writer.last_good is None and not writer.failures:

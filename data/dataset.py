@@ -167,20 +167,23 @@ class ImageDataset:
 
 
 class InfiniteSampler:
-    """Endless stream of image indices whose n-th entry depends on (seed, n) alone, so that any position can be resumed.
+    """Endless order of images for training: each epoch takes every image once, in a sequence of its own.
 
-    Entry n is item n mod size of epoch n div size; an epoch's order is a permutation drawn from
-    `numpy.random.default_rng([seed, epoch])`. Rank r yields every num_replicas-th entry, from start_index + r on.
+    Epoch e sorts the images by 64-bit keys, the output of the Philox generator with the key (seed, e): a function of
+    seed and epoch alone, whatever the release of NumPy. The processes take entries in turn, process r of w the entries
+    r, r + w, ... of the endless order, so that it can be taken up at any position, by any number of them.
 
     Args:
         dataset_size: number of images, mirrored copies included.
         rank, num_replicas: this process and the number of processes.
-        shuffle: False = 0, 1, 2, ... in every epoch.
-        seed: non-negative.
+        shuffle: False = the data set's own order in every epoch.
+        seed: below 2^64.
         start_index: position of the first entry, counted over all ranks (images consumed so far).
 
     Raises ValueError for numbers out of range.
     """
+
+    version = 2  # of the order; a run that resumes keeps to the one it began with
 
     def __init__(
         self,
@@ -198,19 +201,20 @@ class InfiniteSampler:
             raise ValueError(f"rank {rank} is not below num_replicas {num_replicas}")
         if seed < 0 or start_index < 0:
             raise ValueError(f"seed ({seed}) and start_index ({start_index}) must not be negative")
-        self.dataset_size = dataset_size
-        self.rank = rank
-        self.num_replicas = num_replicas
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start_index = start_index
+        self.size, self.seed, self.shuffle = dataset_size, seed, shuffle
+        self.first, self.stride = start_index + rank, num_replicas
+
+    def epoch(self, number: int) -> np.ndarray:
+        """All images [dataset_size] in the sequence of one epoch."""
+        if not self.shuffle:
+            return np.arange(self.size)
+        key = np.array([self.seed, number], dtype=np.uint64)
+        return np.argsort(np.random.Philox(key=key).random_raw(self.size), kind="stable")
 
     def __iter__(self) -> Iterator[int]:
-        position = self.start_index + self.rank
-        order, epoch = np.arange(self.dataset_size), -1
+        position = self.first
         while True:
-            if self.shuffle and position // self.dataset_size != epoch:
-                epoch = position // self.dataset_size
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.dataset_size)
-            yield int(order[position % self.dataset_size])
-            position += self.num_replicas
+            number, passed = divmod(position, self.size)
+            mine = self.epoch(number)[passed :: self.stride]
+            yield from map(int, mine)
+            position += len(mine) * self.stride

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.run.state import load_newest_state
+from tests.training.tiny_runs import load_newest_state
 
 ROOT = Path(__file__).parents[1]
 STAGES = {  # the demo's calls of Python before the first of each kind

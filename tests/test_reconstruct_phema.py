@@ -15,9 +15,9 @@ import reconstruct_phema
 from data.dataset import ImageDataset
 from networks.encoders import RGBEncoder
 from tests.training.tiny_runs import EDM2, make_task, run_training
-from training import loop
 from training.phema import std_to_exp
 from training.reconstruction import ReconstructionError, find_snapshots, plan_reconstruction, reconstruct
+from training.run import session
 
 DATA = Path(__file__).parent / "data"
 
@@ -32,7 +32,7 @@ def tracked(tmp_path_factory, tiny_data, tiny_teacher):
     folder = tmp_path_factory.mktemp("tracked")
     config = dataclasses.replace(EDM2, duration=8 * 48, snapshot=8 * 4, ref_lr=3e-2, status=1 << 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "GRID_SEEDS", range(1))
+        patch.setattr(session, "GRID_SEEDS", range(1))
         run_training(make_task(config, tiny_teacher), ImageDataset(tiny_data), config, folder / "run")
         third = dataclasses.replace(config, ema_stds=(0.08,), snapshot=1 << 20)
         direct = run_training(make_task(third, tiny_teacher), ImageDataset(tiny_data), third, folder / "third")

@@ -25,8 +25,7 @@ from networks.encoders import RGBEncoder
 from tests.edm2_pickles import write_edm2_pickle
 from tests.golden_utils import fill_by_name
 from tests.servers import serving
-from tests.training.tiny_runs import execute
-from training.run.state import load_newest_state
+from tests.training.tiny_runs import execute, load_newest_state
 
 ROOT = Path(__file__).parents[1]
 TEACHERS = {

@@ -22,6 +22,7 @@ from dnnlib.download import DownloadError
 from generation.images import generate_images
 from generation.pictures import read_image
 from training import loop
+from training.run import session
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--batch=8", "--batch-gpu=8", "--status=8", "--checkpoint=16", "--snapshot=8", "--rampup-mimg=0"]
@@ -120,7 +121,7 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, distil):
 
 
 def test_a_short_run_of_a_small_preset_changes_the_student(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "GRID_SEEDS", range(2))
+    monkeypatch.setattr(session, "GRID_SEEDS", range(2))
     paths = ["--net", ROOT / "assets/demo/teacher.safetensors", "--data", ROOT / "assets/fashion16.zip"]
     arguments = [*paths, "--outdir", tmp_path, "--preset", "fashion16", "--duration"]
     result = run(train_ncvsd, *arguments, "256", "--eval-ts=20,39")
@@ -331,9 +332,9 @@ def test_an_unconditional_run_of_labelled_data(tmp_path, tiny_data):
     assert networks.load(tmp_path / "network-snapshot-000000008-0.050.safetensors").net.label_dim == 0
 
 
-def test_two_names_of_one_setting_are_refused(distil):
-    line = mistake(train_ncvsd, *distil, "--ts=20,39", "--eval-ts=10,39")
-    assert "--ts and --eval-ts" in line
+def test_a_setting_has_two_names(distil):
+    result = run(train_ncvsd, *distil, "--ts=10,39", "-n")
+    assert '"eval_ts": [[20, 39], [10, 39]]' in result.output, result.output
 
 
 def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny_images):
@@ -356,11 +357,9 @@ def test_time_that_is_over_ends_training_with_code_0(tmp_path, distil, monkeypat
 
 def test_deterministic_runs_use_nothing_else(tmp_path, distil, monkeypatch):
     seen = []
-    real = loop.Trainer.iteration
+    real = loop.seed_dropout
     monkeypatch.setattr(
-        loop.Trainer,
-        "iteration",
-        lambda self: (seen.append(torch.are_deterministic_algorithms_enabled()), real(self)),
+        loop, "seed_dropout", lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), real(*a))
     )
     for options, wanted in ((["--deterministic"], True), (["--duration=16"], False)):
         assert run(train_ncvsd, *distil, *options).exit_code == 0

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -27,6 +26,7 @@ from training.losses import weighted_error
 from training.noise import UniformKarrasSigma
 from training.optim import DivergenceError, count_nonfinite, learning_rate
 from training.phema import PowerFunctionEMA
+from training.presets import NCVSDConfig
 from training.tasks import Batch, Phase, distillation_phases
 
 FORMAT = "ncvsd-toy-1"
@@ -86,35 +86,19 @@ def train(
     settings: ToySettings,
     *,
     probe: Callable[[GenerativeDenoiser], dict[str, float]] | None = None,  # measured some 20 times on the way
-    log: Callable[[str], Any] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
 ) -> Student:
     """Distil `mixture`'s exact denoiser. Raises DivergenceError where gradients are not finite."""
     begun = time.process_time()
     torch.manual_seed(settings.seed)
     noise = BatchNoise(settings.seed, settings.batch)
-    config = settings.config()
     teacher_net = pretrain(mixture, settings, noise)
     log(f"start network fitted: {time.process_time() - begun:.0f} s")
-
-    conditional = PointCondition(**teacher_net.init_kwargs).init_from_teacher(teacher_net)
-    score_net = copy.deepcopy(conditional)
-    if settings.combined_score:
-        score_net = CombinedScore(score_net)
-    discriminator = PointDiscriminator(**teacher_net.init_kwargs, head="joint" if settings.joint else "linear")
-    discriminator.init_from_teacher(teacher_net)
-    generator = GenerativeDenoiser(conditional, config.gamma, config.init_sigma)
+    config = settings.config()
+    generator, phases = build_phases(mixture, teacher_net, settings, config)
     start = copy.deepcopy(generator).eval().requires_grad_(False)
-    phases = distillation_phases(
-        mixture,
-        generator,
-        score_net,
-        discriminator,
-        config,
-        combine=combine_observations if settings.identity else lambda y, sigma, x_t, t: (x_t, t),
-    )
-    by_name = {phase.name: phase for phase in phases}
     order = [p for p in phases for _ in range(p.updates) if settings.adversarial or p.name != "disc"]
-    trained = {name: _parameters(phase, settings) for name, phase in by_name.items()}
+    trained = {phase.name: _parameters(phase, settings) for phase in phases}
     betas = (config.beta1, ADAM_BETAS[1])
     optimizers = {name: torch.optim.Adam(params, betas=betas, fused=True) for name, params in trained.items()}
     for phase in phases:
@@ -123,30 +107,19 @@ def train(
 
     curves: list[dict[str, float]] = []
     sums: dict[str, list[float]] = {}
-    nimg = 0
     for i in range(settings.iterations):
+        nimg = i * settings.batch
         lr = learning_rate(nimg, config)
         for phase in order:
             if nimg < phase.start:
                 continue
-            phase.net.train()
-            for parameter in trained[phase.name]:
-                parameter.requires_grad_(True)
+            optimizer = optimizers[phase.name]
+            optimizer.param_groups[0]["lr"] = lr * phase.rate(nimg)
             x0 = mixture.sample(settings.batch, noise.randn_like)
-            terms = phase.loss(Batch(x0, None, noise, nimg), phase.net)
-            (terms.total.sum() / settings.batch).backward()
-            if count_nonfinite(phase.net.parameters()):
-                raise DivergenceError(
-                    f"gradients of the {phase.name} network are not finite: use a lower learning rate"
-                )
-            optimizers[phase.name].param_groups[0]["lr"] = lr * phase.rate(nimg)
-            optimizers[phase.name].step()
-            optimizers[phase.name].zero_grad(set_to_none=True)
-            phase.net.eval().requires_grad_(False)
-            for name, value in terms.reported.items():
+            reported = update(phase, trained[phase.name], optimizer, Batch(x0, None, noise, nimg))
+            for name, value in reported.items():
                 sums.setdefault(name, []).append(float(value.detach().mean()))
-        nimg += settings.batch
-        ema.update(nimg, settings.batch)
+        ema.update(nimg + settings.batch, settings.batch)
         if (i + 1) % max(settings.iterations // 100, 1) == 0:
             entry = {"iteration": i + 1, **{name: sum(values) / len(values) for name, values in sums.items()}}
             sums.clear()
@@ -155,6 +128,38 @@ def train(
             curves.append(entry)
             log(json.dumps({k: round(v, 4) for k, v in entry.items()}) + f" {time.process_time() - begun:.0f} s")
     return Student(ema.network(0), start, settings, curves, time.process_time() - begun)
+
+
+def build_phases(
+    mixture: GaussianMixture, teacher_net: PointPrecond, settings: ToySettings, config: NCVSDConfig
+) -> tuple[GenerativeDenoiser, list[Phase]]:
+    """The generator and the phases of an iteration; networks begin as the start network `teacher_net`."""
+    conditional = PointCondition(**teacher_net.init_kwargs).init_from_teacher(teacher_net)
+    score_net = copy.deepcopy(conditional)
+    if settings.combined_score:
+        score_net = CombinedScore(score_net)
+    discriminator = PointDiscriminator(**teacher_net.init_kwargs, head="joint" if settings.joint else "linear")
+    discriminator.init_from_teacher(teacher_net)
+    generator = GenerativeDenoiser(conditional, config.gamma, config.init_sigma)
+    combine = combine_observations if settings.identity else lambda y, sigma, x_t, t: (x_t, t)
+    return generator, distillation_phases(mixture, generator, score_net, discriminator, config, combine)
+
+
+def update(
+    phase: Phase, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, batch: Batch
+) -> dict[str, Tensor]:
+    """One step of a phase's network; returns the losses. Raises DivergenceError where gradients are not finite."""
+    phase.net.train()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    terms = phase.loss(batch, phase.net)
+    (terms.total.sum() / len(batch.images)).backward()
+    if count_nonfinite(phase.net.parameters()):
+        raise DivergenceError(f"gradients of the {phase.name} network are not finite: use a lower learning rate")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    phase.net.eval().requires_grad_(False)
+    return terms.reported
 
 
 def _parameters(phase: Phase, settings: ToySettings) -> list[torch.nn.Parameter]:
@@ -166,10 +171,7 @@ def _parameters(phase: Phase, settings: ToySettings) -> list[torch.nn.Parameter]
 def save_student(path: str | Path, student: Student) -> None:
     """Write one safetensors file, weights in float32, the rest as JSON metadata; the file appears whole or not."""
     facts = dict(
-        format=FORMAT,
-        settings=dataclasses.asdict(student.settings),
-        curves=student.curves,
-        seconds=student.seconds,
+        format=FORMAT, settings=dataclasses.asdict(student.settings), curves=student.curves, seconds=student.seconds
     )
     nets = {"generator": student.generator, "start": student.start}
     tensors = {

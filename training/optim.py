@@ -10,7 +10,6 @@ from torch import Tensor
 
 from torch_utils import distributed
 from training.presets import TrainingConfig
-from training.run.record import RunningMeans
 from training.tasks import Phase
 
 
@@ -49,13 +48,13 @@ def update_network(
     lr: float,  # of this update
     health: Health,  # of the phase's network; brought up to date
     config: TrainingConfig,
-    means: RunningMeans,
-) -> None:
-    """Check gradients and take one step. Raises DivergenceError after `config.nonfinite_limit` affected updates."""
-    means.add(f"Gradients/{phase.name}_norm", total_norm(_gradients(phase.net.parameters())))
+) -> dict[str, Tensor | int]:
+    """Check gradients and take one step; return what to record of them.
+
+    Raises DivergenceError after `config.nonfinite_limit` affected updates.
+    """
+    norm = total_norm(_gradients(phase.net.parameters()))
     bad = count_nonfinite(phase.net.parameters())
-    means.add(f"Nonfinite/{phase.name}_entries", bad)
-    means.add(f"Nonfinite/{phase.name}_updates", bad > 0)
     health.streak = health.streak + 1 if bad else 0
     health.updates += bad > 0
     health.entries += bad
@@ -73,6 +72,8 @@ def update_network(
     # Replicas accumulate in the messages' buffers; exact resuming with any number of processes wants fresh gradients.
     fresh = distributed.world_size() == 1 or torch.are_deterministic_algorithms_enabled()
     optimizer.zero_grad(set_to_none=fresh)
+    name = phase.name
+    return {f"Gradients/{name}_norm": norm, f"Nonfinite/{name}_entries": bad, f"Nonfinite/{name}_updates": bad > 0}
 
 
 @torch.no_grad()

@@ -14,16 +14,19 @@ from training.run import parallel
 
 
 def std_to_exp(std: float | np.ndarray) -> np.ndarray:
-    """Exponent gamma of the profile with relative standard deviation std = sqrt((γ+1)/((γ+2)²(γ+3))) (EDM2, Eq. 123).
+    """Exponent gamma >= 0 of the profile of relative width std: std² = (γ+1)/((γ+2)²(γ+3)) (EDM2, Section 3).
 
-    Raises ValueError unless 0 < std < 1/sqrt(12), the value at gamma = 0.
+    Raises ValueError unless 0 < std <= 1/sqrt(12), the width at gamma = 0.
     """
     std = np.asarray(std, dtype=np.float64)
     if not np.all((std > 0) & (std <= 12**-0.5)):
         raise ValueError(f"the relative width of an EMA profile must lie in (0, 0.2886], got {std}")
-    inverse = std.flatten() ** -2
-    roots = [np.roots([1, 7, 16 - s, 12 - s]).real.max() for s in inverse]  # (γ+2)²(γ+3) = (γ+1)/std²
-    return np.maximum(np.array(roots), 0).reshape(std.shape)
+    # With u = γ+1 and s = 1/std² the widths are the largest roots of u³ + 4u² + (5-s)u + 2, which is convex for u > 0
+    # and positive at sqrt(s): Newton's steps from there come down to the root and stay.
+    s, u = std**-2, 1 / std
+    for _ in range(20):
+        u = u - (((u + 4) * u + 5 - s) * u + 2) / ((3 * u + 8) * u + 5 - s)
+    return np.maximum(u - 1, 0)
 
 
 def power_function_beta(std: float, t_next: float, t_delta: float) -> float:

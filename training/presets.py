@@ -5,6 +5,7 @@ Imports no torch, so that scripts show their help at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -12,13 +13,16 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from dnnlib import ROOT
 from dnnlib.files import read_json
 from dnnlib.text import parse_si
 
 PRESET_DIR = ROOT / "presets"
+MAY_CHANGE = frozenset(  # settings that need not stay on resume
+    "duration status snapshot checkpoint keep_every batch_gpu eval_ts eval_steps nonfinite nonfinite_limit".split()
+)
 _MAX_BYTES = 1 << 20
 
 
@@ -26,10 +30,30 @@ class PresetError(ValueError):
     """A preset or a setting that does not exist or has no valid value."""
 
 
+Check = tuple[Callable[[Any], bool], str]  # what holds of a value, and what is said where it does not
+
+NOT_NEGATIVE: Check = (lambda v: v >= 0, "must not be negative")
+POSITIVE: Check = (lambda v: v > 0, "must be positive")
+BELOW_ONE: Check = (lambda v: 0 <= v < 1, "must lie in [0, 1)")
+
+
+def at_least(least: int) -> Check:
+    return lambda v: v >= least, f"must be at least {least}"
+
+
+def between(least: float, most: float) -> Check:
+    return lambda v: least <= v <= most, f"must lie between {least} and {most}"
+
+
+def one_of(*names: str) -> Check:
+    return lambda v: v in names, f"must be one of {', '.join(names)}"
+
+
+LOG_MEAN, LOG_STD = between(-20, 20), between(0, 10)  # of levels: six deviations stay finite in float32
+
+
 def setting(default: Any, text: str, *, si: bool = False, flags: tuple[str, ...] = (), multiple: bool = False) -> Any:
-    """A dataclass field with its help text; `si` fields are image counts such as 64Mi, `multiple` ones are options that
-    may be given more than once.
-    """
+    """A dataclass field with its help text; `si`: an image count such as 64Mi; `multiple`: may be given repeatedly."""
     return field(default=default, metadata={"help": text, "si": si, "flags": flags, "multiple": multiple})
 
 
@@ -56,25 +80,36 @@ class TrainingConfig:
     checkpoint: int = setting(4 << 20, "Write the training state every so many images", si=True)
     keep_every: int = setting(0, "Keep a state for good every so many images, beside the newest two; 0 = none", si=True)
 
+    checks: ClassVar[dict[str, Check]] = {  # by names of settings
+        "duration batch status snapshot checkpoint nonfinite_limit": at_least(1),
+        "ref_batches rampup_mimg cooldown_mimg keep_every": NOT_NEGATIVE,
+        "ref_lr loss_scaling": POSITIVE,
+        "dropout": BELOW_ONE,
+        "ema_stds": (lambda v: v and all(0 < std < 0.2886 for std in v), "must lie between 0 and 0.288"),
+        "nonfinite": (lambda v: v in ("zero", "skip"), "must be 'zero' or 'skip'"),
+    }
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PresetError(f"{name} must be finite, got {value}")
-        for name in ("duration", "batch", "status", "snapshot", "checkpoint", "nonfinite_limit"):
-            if getattr(self, name) < 1:
-                raise PresetError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for kind in reversed(type(self).__mro__):
+            for names, (holds, message) in vars(kind).get("checks", {}).items():
+                for name in names.split():
+                    if not holds(getattr(self, name)):
+                        raise PresetError(f"{name} {message}, got {getattr(self, name)!r}")
         if self.batch_gpu < 0 or (self.batch_gpu and self.batch % self.batch_gpu):
             raise PresetError(f"batch {self.batch} must be a multiple of batch_gpu {self.batch_gpu}")
-        self._check_not_negative("ref_batches", "rampup_mimg", "cooldown_mimg", "keep_every")
-        self._check_positive("ref_lr", "loss_scaling")
-        if not 0 <= self.dropout < 1:
-            raise PresetError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if not self.ema_stds or not all(0 < std < 0.2886 for std in self.ema_stds):
-            raise PresetError(f"ema_stds must lie between 0 and 0.288, got {self.ema_stds}")
         if len({f"{std:.3f}" for std in self.ema_stds}) < len(self.ema_stds):
             raise PresetError(f"ema_stds must differ in their first three decimals, got {self.ema_stds}")
-        if self.nonfinite not in ("zero", "skip"):
-            raise PresetError(f"nonfinite must be 'zero' or 'skip', got {self.nonfinite!r}")
+
+    def split_batch(self, world: int) -> tuple[int, int]:
+        """Images per forward pass and accumulation rounds of each process. Raises ValueError where they do not fit."""
+        batch_gpu = self.batch_gpu or self.batch // world
+        rounds, rest = divmod(self.batch, max(batch_gpu, 1) * world)
+        if rest or not rounds:
+            raise ValueError(f"batch {self.batch} must be a multiple of batch_gpu {batch_gpu} times {world} processes")
+        return batch_gpu, rounds
 
     def warnings(self) -> list[str]:
         """What is likely to be a mistake: parts of a run that take longer than it, and networks that never learn."""
@@ -93,25 +128,8 @@ class TrainingConfig:
         """Images before the last update."""
         return (self.duration - 1) // self.batch * self.batch
 
-    def _check_not_negative(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 0:
-                raise PresetError(f"{name} must not be negative, got {getattr(self, name)}")
 
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise PresetError(f"{name} must be positive, got {getattr(self, name)}")
-
-    def _check_range(self, name: str, least: int, most: int) -> None:
-        if not least <= getattr(self, name) <= most:
-            raise PresetError(f"{name} must lie between {least} and {most}, got {getattr(self, name)}")
-
-    def _check_levels(self, *samplers: str) -> None:
-        for name, least, most in (("p_mean", -20, 20), ("p_std", 0, 10)):  # six deviations stay finite in float32
-            for full in (f"{sampler}_{name}".strip("_") for sampler in samplers):
-                if not least <= getattr(self, full) <= most:
-                    raise PresetError(f"{full} must lie between {least} and {most}, got {getattr(self, full)}")
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -133,28 +151,16 @@ class Recipe:
     score_updates: int = setting(1, "Updates of the score network per iteration")
     beta1: float = setting(0.9, "Adam's first beta")
 
-    def check_recipe(self) -> None:
-        """Raise PresetError for values that make no sense."""
-        for name, known in (
-            ("direction", ("vsd", "sid")),
-            ("scale", ("learned", "abs", "square", "output", "unit")),
-            ("divergence", ("reverse-kl", "forward-kl", "js")),
-            ("levels", ("lognormal", "karras")),
-        ):
-            if getattr(self, name) not in known:
-                raise PresetError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.direction == "sid" and self.scale == "learned":
-            raise PresetError("direction sid has no learned scale: set scale to abs, square, output or unit")
-        if not 0 < self.t_min < self.t_max < 1e6:
-            raise PresetError(f"t_min and t_max must be positive and increase, got {self.t_min} and {self.t_max}")
-        if not 0 <= self.own_states <= 1:
-            raise PresetError(f"own_states is a share in [0, 1], got {self.own_states}")
-        if self.t_cap < 0:
-            raise PresetError(f"t_cap must not be negative, got {self.t_cap}")
-        if self.score_updates < 1:
-            raise PresetError(f"score_updates must be at least 1, got {self.score_updates}")
-        if not 0 <= self.beta1 < 1:
-            raise PresetError(f"beta1 must lie in [0, 1), got {self.beta1}")
+    checks: ClassVar[dict[str, Check]] = {
+        "direction": one_of("vsd", "sid"),
+        "scale": one_of("learned", "abs", "square", "output", "unit"),
+        "divergence": one_of("reverse-kl", "forward-kl", "js"),
+        "levels": one_of("lognormal", "karras"),
+        "own_states": (lambda v: 0 <= v <= 1, "is a share in [0, 1]"),
+        "t_cap": NOT_NEGATIVE,
+        "score_updates": at_least(1),
+        "beta1": BELOW_ONE,
+    }
 
 
 @dataclass(frozen=True)
@@ -184,20 +190,27 @@ class NCVSDConfig(Recipe, TrainingConfig):
     sigma_rho: float = setting(7.0, "Levels of y: uniform over a Karras grid of this rho")
     sigma_steps: int = setting(1000, "Levels of y: points of that grid")
     eval_ts: tuple[tuple[int, ...], ...] = setting(
-        ((10, 22, 39),), "Few-step schedule of sample grids, as grid indices; may be repeated", multiple=True
+        ((10, 22, 39),),
+        "Few-step schedule of sample grids, as grid indices; may be repeated",
+        flags=("--eval-ts", "--ts"),
+        multiple=True,
     )
+
+    checks: ClassVar[dict[str, Check]] = {
+        "gamma g_lr_scaling d_lr_scaling gan_loss_scaling gan_warmup_kimg g_delay_kimg g_rampup_kimg": NOT_NEGATIVE,
+        "g_p_mean s_p_mean d_p_mean": LOG_MEAN,
+        "g_p_std s_p_std d_p_std": LOG_STD,
+        "init_sigma sigma_rho": POSITIVE,
+        "d_head": one_of("linear", "joint", "local"),
+        "sigma_steps": at_least(2),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_not_negative("gamma", "g_lr_scaling", "d_lr_scaling", "gan_loss_scaling", "gan_warmup_kimg")
-        self._check_not_negative("g_delay_kimg", "g_rampup_kimg")
-        self.check_recipe()
-        self._check_levels("g", "s", "d")
-        self._check_positive("init_sigma", "sigma_rho")
-        if self.d_head not in ("linear", "joint", "local"):
-            raise PresetError(f"d_head must be one of linear, joint, local, got {self.d_head!r}")
-        if self.sigma_steps < 2:
-            raise PresetError(f"sigma_steps must be at least 2, got {self.sigma_steps}")
+        if self.direction == "sid" and self.scale == "learned":
+            raise PresetError("direction sid has no learned scale: set scale to abs, square, output or unit")
+        if not 0 < self.t_min < self.t_max < 1e6:
+            raise PresetError(f"t_min and t_max must be positive and increase, got {self.t_min} and {self.t_max}")
 
     def warnings(self) -> list[str]:
         told = super().warnings()
@@ -224,34 +237,30 @@ class EDM2Config(TrainingConfig):
     channels_per_head: int = setting(64, "Channels per attention head")
     eval_steps: int = setting(32, "Heun steps of the sample grids")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_levels("")
-        for name, least, most in (
-            ("model_channels", 1, 8192),
-            ("num_blocks", 1, 64),
-            ("channels_per_head", 1, 8192),
-            ("eval_steps", 2, 10_000),
-        ):
-            self._check_range(name, least, most)
-        if not 1 <= len(self.channel_mult) <= 12 or not all(1 <= factor <= 64 for factor in self.channel_mult):
-            raise PresetError(f"channel_mult takes up to 12 factors from 1 to 64, got {self.channel_mult}")
-        if not all(resolution > 0 for resolution in self.attn_resolutions):
-            raise PresetError(f"attn_resolutions must be positive, got {self.attn_resolutions}")
+    checks: ClassVar[dict[str, Check]] = {
+        "p_mean": LOG_MEAN,
+        "p_std": LOG_STD,
+        "model_channels channels_per_head": between(1, 8192),
+        "num_blocks": between(1, 64),
+        "eval_steps": between(2, 10_000),
+        "channel_mult": (
+            lambda v: 1 <= len(v) <= 12 and all(1 <= factor <= 64 for factor in v),
+            "takes up to 12 factors from 1 to 64",
+        ),
+        "attn_resolutions": (lambda v: all(resolution > 0 for resolution in v), "must be positive"),
+    }
 
 
 def preset_names(kind: type) -> list[str]:
     """Names of the preset files made for this dataclass."""
     names = []
     for path in PRESET_DIR.glob("*.json"):
-        try:
+        with contextlib.suppress(PresetError):  # reported when it is asked for
             names += [path.stem] * (_read(path).get("kind") == _kind_name(kind))
-        except PresetError:  # reported when it is asked for
-            continue
     return sorted(names)
 
 
-def load_config(kind: type, preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
+def load_config(kind: type[Config], preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Settings of `kind` from a preset, a name in presets/ or a path, with overrides (None = not given).
 
     Settings that the preset names in "scale_with_duration" are shares of its run: they keep their proportion to the
@@ -294,12 +303,12 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
     """Value of one setting from JSON or from the command line. Raises PresetError naming it."""
     try:
         if typing.get_origin(kind) is tuple:
-            element = typing.get_args(kind)[0]
+            element, parts = typing.get_args(kind)[0], value
             if typing.get_origin(element) is tuple:
-                single = isinstance(value, str) or not all(isinstance(part, (str, list, tuple)) for part in value)
-                parts = [value] if single else value
-            else:
-                parts = value.split(",") if isinstance(value, str) else value
+                several = not isinstance(value, str) and all(isinstance(part, (str, list, tuple)) for part in value)
+                parts = value if several else [value]
+            elif isinstance(value, str):
+                parts = value.split(",")
             return tuple(convert(name, element, False, part) for part in parts)
         if kind is bool:
             if isinstance(value, bool):
@@ -316,23 +325,6 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
         reasons = {bool: "write yes or no", int: "no whole number", float: "no number"}
         reason = error if si else reasons.get(kind, "write numbers with commas between them")
         raise PresetError(f"{name.replace('_', '-')}: {value!r} is not valid ({reason})") from None
-
-
-def config_options(kind: type) -> Callable:
-    """Click decorator that adds one option per setting of `kind`, all defaulting to the preset's value."""
-    import click
-
-    def decorate(function: Callable) -> Callable:
-        for f in reversed(dataclasses.fields(kind)):
-            flags = f.metadata["flags"] or (f"--{f.name.replace('_', '-')}",)
-            metavar = {bool: "BOOL", float: "FLOAT", int: "INT"}.get(typing.get_type_hints(kind)[f.name], "TEXT")
-            metavar = "COUNT" if f.metadata["si"] else metavar
-            text = f"{f.metadata['help']}  [default: preset's]"
-            repeated = dict(multiple=True) if f.metadata["multiple"] else dict(default=None)
-            function = click.option(*flags, f.name, metavar=metavar, help=text, **repeated)(function)
-        return function
-
-    return decorate
 
 
 def _kind_name(kind: type) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import networks
+from dnnlib.text import redact
 from training.phema import profile_errors, solve_posthoc_coefficients, std_to_exp
-from training.run.identity import MAY_CHANGE
+from training.presets import MAY_CHANGE
 
 MAX_ERROR = 0.1  # of a profile, relative
 
@@ -112,7 +115,7 @@ def plan_reconstruction(
 def reconstruct(
     plan: Plan,
     *,
-    progress: Callable[[Snapshot], Any] | None = None,  # called after each snapshot
+    progress: Callable[[Snapshot], object] | None = None,  # called after each snapshot
 ) -> tuple[list[dict[str, torch.Tensor]], networks.LoadedNetwork]:
     """Weights of each wanted profile, and the last snapshot used (with architecture and encoder).
 
@@ -145,6 +148,38 @@ def reconstruct(
         if progress is not None:
             progress(snapshot)
     return results, loaded
+
+
+def reconstruct_files(
+    paths: Sequence[str],  # run folders or snapshots
+    stds: Sequence[float],  # relative widths of the wanted profiles
+    nimg: int | None,  # images at which they end; None = of the last snapshot
+    outdir: str,
+    *,
+    half: bool = True,  # kernels in float16; False = in float32
+    quiet: bool = False,  # no progress bar
+) -> Iterator[str]:
+    """Write phema-IMAGES-STD.safetensors for each width; yields a line for each. Raises ReconstructionError."""
+    plan = plan_reconstruction(find_snapshots(paths), stds, nimg)
+    with tqdm(total=len(plan.snapshots), unit="file", disable=quiet) as bar:
+        results, last = reconstruct(plan, progress=lambda snapshot: bar.update())
+    for std, weights, column, error in zip(stds, results, plan.coefficients.T, plan.errors, strict=True):
+        for name, p in last.net.named_parameters():
+            p.copy_(weights[name])
+        facts = {
+            "images_seen": plan.nimg,
+            "ema_std": std,
+            "command": [redact(part) for part in sys.argv],
+            "reconstructed_from": {s.path.name: float(c) for s, c in zip(plan.snapshots, column, strict=True)},
+            "profile_error": float(error),
+        }
+        path = Path(outdir) / f"phema-{plan.nimg:09d}-{std:.3f}.safetensors"
+        kernels = torch.float16 if half else torch.float32
+        networks.save(path, last.net, last.encoder, dtype=kernels, dataset=last.config["dataset"], provenance=facts)
+        yield (
+            f"{path}: from {len(plan.snapshots)} snapshots, coefficients {column.min():.3g} to {column.max():.3g}, "
+            f"profile error {error:.2%}"
+        )
 
 
 def _architecture(loaded: networks.LoadedNetwork) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from generation.images import generate_images
 from networks import CombinedScore, Discriminator, GenerativeDenoiser, Precond, PrecondCondition
+from networks.encoders import Encoder
 from sampling.grids import parse_ts
 from sampling.posterior import combine_observations
 from sampling.seeds import SeededNoise
 from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
 from training.noise import LogNormalSigma, UniformKarrasSigma
 from training.presets import EDM2Config, NCVSDConfig
-from training.views import denoised_views
 
 Levels = LogNormalSigma | UniformKarrasSigma
 
@@ -45,6 +45,9 @@ class LossTerms:
     rates: dict[str, Tensor] = field(default_factory=dict)  # further quantities to average, by full name
 
 
+Loss = Callable[[Batch, nn.Module], LossTerms]
+
+
 @dataclass
 class Phase:
     """One network's part of an iteration, on a fresh batch."""
@@ -52,7 +55,7 @@ class Phase:
     name: str
     net: nn.Module  # the network being trained
     lr_scaling: float  # relative to the schedule's rate
-    loss: Callable[[Batch, nn.Module], LossTerms]  # with `net`, or what wraps it where gradients are exchanged
+    loss: Loss  # with `net`, or what wraps it where gradients are exchanged
     start: float = 0  # images seen before the first update
     rampup: float = 0  # images over which its rate then rises to the full one
     updates: int = 1  # of this phase in an iteration
@@ -76,24 +79,22 @@ class Task:
     teacher_digest: str | None = None  # SHA-256 of the teacher's weights
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # further networks that the phases evaluate
     teacher: Precond | None = None  # whose samples to show once, for comparison
-    views: Callable[[nn.Module, Any, Sequence[int], int], dict[str, Tensor]] | None = None  # more images of a network
+    views: Callable[[nn.Module, Encoder, Sequence[int], int], dict[str, Tensor]] | None = (
+        None  # more images of a network
+    )
 
     @property
     def order(self) -> list[Phase]:
         """Phases of an iteration, each as often as it updates its network; each time on a fresh batch."""
         return [phase for phase in self.phases for _ in range(phase.updates)]
 
-    def sample_grids(self, net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
+    def sample_grids(self, net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
         """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
-        grids = {}
-        for name, arguments in self.schedules.items():
-            grids[name] = draw(net, encoder, seeds, batch, **arguments)
-        if self.views is not None:
-            grids |= self.views(net, encoder, seeds, batch)
-        return grids
+        grids = {name: draw(net, encoder, seeds, batch, **options) for name, options in self.schedules.items()}
+        return grids | (self.views(net, encoder, seeds, batch) if self.views is not None else {})
 
 
-def draw(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int, **arguments: Any) -> Tensor:
+def draw(net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int, **arguments: Any) -> Tensor:
     """Images [N,C,H,W] uint8 on the CPU, all drawn by this process; arguments are those of generate_images."""
     batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
     return torch.cat([b.images.cpu() for b in batches])
@@ -146,10 +147,51 @@ def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
     for ts in (parse_ts(given).ts for given in config.eval_ts):
         schedules["ts" + "_".join(map(str, ts))] = {"ts": ts}
 
-    def views(net: nn.Module, encoder: Any, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
+    def views(net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
         return denoised_views(net, score_net, teacher, encoder, seeds, math.exp(config.g_p_mean), batch)
 
     return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher}, teacher, views)
+
+
+@dataclass
+class Observer:
+    """Draws what the losses of distillation see of a batch."""
+
+    generator: nn.Module
+    config: NCVSDConfig
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.y_sampler = UniformKarrasSigma(c.sigma_steps, sigma_max=c.init_sigma, rho=c.sigma_rho)
+
+    def levels(self, p_mean: float, p_std: float) -> Levels:
+        """Distribution of t for one of the losses."""
+        if self.config.levels == "karras":
+            return UniformKarrasSigma(sigma_min=self.config.t_min, sigma_max=self.config.t_max)
+        return LogNormalSigma(p_mean, p_std)
+
+    def observe(self, batch: Batch, t_sampler: Levels, own: float = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy y, its level sigma and the level t of x_t; a share `own` of y is made of the student's draws."""
+        noise, images = batch.noise, batch.images
+        sigma = self.y_sampler.sample(noise, len(images))
+        t = t_sampler.sample(noise, len(images))
+        if self.config.t_cap:
+            t = t.minimum(self.config.t_cap * sigma)
+        if own:
+            images = self.own_draws(batch, sigma, own)
+        return images + sigma * noise.randn_like(images), sigma, t
+
+    @torch.no_grad()
+    def own_draws(self, batch: Batch, sigma: Tensor, share: float) -> Tensor:
+        """Images, a share of them replaced by what the student draws at a level above sigma: its states when it samples
+        in several steps (backward simulation, DMD2, arXiv 2405.14867).
+        """
+        noise, images = batch.noise, batch.images
+        above = self.y_sampler.sample(noise, len(images)).maximum(sigma)
+        y = images + above * noise.randn_like(images)
+        draws = self.generator(y, above, batch.labels, randn_like=noise.randn_like)
+        chosen = noise.randint(10**6).reshape(sigma.shape) < share * 10**6
+        return torch.where(chosen, draws, images)
 
 
 def distillation_phases(
@@ -161,86 +203,73 @@ def distillation_phases(
     combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # see `generator_loss`
 ) -> list[Phase]:
     """The phases of an iteration in their order: score network, discriminator, generator."""
-    y_sampler = UniformKarrasSigma(config.sigma_steps, sigma_max=config.init_sigma, rho=config.sigma_rho)
-    score_levels = _levels(config, config.s_p_mean, config.s_p_std)
-    discriminator_levels = _levels(config, config.d_p_mean, config.d_p_std)
-    generator_levels = _levels(config, config.g_p_mean, config.g_p_std)
-
-    def observe(batch: Batch, t_sampler: Levels, own: float = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy y, its level sigma and the level t of x_t; a share `own` of y is made of the student's draws."""
-        noise, images = batch.noise, batch.images
-        sigma = y_sampler.sample(noise, len(images))
-        t = t_sampler.sample(noise, len(images))
-        if config.t_cap:
-            t = t.minimum(config.t_cap * sigma)
-        if own:
-            images = own_draws(batch, sigma, own)
-        return images + sigma * noise.randn_like(images), sigma, t
-
-    @torch.no_grad()
-    def own_draws(batch: Batch, sigma: Tensor, share: float) -> Tensor:
-        """Images, a share of them replaced by what the student draws at a level above sigma: its states when it samples
-        in several steps (backward simulation, DMD2, arXiv 2405.14867).
-        """
-        noise, images = batch.noise, batch.images
-        above = y_sampler.sample(noise, len(images)).maximum(sigma)
-        draws = generator(images + above * noise.randn_like(images), above, batch.labels, randn_like=noise.randn_like)
-        chosen = noise.randint(10**6).reshape(sigma.shape) < share * 10**6
-        return torch.where(chosen, draws, images)
+    c, observer = config, Observer(generator, config)
+    s_levels, d_levels = observer.levels(c.s_p_mean, c.s_p_std), observer.levels(c.d_p_mean, c.d_p_std)
+    g_levels = observer.levels(c.g_p_mean, c.g_p_std)
+    recipe = {name: getattr(c, name) for name in ("direction", "alpha", "scale", "divergence")}
 
     def score_phase(batch: Batch, score_net: nn.Module) -> LossTerms:
-        y, sigma, t = observe(batch, score_levels, config.own_states)
+        y, sigma, t = observer.observe(batch, s_levels, c.own_states)
         value = score_loss(generator, score_net, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like)
         return LossTerms(value, {"score": value}, t)
 
     def discriminator_phase(batch: Batch, discriminator: nn.Module) -> LossTerms:
-        y, sigma, t = observe(batch, discriminator_levels)
-        fake, real = discriminator_loss(
-            generator, discriminator, batch.images, y, sigma, t, batch.labels, randn_like=batch.noise.randn_like
-        )
-        total = (0.5 * (fake + real)).expand_as(batch.images)
+        y, sigma, t = observer.observe(batch, d_levels)
+        nets, images, labels = (generator, discriminator), batch.images, batch.labels
+        fake, real = discriminator_loss(*nets, images, y, sigma, t, labels, randn_like=batch.noise.randn_like)
+        total = (0.5 * (fake + real)).expand_as(images)
         chance = math.log(2)  # the cross-entropy of a logit of 0
         rates = {"Discriminator/accuracy_fake": fake < chance, "Discriminator/accuracy_real": real < chance}
         return LossTerms(total, {"disc_fake": fake, "disc_real": real}, t, rates)
 
     def generator_phase(batch: Batch, generator: nn.Module) -> LossTerms:
-        y, sigma, t = observe(batch, generator_levels, config.own_states)
-        adversarial = batch.nimg >= config.gan_warmup_kimg * 1000
-        critic = discriminator if adversarial else None
-        vsd, gan = generator_loss(
-            generator,
-            teacher,
-            score_net,
-            critic,
-            y,
-            sigma,
-            t,
-            batch.labels,
-            randn_like=batch.noise.randn_like,
-            combine=combine,
-            direction=config.direction,
-            alpha=config.alpha,
-            scale=config.scale,
-            divergence=config.divergence,
-            balance=config.gan_balance,
-        )
+        y, sigma, t = observer.observe(batch, g_levels, c.own_states)
+        nets = generator, teacher, score_net, discriminator if batch.nimg >= c.gan_warmup_kimg * 1000 else None
+        options = dict(recipe, balance=c.gan_balance, combine=combine, randn_like=batch.noise.randn_like)
+        vsd, gan = generator_loss(*nets, y, sigma, t, batch.labels, **options)
         if gan is None:
             return LossTerms(vsd, {"vsd": vsd}, t)
-        return LossTerms(vsd + config.gan_loss_scaling * gan, {"vsd": vsd, "gan": gan}, t)
+        return LossTerms(vsd + c.gan_loss_scaling * gan, {"vsd": vsd, "gan": gan}, t)
 
-    def phase(name: str, net: nn.Module, lr_scaling: float, loss: Callable, levels: Levels, **options: Any) -> Phase:
-        return Phase(name, net, lr_scaling, loss, level_edges=levels.quartiles(), beta1=config.beta1, **options)
+    def phase(name: str, net: nn.Module, lr_scaling: float, loss: Loss, levels: Levels, **options: float) -> Phase:
+        return Phase(name, net, lr_scaling, loss, level_edges=levels.quartiles(), beta1=c.beta1, **options)
 
-    g_start, g_rampup = config.g_delay_kimg * 1000, config.g_rampup_kimg * 1000
+    slow = dict(start=c.g_delay_kimg * 1000, rampup=c.g_rampup_kimg * 1000)
     return [
-        phase("score", score_net, 1.0, score_phase, score_levels, updates=config.score_updates),
-        phase("disc", discriminator, config.d_lr_scaling, discriminator_phase, discriminator_levels),
-        phase("gen", generator, config.g_lr_scaling, generator_phase, generator_levels, start=g_start, rampup=g_rampup),
+        phase("score", score_net, 1.0, score_phase, s_levels, updates=c.score_updates),
+        phase("disc", discriminator, c.d_lr_scaling, discriminator_phase, d_levels),
+        phase("gen", generator, c.g_lr_scaling, generator_phase, g_levels, **slow),
     ]
 
 
-def _levels(config: NCVSDConfig, p_mean: float, p_std: float) -> Levels:
-    """Distribution of t for one of the losses."""
-    if config.levels == "karras":
-        return UniformKarrasSigma(sigma_min=config.t_min, sigma_max=config.t_max)
-    return LogNormalSigma(p_mean, p_std)
+@torch.no_grad()
+def denoised_views(
+    generator: nn.Module,  # GenerativeDenoiser whose samples are looked at
+    score_net: nn.Module,
+    teacher: nn.Module,
+    encoder: Encoder,
+    seeds: Sequence[int],
+    t: float,  # noise level of x_t
+    batch: int,
+) -> dict[str, Tensor]:
+    """Images [N,C,H,W] uint8 on the CPU: E[x | x_t, y] for x_t = x + t·n and samples x of y at the highest level.
+
+    By the score network ("score_view") and by the teacher ("teacher_view"). The generator's loss is the difference of
+    the two: where they look alike it has nothing left to learn at this level.
+    """
+    sigma, device = generator.init_sigma, generator.device
+    shape = [generator.img_channels, generator.img_resolution, generator.img_resolution]
+    views: dict[str, list[Tensor]] = {"score_view": [], "teacher_view": []}
+    for first in range(0, len(seeds), batch):
+        noise = SeededNoise(seeds[first : first + batch], device)
+        count = len(noise.seeds)
+        y = sigma * noise.randn([count, *shape])
+        labels = None
+        if generator.label_dim:
+            labels = torch.nn.functional.one_hot(noise.randint(generator.label_dim), generator.label_dim).float()
+        x = generator(y, sigma, labels, randn_like=noise.randn_like)
+        x_t = x + t * noise.randn_like(x)
+        found = (score_net(x_t, t, y, sigma, labels), teacher(*combine_observations(y, sigma, x_t, t), labels))
+        for images, latents in zip(views.values(), found, strict=True):
+            images.append(encoder.decode(latents).cpu())
+    return {name: torch.cat(images) for name, images in views.items()}

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -305,6 +306,23 @@ def test_sampler_covers_each_epoch_and_shuffles():
     assert len({tuple(e) for e in epochs}) == 3
     assert stream == take(30, 10, seed=3) != take(30, 10, seed=4)
     assert take(12, 5, shuffle=False) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_the_order_of_images_is_the_same_for_good():
+    """Runs that resume rely on it: another one needs another `InfiniteSampler.version`."""
+    assert InfiniteSampler.version == 2
+    assert take(12, 6, seed=1) == [3, 5, 2, 0, 1, 4, 0, 5, 3, 4, 2, 1]
+
+
+def test_each_image_is_as_likely_everywhere_in_an_epoch():
+    orders = np.array([InfiniteSampler(5, seed=seed).epoch(e) for seed in range(20) for e in range(100)])
+    counts = np.stack([np.bincount(column, minlength=5) for column in orders.T])
+    assert np.abs(counts - 400).max() < 5 * math.sqrt(400)
+
+
+def test_more_processes_than_images_take_their_share():
+    whole = take(60, 4, seed=2)
+    assert [take(6, 4, seed=2, rank=r, num_replicas=10) for r in range(10)] == [whole[r::10] for r in range(10)]
 
 
 @pytest.mark.parametrize("start", [0, 1, 9, 10, 37])

@@ -3,12 +3,12 @@
 import pytest
 
 from data.dataset import ImageDataset
-from training import loop
+from training.run import session
 
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
-    monkeypatch.setattr(loop, "GRID_SEEDS", range(2))
+    monkeypatch.setattr(session, "GRID_SEEDS", range(2))
 
 
 @pytest.fixture

@@ -24,14 +24,15 @@ from tests.training.tiny_runs import (
     differing,
     environment,
     execute,
+    load_newest_state,
     make_task,
     run_training,
     stats,
     weights,
 )
 from training.optim import DivergenceError
-from training.run import state, writer
-from training.run.state import StateError, list_states, load_newest_state, load_state
+from training.run import state
+from training.run.state import StateError, list_states, load_state
 from training.run.stop import StopRequest
 
 KILLS = int(os.environ.get("NCVSD_KILLS", "4"))  # 20 for a thorough test
@@ -156,9 +157,9 @@ def test_a_signal_lets_the_step_finish_and_saves(tmp_path, dataset, tiny_teacher
 def test_a_signal_before_the_first_step_ends_the_run_with_code_0(tmp_path, tiny_data, tiny_teacher):
     early = """
 import os, signal
-from training.run import launch
-real = launch._launch
-launch._launch = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a))[1]  # before torch is imported
+from training.run import options
+real = options.load_config
+options.load_config = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), real(*a))[1]  # before torch is imported
 import train_ncvsd
 train_ncvsd.main()
 """
@@ -272,8 +273,8 @@ def test_a_last_state_that_cannot_be_written_is_an_error(tmp_path, dataset, tiny
 
 def test_an_error_waits_for_the_state_that_is_being_written(tmp_path, dataset, tiny_teacher, monkeypatch):
     config = dataclasses.replace(NCVSD, duration=80, checkpoint=16)
-    real = writer.save_state
-    monkeypatch.setattr(writer, "save_state", lambda *a, **k: (time.sleep(1), real(*a, **k))[1])
+    real = state.save_state
+    monkeypatch.setattr(state, "save_state", lambda *a, **k: (time.sleep(1), real(*a, **k))[1])
 
     def fail():
         raise ValueError("a corrupt image")

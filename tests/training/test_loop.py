@@ -15,6 +15,7 @@ from tests.training.tiny_runs import (
     NCVSD,
     compare_states,
     differing,
+    load_newest_state,
     make_task,
     run_training,
     stats,
@@ -22,8 +23,8 @@ from tests.training.tiny_runs import (
 )
 from training import loop
 from training.optim import DivergenceError
-from training.run import resuming
-from training.run.state import StateError, list_states, load_newest_state
+from training.run import identity
+from training.run.state import StateError, list_states
 from training.tasks import distillation_task
 
 # ----------------------------------------------------------------------------
@@ -152,10 +153,10 @@ def test_a_run_cut_off_between_state_and_snapshot_makes_up_for_it(tmp_path, data
 
 
 def test_a_process_that_does_not_see_the_main_ones_state_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(resuming.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
+    monkeypatch.setattr(identity.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(identity.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
     with pytest.raises(StateError, match="does not see .*training-state-000000016.*share that folder"):
-        resuming._newest_state(tmp_path, print, writing=False)
+        identity.newest_state(tmp_path, print, writing=False)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,21 @@ def test_a_run_begun_before_a_setting_existed_had_its_default(tmp_path, dataset,
     path.write_text(json.dumps({k: v for k, v in known.items() if k != "seed"}))
     with pytest.raises(StateError, match="seed is None"):
         run_training(make_task(same, tiny_teacher), dataset, same, tmp_path)
+
+
+def test_a_run_begun_in_another_order_of_the_images_is_refused(tmp_path, dataset, tiny_teacher):
+    run_training(make_task(NCVSD, tiny_teacher), dataset, NCVSD, tmp_path)
+    path = tmp_path / "run.json"
+    known = json.loads(path.read_text())
+    del known["image_order"]  # as before orders had versions
+    path.write_text(json.dumps(known))
+    longer = dataclasses.replace(NCVSD, duration=16)
+    with pytest.raises(StateError, match="takes the training images in another order.*--force-resume") as error:
+        run_training(make_task(longer, tiny_teacher), dataset, longer, tmp_path)
+    assert "\n" not in str(error.value)
+    run_training(make_task(longer, tiny_teacher), dataset, longer, tmp_path, force_resume=True)
+    assert "image_order is 1, now 2" in (tmp_path / "log.txt").read_text()
+    run_training(make_task(longer, tiny_teacher), dataset, longer, tmp_path)  # now the run's order
 
 
 def test_other_data_or_another_seed_are_refused_on_resume(tmp_path, dataset, tiny_teacher, tiny_images):

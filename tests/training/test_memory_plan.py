@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from networks import Discriminator, Precond, PrecondCondition
 from tests.training.tiny_runs import NCVSD, make_task
-from training.run.memory import memory_plan, preset_networks
+from training.run.memory import memory_plan, tensor_bytes
 from training.run.parallel import optimizer_state
-from training.run.state import state_bytes
-from training.run.trained import Trained
+from training.run.state import Trained
 
 
 def plan_of(task, **options):
@@ -22,19 +22,19 @@ def test_bytes_are_those_of_the_tensors(tiny_teacher):
     largest = 0
     for phase in task.phases:
         (row,) = (row for row in plan.rows if row.name == phase.name)
-        assert row.weights == state_bytes(phase.net.state_dict())
+        assert row.weights == tensor_bytes(phase.net.state_dict())
         for p in phase.net.parameters():
             p.grad = torch.zeros_like(p)
-        gradients = state_bytes([p.grad for p in phase.net.parameters()])
+        gradients = tensor_bytes([p.grad for p in phase.net.parameters()])
         trained.optimizers[phase.name].step()
         moments = optimizer_state(trained.optimizers[phase.name])["state"].values()
         assert row.gradients == gradients
-        assert row.adam == sum(state_bytes([entry["exp_avg"], entry["exp_avg_sq"]]) for entry in moments)
-        assert row.ema == (state_bytes(trained.ema.state_dict()) if phase.name == "gen" else 0)
+        assert row.adam == sum(tensor_bytes([entry["exp_avg"], entry["exp_avg_sq"]]) for entry in moments)
+        assert row.ema == (tensor_bytes(trained.ema.state_dict()) if phase.name == "gen" else 0)
         largest = max(largest, gradients)
-    teacher = state_bytes(task.teacher.state_dict())
+    teacher = tensor_bytes(task.teacher.state_dict())
     assert plan.device == teacher + sum(row.weights + row.adam + row.ema for row in plan.rows[1:]) + largest
-    assert plan.state == pytest.approx(state_bytes(trained.host_state()), rel=0.01)  # but for step counts
+    assert plan.state == pytest.approx(tensor_bytes(trained.host_state()), rel=0.01)  # but for step counts
 
 
 def test_dividing_saves_what_it_should(tiny_teacher):
@@ -48,7 +48,10 @@ def test_dividing_saves_what_it_should(tiny_teacher):
 
 
 def test_the_largest_published_network():
-    nets = preset_networks(320, 64, 4, 1000)
+    arguments = dict(img_resolution=64, img_channels=4, label_dim=1000, model_channels=320)
+    kinds = {"teacher": Precond, "score": PrecondCondition, "disc": Discriminator, "gen": PrecondCondition}
+    with torch.device("meta"):
+        nets = {name: kind(**arguments) for name, kind in kinds.items()}
     phases = [(name, nets[name]) for name in ("score", "disc", "gen")]
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     assert counts == {"teacher": 777498085, "score": 1020098117, "disc": 481823390, "gen": 1020098117}

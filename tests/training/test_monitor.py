@@ -12,8 +12,7 @@ from generation.pictures import read_image
 from tests.training.tiny_runs import EDM2, NCVSD, ROOT, make_task, run_training, stats
 from training.noise import LogNormalSigma, training_noise
 from training.run.evaluation import snapshot_metrics
-from training.run.monitor import by_level, status_line
-from training.run.record import RunningMeans
+from training.run.record import RunningMeans, by_level, status_line
 
 
 def test_values_are_parted_by_level():

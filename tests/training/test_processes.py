@@ -13,15 +13,14 @@ from tests.training.tiny_runs import (
     compare_states,
     differing,
     execute,
+    load_newest_state,
     make_task,
     run_training,
     stats,
     weights,
 )
 from tests.training.two_processes import GRADIENTS, STEPS
-from training import loop
-from training.run import parallel
-from training.run.state import load_newest_state
+from training.run import parallel, session
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -37,7 +36,7 @@ def runs(tmp_path_factory, tiny_data, tiny_teacher):
 @pytest.fixture
 def one_process(tmp_path, monkeypatch, tiny_data, tiny_teacher):
     """Trains in this process alone."""
-    monkeypatch.setattr(loop, "GRID_SEEDS", range(2))
+    monkeypatch.setattr(session, "GRID_SEEDS", range(2))
 
     def run(config, folder=tmp_path / "one"):
         return run_training(make_task(config, tiny_teacher), ImageDataset(tiny_data), config, folder)

@@ -218,9 +218,9 @@ def test_settings_that_make_no_sense_are_refused(change, text):
 
 
 def test_noise_levels_between_two_bounds():
-    from training.tasks import _levels
+    from training.tasks import Observer
 
-    levels = _levels(NCVSDConfig(levels="karras", t_min=0.05, t_max=5.0), 0.0, 1.0)
+    levels = Observer(torch.nn.Identity(), NCVSDConfig(levels="karras", t_min=0.05, t_max=5.0)).levels(0.0, 1.0)
     t = levels.sample(SeededNoise(range(500)), 500)
     low, middle, high = levels.quartiles()
     assert 0.05 <= t.min() < low < middle < high < t.max() <= 5.0

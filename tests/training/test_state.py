@@ -11,20 +11,20 @@ import zipfile
 import pytest
 import torch
 
-from training.run import writer as writer_module
+from tests.training.tiny_runs import load_newest_state
+from training.run import state as state_module
+from training.run.identity import newest_state
+from training.run.memory import tensor_bytes
+from training.run.parallel import to_host
 from training.run.state import (
     StateError,
+    StateWriter,
     list_states,
-    load_newest_state,
     load_state,
     read_state,
-    remove_unfinished,
     save_state,
-    state_bytes,
     state_nimg,
-    to_host,
 )
-from training.run.writer import StateWriter
 
 
 def state_at(nimg):
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_the_state_before(tmp_path):
 def test_copies_in_host_memory_are_copies():
     state = state_at(1)
     copy = to_host(state)
-    assert same(copy, state) and state_bytes(copy) == 16 * 16 * 4 + 3 * 2 + 4 + 16 * 4
+    assert same(copy, state) and tensor_bytes(copy) == 16 * 16 * 4 + 3 * 2 + 4 + 16 * 4
     state["nets"]["gen"]["weight"].zero_()
     assert same(copy, state_at(1))
 
@@ -217,7 +217,7 @@ def test_copies_in_host_memory_are_copies():
 def test_what_a_killed_write_left_is_removed(tmp_path):
     save_state(tmp_path, state_at(100), 100)
     (tmp_path / ".training-state-000000200-77.new").write_bytes(b"half")
-    remove_unfinished(tmp_path)
+    newest_state(tmp_path, print)
     assert [path.name[:24] for path in tmp_path.iterdir()] == ["training-state-000000100"]
 
 
@@ -233,7 +233,7 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
         written.append(nimg)
         return run_dir / f"{nimg}"
 
-    monkeypatch.setattr(writer_module, "save_state", slow)
+    monkeypatch.setattr(state_module, "save_state", slow)
     writer = StateWriter(tmp_path, expected=500 << 20)
     assert writer.reserve == writer.seconds == 10
     writer.start(state_at(1), 1)
@@ -255,7 +255,7 @@ def test_three_failures_in_a_row_are_too_many(tmp_path, monkeypatch):
             raise outcome
         return run_dir / f"{nimg}"
 
-    monkeypatch.setattr(writer_module, "save_state", write)
+    monkeypatch.setattr(state_module, "save_state", write)
     messages = []
     writer = StateWriter(tmp_path, log=messages.append)
     counts = []

@@ -9,9 +9,10 @@ import torch
 
 import networks
 from networks.encoders import RGBEncoder
-from training.loop import Run, train
+from training.loop import train
 from training.presets import EDM2Config, NCVSDConfig
-from training.run.state import load_newest_state
+from training.run.options import RunOptions
+from training.run.state import find_newest_state
 from training.tasks import distillation_task, pretraining_task
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +34,14 @@ def make_task(config, teacher_path):
 
 
 def run_training(task, dataset, config, folder, **options):
-    """Train in this process; options are those of `Run`."""
+    """Train in this process; options are those of `RunOptions`."""
     folder.mkdir(exist_ok=True)
-    return train(task, dataset, RGBEncoder(), config, Run(folder, torch.device("cpu"), quiet=True, **options))
+    options = RunOptions(str(folder), "", quiet=True, **options)
+    return train(task, dataset, RGBEncoder(), config, options, torch.device("cpu"))
+
+
+def load_newest_state(folder, warn=print):
+    return find_newest_state(folder, warn)[1]
 
 
 def weights(net):

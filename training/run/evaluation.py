@@ -17,6 +17,7 @@ from metrics.compute import check_dimensions, check_reference, compute_metrics
 from metrics.features.detectors import LoadedDetector, load_detector
 from metrics.kinds import Metric, parse_metrics
 from metrics.references import Reference, load_reference, save_reference
+from networks.encoders import Encoder
 from torch_utils import distributed
 
 REFERENCE_IMAGES = 50_000  # of the data set at most, where no statistics are given
@@ -34,7 +35,7 @@ def snapshot_metrics(
     batch: int,  # per process
     schedules: Mapping[str, dict[str, Any]],  # name -> arguments of generate_images, each measured on its own
     writing: bool = True,  # False = check everything, with two images for the reference, and write nothing
-) -> Callable[[nn.Module, Any], dict[str, float]]:
+) -> Callable[[nn.Module, Encoder], dict[str, float]]:
     """Function of a network and its encoder that returns metrics by name, METRIC_SCHEDULE. Both are collective.
 
     Raises ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
@@ -61,7 +62,7 @@ def snapshot_metrics(
     known = distributed.main_first(lambda: _reference(reference, metrics, detectors) if reference else None)
     seeds = range(FIRST_SEED, FIRST_SEED + num)
 
-    def evaluate(net: nn.Module, encoder: Any) -> dict[str, float]:
+    def evaluate(net: nn.Module, encoder: Encoder) -> dict[str, float]:
         measured = {}
         for name, sampling in schedules.items():
             found = evaluate_network(net, encoder, metrics, detectors, seeds, batch=batch, **sampling)

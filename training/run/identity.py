@@ -1,4 +1,4 @@
-"""Which run a folder holds: settings, data and teacher that a resumed run must share with the one that began it."""
+"""Which run a folder holds: who is using it, settings, data and teacher, and the newest valid state."""
 
 from __future__ import annotations
 
@@ -9,36 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.dataset import InfiniteSampler
 from dnnlib.files import lock_folder, read_json, write_json
 from torch_utils import distributed
-from training.presets import TrainingConfig
-from training.run.state import StateError
+from training.presets import MAY_CHANGE, TrainingConfig
+from training.run.state import State, StateError, find_newest_state, read_state
 
 _MAX_BYTES = 1 << 20  # of run.json
-MAY_CHANGE = (  # on resume
-    "duration",
-    "status",
-    "snapshot",
-    "checkpoint",
-    "keep_every",
-    "batch_gpu",
-    "eval_ts",
-    "eval_steps",
-    "nonfinite",
-    "nonfinite_limit",
-)
+
+Identity = dict[str, Any]  # plain JSON data
+Log = Callable[[str], None]
 
 
-def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> dict[str, Any]:
-    """Settings that shape the result, seed, and fingerprints of data set and teacher, as plain JSON data."""
+def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> Identity:
+    """Settings that shape the result, seed, order of the images, and fingerprints of data set and teacher."""
     fields = settings(config)
     if config.cooldown_mimg > 0:
         fields["duration"] = config.duration  # the learning rate falls to 0 at its end
-    return {**fields, "seed": seed, "data": data, "teacher": teacher}
+    return {**fields, "seed": seed, "data": data, "teacher": teacher, "image_order": InfiniteSampler.version}
 
 
-def settings(config: TrainingConfig) -> dict[str, Any]:
-    """Those that must stay on resume, as plain JSON data."""
+def settings(config: TrainingConfig) -> Identity:
+    """Those that must stay on resume."""
     return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}))
 
 
@@ -57,58 +49,78 @@ def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
             held.close()
 
 
+def newest_state(run_dir: Path, warn: Log, *, writing: bool = True) -> tuple[Path | None, State | None]:
+    """As `find_newest_state`, the same in every process: the main one verifies files and, if `writing`, tidies up.
+
+    Raises StateError in a process that does not see that file. Collective.
+    """
+
+    def find() -> tuple[Path | None, State | None]:
+        if not distributed.is_main():
+            return None, None
+        if writing:
+            for path in run_dir.glob(".training-state-*.new"):  # what a killed process left
+                path.unlink()
+        return find_newest_state(run_dir, warn, set_aside=writing)
+
+    path, state = distributed.main_first(find)
+    name = distributed.from_main(path.name if path else None)
+    if path is None and name is not None:
+        path = run_dir / name
+        if not path.is_file():
+            raise StateError(f"process {distributed.rank()} does not see {path}: all machines must share that folder")
+        state = read_state(path)
+    return path, state
+
+
 def check_identity(
     run_dir: Path,
-    identity: dict[str, Any],
-    state: dict[str, Any] | None,  # the training state to resume from
+    identity: Identity,
+    state: State | None,  # the training state to resume from
+    defaults: TrainingConfig,  # what a run had of settings that did not exist when it began
     *,
-    defaults: dict[str, Any],  # what a run had of settings that did not exist when it began
     force: bool = False,
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> None:
     """Compare a run with the one that the folder holds, by run.json or, without that, by its newest state. Collective.
 
     Raises StateError, listing every difference, where settings or data are others; with `force` they are logged.
     """
-    distributed.main_first(lambda: _check(run_dir, identity, state, defaults, force, log))
+
+    def check() -> None:
+        path = run_dir / "run.json"
+        stored = _read(path) if path.exists() else (state or {}).get("identity")
+        if stored is None:
+            return
+        try:
+            stored = settings(defaults) | {"image_order": 1} | json.loads(json.dumps(stored))
+        except (TypeError, ValueError, RecursionError):
+            raise StateError(
+                f"the newest training state of {run_dir} is damaged: it does not say whose it is"
+            ) from None
+        if stored["image_order"] != identity["image_order"] and not force:
+            raise StateError(
+                f"{run_dir} holds a run that takes the training images in another order, of another version of this "
+                "code: finish it with that version, give --force-resume to go on in the new order, or another --outdir"
+            )
+        fields = [k for k in sorted(stored.keys() | identity.keys()) if stored.get(k) != identity.get(k)]
+        found = "; ".join(f"{k} is {_short(stored.get(k))}, now {_short(identity.get(k))}" for k in fields)
+        if fields and not force:
+            raise StateError(
+                f"{run_dir} holds a run with other settings ({found}): give the same options to resume it, "
+                "--force-resume to go on with the new ones, or another --outdir"
+            )
+        if fields and distributed.is_main():
+            log(f"resuming with other settings, as --force-resume asks: {found}")
+
+    distributed.main_first(check)
 
 
-def write_identity(run_dir: Path, identity: dict[str, Any]) -> None:
+def write_identity(run_dir: Path, identity: Identity) -> None:
     """Make the folder that of this run. For the main process."""
     path = run_dir / "run.json"
     if not path.exists() or _read(path) != identity:
         write_json(path, identity)
-
-
-def _check(
-    run_dir: Path,
-    identity: dict[str, Any],
-    state: dict[str, Any] | None,
-    defaults: dict[str, Any],
-    force: bool,
-    log: Callable[[str], None],
-) -> None:
-    path = run_dir / "run.json"
-    stored = _read(path) if path.exists() else (state or {}).get("identity")
-    if stored is None:
-        return
-    try:
-        stored = dict(json.loads(json.dumps(stored)))
-    except (TypeError, ValueError, RecursionError):
-        raise StateError(f"the newest training state of {run_dir} is damaged: it does not say whose it is") from None
-    differences = _differences({**defaults, **stored}, identity)
-    if differences and not force:
-        raise StateError(
-            f"{run_dir} holds a run with other settings ({'; '.join(differences)}): give the same options to resume "
-            "it, --force-resume to go on with the new ones, or another --outdir"
-        )
-    if differences and distributed.is_main():
-        log(f"resuming with other settings, as --force-resume asks: {'; '.join(differences)}")
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    fields = [k for k in sorted(stored.keys() | wanted.keys()) if stored.get(k) != wanted.get(k)]
-    return [f"{k} is {_short(stored.get(k))}, now {_short(wanted.get(k))}" for k in fields]
 
 
 def _short(value: Any) -> str:
@@ -117,7 +129,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Identity:
     try:
         return read_json(path, _MAX_BYTES)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""From command-line options to a run: what train_edm2.py and train_ncvsd.py share."""
+"""From command-line options to a run: devices, data, networks, what is printed first, and what errors say."""
 
 from __future__ import annotations
 
@@ -10,124 +10,115 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
+import torch
 
+import networks
+from data.dataset import DatasetError, ImageDataset, one_line
 from dnnlib import ROOT
-from dnnlib.text import first_line, parse_duration, redact
-from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER
-from training.presets import TrainingConfig, load_config, preset_names
-from training.run import stop as stopping
-from training.run.stop import StopRequest
+from dnnlib.text import first_line, redact
+from networks.encoders import Encoder, RGBEncoder, StabilityVAEEncoder
+from networks.unet import set_recompute
+from sampling.grids import parse_ts
+from torch_utils import distributed
+from training.loop import train
+from training.optim import DivergenceError
+from training.presets import EDM2Config, NCVSDConfig, TrainingConfig
+from training.run.evaluation import snapshot_metrics
+from training.run.memory import memory_plan
+from training.run.options import RunOptions
+from training.run.session import Run
+from training.tasks import Task, distillation_task, pretraining_task
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
-DTYPES = ("auto", "float32", "bf16", "fp16")
+DTYPES = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Build = Callable[[ImageDataset, torch.device, torch.dtype | None], tuple[Task, Encoder]]
 
 
-def common_options(kind: type[TrainingConfig]) -> Callable:
-    """Click decorator with the options that every training script has."""
-    names = ", ".join(preset_names(kind))
-    options = [
-        click.option("--outdir", type=FOLDER, required=True, help="Run folder: snapshots, statistics, states."),
-        click.option("--data", metavar="DIR|ZIP", required=True, help="Training images or latents."),
-        click.option("--preset", metavar="NAME|FILE", help=f"Settings to start from: {names}, or a .json file."),
-        click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, help="Of weights, order and noise."),
-        click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps."),
-        click.option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            default="auto",
-            help="Of the U-Nets; auto = fp16 on CUDA, else float32.",
-        ),
-        click.option(
-            "--workers", type=click.IntRange(0), default=None, help="Loader processes.  [default: 2 on CUDA, else 0]"
-        ),
-        click.option(
-            "-n", "--dry-run", is_flag=True, help="Check options, networks and data, print the settings and stop."
-        ),
-        click.option("--quiet", is_flag=True, help="No progress bar."),
-        click.option(
-            "--max-time", metavar="TIME", help="Save and stop in time before so much has passed, as in 11h30m."
-        ),
-        click.option("--force-resume", is_flag=True, help="Resume although settings or data are not those of the run."),
-        click.option("--shard", is_flag=True, help="Divide Adam's moments and the averages between the processes."),
-        click.option(
-            "--ema-device",
-            type=click.Choice(("same", "cpu")),
-            default="same",
-            help="Where averages are kept: with the networks, or in host memory.",
-        ),
-        click.option(
-            "--checkpoint-activations",
-            is_flag=True,
-            help="Compute activations again in the backward pass: less memory, more time.",
-        ),
-        click.option("--eval-metric", metavar="LIST", help="Measure each snapshot: fd_demo, fid, ...  [default: none]"),
-        click.option("--eval-num", type=click.IntRange(2), default=2000, help="Images drawn for that."),
-        click.option("--eval-ref", metavar="FILE|URL", help="Statistics to compare with.  [default: the data's]"),
-        click.option(
-            "--deterministic", is_flag=True, help="Use no operation whose result varies from run to run on a GPU."
-        ),
-    ]
+def distil(config: NCVSDConfig, options: RunOptions, net: str) -> None:
+    """Train a student of the teacher `net`, a file or URL. Raises ValueError where teacher and data do not fit."""
 
-    def decorate(function: Callable) -> Callable:
-        for option in reversed(options):
-            function = option(function)
-        return function
+    def build(dataset: ImageDataset, device: torch.device, dtype: torch.dtype | None) -> tuple[Task, Encoder]:
+        for ts in config.eval_ts:
+            parse_ts(ts)
+        loaded = networks.load(net, device=device)
+        check_teacher(loaded, net, dataset, options.data, config.cond)
+        loaded.net.compute_dtype = dtype
+        return distillation_task(loaded.net, config), loaded.encoder.to(device)
 
-    return decorate
+    launch(config, options, build)
 
 
-def launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable) -> None:
-    """Check the options, build the task with `build(config, options, dataset, device)` and train.
+def pretrain(config: EDM2Config, options: RunOptions) -> None:
+    """Train a fresh teacher. Raises ValueError for latents that are not Stable Diffusion's."""
 
-    Every mistake of the user's ends in one line and a non-zero exit.
-    """
-    started = stopping.clock()
-    with user_errors("--batch-gpu"):
-        limit = None if options["max_time"] is None else parse_duration(options["max_time"])
-        with StopRequest(None if limit is None else started + limit) as stop:
-            _launch(kind, options, build, stop)
+    def build(dataset: ImageDataset, device: torch.device, dtype: torch.dtype | None) -> tuple[Task, Encoder]:
+        if dataset.num_channels != 8 and dataset[0][0].dtype != "uint8":
+            raise ValueError(
+                f"{options.data} holds latents of {dataset.num_channels} channels, not 8 (mean and standard deviation "
+                "of Stable Diffusion's autoencoder): make them with dataset_tool.py encode"
+            )
+        encoder = StabilityVAEEncoder() if dataset.num_channels == 8 else RGBEncoder()
+        names = "model_channels channel_mult num_blocks attn_resolutions channels_per_head dropout".split()
+        architecture = {name: getattr(config, name) for name in names}
+        channels = encoder.latent_channels(dataset.num_channels)
+        teacher = networks.Precond(dataset.resolution, channels, dataset.label_dim, **architecture).to(device)
+        teacher.compute_dtype = dtype
+        return pretraining_task(teacher, config), encoder
+
+    launch(config, options, build)
 
 
-def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable, stop: StopRequest) -> None:
-    settings = {f.name: options.pop(f.name) for f in dataclasses.fields(kind)}
-    config = load_config(kind, options["preset"], settings)
-    run_dir = Path(options["outdir"])
+def check_teacher(loaded: networks.LoadedNetwork, net: str, dataset: ImageDataset, data: str, cond: bool) -> None:
+    """Raise ValueError where what `net` holds is no teacher, or none of the images in `data`."""
+    teacher, encoder = loaded.net, loaded.encoder
+    if not isinstance(teacher, networks.Precond):
+        raise ValueError(f"{net} holds a {type(teacher).__name__}: --net takes a teacher (Precond)")
+    if encoder.name == "sd-vae" and dataset.num_channels == 3:
+        raise ValueError(f"{data} holds pixels, the teacher works on latents: use dataset_tool.py encode")
+    if encoder.name == "rgb" and dataset[0][0].dtype != "uint8":
+        raise ValueError(f"{data} holds latents, and the teacher {net} works on pixels: name the images themselves")
+    found = (encoder.latent_channels(dataset.num_channels), dataset.resolution)
+    wanted = (teacher.img_channels, teacher.img_resolution)
+    if found != wanted:
+        raise ValueError(
+            f"{data} has images of {found[0]} channels at {found[1]}x{found[1]}, "
+            f"the teacher {net} works on {wanted[0]} channels at {wanted[1]}x{wanted[1]}"
+        )
+    if dataset.label_dim != teacher.label_dim and (teacher.label_dim or cond) and dataset.label_dim:
+        raise ValueError(f"{data} has {dataset.label_dim} classes, the teacher has {teacher.label_dim}")
+    if teacher.label_dim and not dataset.label_dim:
+        raise ValueError(f"the teacher has {teacher.label_dim} classes and {data} has no labels in use")
 
-    if options["deterministic"]:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else replicas remark on what `parallel` wants of them
-    import torch
 
-    from data.dataset import DatasetError, one_line
-    from networks.unet import set_recompute
-    from torch_utils import distributed
-    from training.loop import train
-    from training.optim import DivergenceError
-    from training.run.resuming import dry_run
-
-    device = distributed.init(options["device"])
-    configure_backends(options["deterministic"])
-    dataset = distributed.main_first(lambda: _load_data(config, options["data"]))
-    torch.manual_seed(options["seed"])
-    task, encoder = distributed.main_first(lambda: build(config, options, dataset, device))
-    dtype = distributed.main_first(lambda: compute_dtype(options["dtype"], device))
+def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
+    """Load the data, build the task and train. Mistakes of the user's are ValueError or ClickException, in one line."""
+    device = distributed.init(options.device)
+    configure_backends(options.deterministic)
+    dtype = distributed.main_first(lambda: compute_dtype(options.dtype, device))
+    dataset = distributed.main_first(lambda: _load_data(config, options.data))
+    torch.manual_seed(options.seed)
+    task, encoder = distributed.main_first(lambda: build(dataset, device, dtype))
     for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
         net.to(memory_format=torch.channels_last)
-        net.compute_dtype = dtype
-        set_recompute(net, options["checkpoint_activations"])
-    description = _description(config, options, task, dataset, device)
+        set_recompute(net, options.checkpoint_activations)
+    command = shlex.join(map(redact, sys.argv))
+    description = _description(config, options, task, dataset, device, command)
     distributed.print0("\n".join(description), flush=True)
-    run = _run(config, options, task, dataset, device, stop)
-    run.description = description
-    if options["dry_run"]:
-        dry_run(task, dataset.fingerprint(), config, run)
+    options = dataclasses.replace(
+        options,
+        evaluate=_evaluation(config, options, task, dataset, device) if options.eval_metric else None,
+        provenance={"command": command, "git_commit": git_commit()},
+        description=description,
+    )
+    if options.dry_run:
+        Run(task, dataset, encoder, config, options, device).dry_run()
         return
-    distributed.main_first(lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    distributed.main_first(lambda: options.run_dir.mkdir(parents=True, exist_ok=True))
     try:
-        train(task, dataset, encoder, config, run)
+        train(task, dataset, encoder, config, options, device)
     except DatasetError as error:
         raise click.ClickException(one_line(error)) from error
     except DivergenceError as error:
@@ -140,62 +131,18 @@ def _launch(kind: type[TrainingConfig], options: dict[str, Any], build: Callable
         raise click.ClickException(f"{first_line(error)}; train without --deterministic") from error
 
 
-def _run(
-    config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any, stop: StopRequest
-) -> Any:
-    """What the options say about where and how to train. Collective."""
-    import torch
-
-    from torch_utils import distributed
-    from training.loop import Run, split_batch
-
-    run_dir = Path(options["outdir"])
-    evaluate = None
-    if options["eval_metric"]:
-        from training.run.evaluation import snapshot_metrics
-
-        evaluate = snapshot_metrics(
-            options["eval_metric"],
-            options["eval_num"],
-            dataset,
-            device,
-            reference=options["eval_ref"],
-            run_dir=run_dir,
-            batch=split_batch(config, distributed.world_size())[0],
-            schedules=task.schedules,
-            writing=not options["dry_run"],
-        )
-    return Run(
-        run_dir,
-        device,
-        options["seed"],
-        options["workers"] if options["workers"] is not None else 2 * (device.type == "cuda"),
-        {"command": shlex.join(map(redact, sys.argv)), "git_commit": git_commit()},
-        options["quiet"],
-        force_resume=options["force_resume"],
-        stop=stop,
-        shard=options["shard"],
-        ema_device=torch.device("cpu") if options["ema_device"] == "cpu" else None,
-        evaluate=evaluate,
-    )
-
-
-def compute_dtype(name: str, device: Any) -> Any:
+def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """Torch dtype of a --dtype choice; None for 'auto', the network's own default.
 
     Raises ValueError for float16 anywhere but on CUDA.
     """
-    import torch
-
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
-    return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
 
 
 def configure_backends(deterministic: bool) -> None:
     """Let cuDNN choose the fastest algorithms, or, where asked for, none whose result varies from run to run."""
-    import torch
-
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's matrix library starts
     torch.use_deterministic_algorithms(deterministic)
@@ -205,53 +152,58 @@ def configure_backends(deterministic: bool) -> None:
 
 def git_commit() -> str | None:
     """Commit of the code that runs, with '+changes' where the working tree differs; None outside a repository."""
+    git, text = ["git", "-C", str(ROOT)], dict(capture_output=True, text=True)
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        ).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, **text).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **text).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed else "")
 
 
-def _load_data(config: TrainingConfig, path: str) -> Any:
+def _load_data(config: TrainingConfig, path: str) -> ImageDataset:
     """The data set. Raises ValueError where it, or the division of batches between processes, cannot be used."""
-    from data.dataset import ImageDataset
-    from torch_utils import distributed
-    from training.loop import split_batch
-
-    split_batch(config, distributed.world_size())
-    return ImageDataset(path, use_labels=config.cond, xflip=config.xflip, cache=_is_small(path))
+    config.split_batch(distributed.world_size())
+    small = Path(path).is_file() and Path(path).stat().st_size <= CACHE_LIMIT // 8  # a folder is read file by file
+    return ImageDataset(path, use_labels=config.cond, xflip=config.xflip, cache=small)
 
 
-def _is_small(path: str) -> bool:
-    """Whether a ZIP's images are worth keeping decoded; a folder is read file by file."""
-    return Path(path).is_file() and Path(path).stat().st_size <= CACHE_LIMIT // 8
+def _evaluation(
+    config: TrainingConfig, options: RunOptions, task: Task, dataset: ImageDataset, device: torch.device
+) -> Callable[[torch.nn.Module, Encoder], dict[str, float]]:
+    """What measures each snapshot. Collective."""
+    return snapshot_metrics(
+        options.eval_metric,
+        options.eval_num,
+        dataset,
+        device,
+        reference=options.eval_ref,
+        run_dir=options.run_dir,
+        batch=config.split_batch(distributed.world_size())[0],
+        schedules=task.schedules,
+        writing=not options.dry_run,
+    )
 
 
-def _description(config: TrainingConfig, options: dict[str, Any], task: Any, dataset: Any, device: Any) -> list[str]:
+def _description(
+    config: TrainingConfig, options: RunOptions, task: Task, dataset: ImageDataset, device: torch.device, command: str
+) -> tuple[str, ...]:
     """What is about to run, and the memory that it needs, in lines."""
-    from torch_utils import distributed
-    from training.run.memory import memory_plan
-
     plan = memory_plan(
         [(p.name, p.net) for p in task.phases],
         task.frozen.items(),
         task.result,
         len(config.ema_stds),
         world=distributed.world_size(),
-        shard=options["shard"],
-        ema_on_host=options["ema_device"] == "cpu" and device.type != "cpu",
+        shard=options.shard,
+        ema_on_host=options.ema_device == "cpu" and device.type != "cpu",
     )
-    return [
-        f"command   {shlex.join(map(redact, sys.argv))}",
-        f"data      {options['data']}: {json.dumps(dataset.facts())}",
+    return (
+        f"command   {command}",
+        f"data      {options.data}: {json.dumps(dataset.facts())}",
         *(f"{p.name:9s} {sum(w.numel() for w in p.net.parameters()):,} parameters" for p in task.phases),
         *plan.lines(),
-        f"device    {device}, {distributed.world_size()} process(es), dtype {options['dtype']}",
+        f"device    {device}, {distributed.world_size()} process(es), dtype {options.dtype}",
         f"settings  {json.dumps(dataclasses.asdict(config))}",
         *(f"warning   {text}" for text in config.warnings()),
-    ]
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +29,13 @@ class NetworkMemory:
         return self.weights + self.gradients + self.adam + self.ema
 
 
-def tensor_bytes(net: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in net.state_dict().values())
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, (list, tuple, Mapping)):
+        return sum(map(tensor_bytes, tree.values() if isinstance(tree, Mapping) else tree))
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,30 +85,15 @@ def memory_plan(
     ema_on_host: bool = False,
 ) -> MemoryPlan:
     """Arithmetic on parameter counts; networks on the meta device will do. Shares are those of an even division."""
-    rows = [NetworkMemory(name, tensor_bytes(net), 0, 0, 0) for name, net in frozen]
+    rows = [NetworkMemory(name, tensor_bytes(net.state_dict()), 0, 0, 0) for name, net in frozen]
     parts = world if shard else 1
     ema_host = state = 0
     for name, net in trained:
         count = sum(p.numel() for p in net.parameters())
         ema = profiles * count * FLOAT32 if net is averaged else 0
-        state += tensor_bytes(net) + 2 * count * FLOAT32 + ema
+        state += tensor_bytes(net.state_dict()) + 2 * count * FLOAT32 + ema
         ema_host += ema // parts if ema_on_host else 0
         on_device = 0 if ema_on_host else ema // parts
         moments = 2 * count * FLOAT32
-        rows.append(NetworkMemory(name, tensor_bytes(net), count * FLOAT32, moments // parts, on_device))
-    return MemoryPlan(tuple(rows), world, ema_host, state, tensor_bytes(averaged))
-
-
-def preset_networks(channels: int, resolution: int, img_channels: int, label_dim: int) -> dict[str, nn.Module]:
-    """Teacher and NCVSD networks of a published size, without weights."""
-    from networks import Discriminator, Precond, PrecondCondition
-
-    arguments = dict(img_resolution=resolution, img_channels=img_channels, label_dim=label_dim, model_channels=channels)
-    with torch.device("meta"):
-        conditional = PrecondCondition(**arguments)
-        return {
-            "teacher": Precond(**arguments),
-            "score": PrecondCondition(**arguments),
-            "disc": Discriminator(**arguments),
-            "gen": conditional,
-        }
+        rows.append(NetworkMemory(name, tensor_bytes(net.state_dict()), count * FLOAT32, moments // parts, on_device))
+    return MemoryPlan(tuple(rows), world, ema_host, state, tensor_bytes(averaged.state_dict()))

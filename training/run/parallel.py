@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_utils import distributed
-from training.run.state import to_host
+
+if TYPE_CHECKING:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 Name = TypeVar("Name", str, int)
 
@@ -28,14 +30,10 @@ class Replica(DistributedDataParallel):
 
     def __init__(self, net: nn.Module) -> None:
         exact = torch.are_deterministic_algorithms_enabled()  # a resumed run then adds up in the same order
+        options = dict(broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=exact)
         with warnings.catch_warnings():  # later releases rename the option, earlier ones know no other name
             warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
-            super().__init__(
-                net,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=exact,
-            )
+            super().__init__(net, **options)
 
     @property
     def sigma_data(self) -> float:
@@ -69,6 +67,17 @@ def gravest(verdict: int, device: torch.device) -> int:
     return int(shared)
 
 
+def to_host(tree: Any) -> Any:
+    """The same nested dicts and lists with copies of all tensors in host memory, so that training may go on."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: to_host(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(to_host(value) for value in tree)
+    return tree
+
+
 # ----------------------------------------------------------------------------
 # optimizers
 
@@ -80,7 +89,7 @@ def build_optimizer(
     betas = (beta1, ADAM_BETA2)
     if not shard or distributed.world_size() == 1:
         return torch.optim.Adam(net.parameters(), betas=betas, fused=device.type in ("cpu", "cuda"))
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # not there on every system
 
     fused = device.type == "cpu"  # elsewhere fused Adam wants its step counts on the device, and gets them on the CPU
     net.requires_grad_(True)  # as when it steps
@@ -96,7 +105,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": to_host(optimizer.state_dict()["state"]) if distributed.is_main() else {}}
 
 
-def _collect(optimizer: Any) -> dict[int, dict[str, Tensor]]:
+def _collect(optimizer: ZeroRedundancyOptimizer) -> dict[int, dict[str, Tensor]]:
     """Moments of a divided optimizer in the main process, tensor by tensor.
 
     torch's own way sends pickled shards to every process, which takes 40 times as long and several times the memory.
@@ -104,7 +113,7 @@ def _collect(optimizer: Any) -> dict[int, dict[str, Tensor]]:
     params = optimizer.param_groups[0]["params"]
     index = {p: i for i, p in enumerate(params)}
     own = {index[p]: entry for p, entry in optimizer.optim.state.items()}
-    parts: list[Any] = [None] * distributed.world_size()
+    parts: list[dict[int, list[str]]] = [{}] * distributed.world_size()
     torch.distributed.all_gather_object(parts, {i: sorted(entry) for i, entry in own.items()})
     owners = {i: rank for rank, part in enumerate(parts) for i in part}
     state: dict[int, dict[str, Tensor]] = {i: {} for i in sorted(owners)} if distributed.is_main() else {}

@@ -1,4 +1,4 @@
-"""Where a run writes what happens: terminal, log.txt, stats.jsonl, TensorBoard and a progress bar."""
+"""What a run writes of itself: terminal, log.txt, stats.jsonl, TensorBoard, a progress bar; and what is worth it."""
 
 from __future__ import annotations
 
@@ -10,48 +10,118 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+from tqdm import tqdm
 
 from data.pictures import encode_png
 from dnnlib.files import atomic_write, read_regular
 from dnnlib.streams import lead_nowhere
+from dnnlib.text import format_bytes, format_time
 from torch_utils import distributed
+from training.optim import total_norm
 from training.run.curves import MAX_STATISTICS, read_entry
+from training.run.state import Trained
+from training.tasks import LossTerms, Phase
+
+Number = float | Tensor
+Values = dict[str, float]
 
 
 class RunningMeans:
     """Means of named quantities since they were last read. Tensors stay on their device until then."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Any, Any]] = {}
+        self._sums: dict[str, tuple[Number, Number]] = {}
 
-    def add(self, name: str, total: Any, count: Any = 1) -> None:
+    def add(self, name: str, total: Number, count: Number = 1) -> None:
         """Take in a value, or the sum of `count` values."""
         old_total, old_count = self._sums.get(name, (0.0, 0))
         self._sums[name] = (old_total + total, old_count + count)
 
-    def read(self) -> dict[str, float]:
+    def add_all(self, values: Mapping[str, Number]) -> None:
+        """Take in a value of each name."""
+        for name, value in values.items():
+            self.add(name, value)
+
+    def add_losses(self, phase: Phase, terms: LossTerms) -> None:
+        """Take in each reported loss, its parts by quarter of the noise levels' distribution, and the rates."""
+        for name, value in terms.reported.items():
+            per_image = value.detach().float().mean(dim=(1, 2, 3))
+            self.add(f"Loss/{name}", per_image.mean())
+            for label, total, count in by_level(per_image, terms.levels, phase.level_edges):
+                self.add(f"Levels/{name}_{label}", total, count)
+        for name, value in terms.rates.items():
+            self.add(name, value.detach().float().mean())
+
+    def read(self) -> Values:
         """Means over all processes by name, of those with any value; starts afresh. Collective."""
         own = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
         self._sums = {}
+        parts: list[dict[str, tuple[float, float]]] = [own]
+        if distributed.world_size() > 1:
+            parts = [{}] * distributed.world_size()
+            torch.distributed.all_gather_object(parts, own)
         sums: dict[str, list[float]] = {}
-        for part in _everyone(own):
-            for name, pair in part.items():
-                sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), pair, strict=True)]
+        for name, pair in (item for part in parts for item in part.items()):
+            sums[name] = [a + b for a, b in zip(sums.get(name, (0.0, 0.0)), pair, strict=True)]
         return {name: total / count for name, (total, count) in sums.items() if count}
 
 
-def _everyone(item: Any) -> list[Any]:
-    if distributed.world_size() == 1:
-        return [item]
-    parts = [None] * distributed.world_size()
-    torch.distributed.all_gather_object(parts, item)
+def by_level(values: Tensor, levels: Tensor, edges: tuple[float, ...]) -> list[tuple[str, Tensor, Tensor]]:
+    """Label, sum and number of the `values` [N] of images whose `levels` [N] lie between neighbouring edges."""
+    bounds = [0.0, *edges, float("inf")]
+    levels = levels.flatten()
+    parts = []
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        inside = (levels >= low) & (levels < high)
+        parts.append((f"t{low:.2g}-{high:.2g}", torch.where(inside, values, 0).sum(), inside.sum()))
     return parts
+
+
+def facts(trained: Trained, lr: float) -> Values:
+    """Weight norms, the weights that blend in the control branches, learning rates, non-finite gradients so far."""
+    values = {"Progress/lr": lr}
+    for phase in trained.task.phases:
+        values[f"Weights/{phase.name}_norm"] = float(total_norm(phase.net.parameters()))
+        values[f"Rates/{phase.name}"] = lr * phase.rate(trained.nimg) if trained.nimg > phase.start else 0.0
+        values[f"Nonfinite/{phase.name}_total"] = trained.health[phase.name].updates
+        for key, p in phase.net.named_parameters():
+            kind = key.rpartition(".")[2]
+            if kind == "additional_x_weight":
+                values[f"Control/{phase.name}_x"] = float(p.clamp(0, 1))  # as the network uses it
+            elif kind == "additional_skips_weight":
+                values |= {f"Control/{phase.name}_skip{i:02d}": w for i, w in enumerate(p.clamp(0, 1).tolist())}
+    return values
+
+
+def memory(device: torch.device) -> Values:
+    """Resident memory of this process and, on CUDA, the peak of what tensors held since the last call, in GiB."""
+    values = {"Memory/host_gib": psutil.Process().memory_info().rss / 2**30}
+    if device.type == "cuda":
+        values["Memory/gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
+    return values
+
+
+def status_line(nimg: int, duration: int, values: Values) -> str:
+    """Images seen, speed, time to go, memory and losses in one line."""
+    rate = values["Progress/img_per_s"]
+    parts = [f"{nimg} of {duration} images", f"{rate:.4g} img/s", f"ETA {format_time((duration - nimg) / rate)}"]
+    for name, label in (("Memory/host_gib", "memory"), ("Memory/gpu_gib", "GPU")):
+        if name in values:
+            parts.append(f"{label} {format_bytes(values[name] * 2**30)}")
+    parts += [f"{k.removeprefix('Loss/')} {v:.4g}" for k, v in values.items() if k.startswith("Loss/")]
+    return "  ".join(parts)
 
 
 class Recorder:
@@ -69,20 +139,11 @@ class Recorder:
         self.start = start
         if not active:
             return
-        from tqdm import tqdm
-
         self._failing: set[str] = set()  # files that could not be written the last time
         self._events = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._events_begun = False
-        self._bar = tqdm(
-            total=duration,
-            initial=start,
-            unit="img",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=quiet,
-            smoothing=0.05,
-        )
+        options = dict(unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
+        self._bar = tqdm(total=duration, initial=start, disable=quiet, **options)
         statistics = run_dir / "stats.jsonl"
         try:
             bad = _drop_after(statistics, start)
@@ -97,7 +158,7 @@ class Recorder:
         if not self.active:
             return
         if terminal:
-            self._say(message)
+            self._show(lambda: self._bar.write(message))
         self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n".encode(errors="replace"))
 
     def progress(self, count: int) -> None:
@@ -105,7 +166,7 @@ class Recorder:
         if self.active:
             self._show(lambda: self._bar.update(count))
 
-    def stats(self, nimg: int, values: dict[str, float]) -> None:
+    def stats(self, nimg: int, values: Values) -> None:
         """One line of stats.jsonl, and the same numbers as TensorBoard scalars."""
         if not self.active:
             return
@@ -130,11 +191,8 @@ class Recorder:
         if self.active:
             self._show(self._bar.close)
 
-    def _say(self, message: str) -> None:
-        self._show(lambda: self._bar.write(message))
-
     @staticmethod
-    def _show(write: Callable[[], Any]) -> None:
+    def _show(write: Callable[[], object]) -> None:
         """Write to the terminal. One that is closed must not end training: what fails leads nowhere from then on."""
         try:
             write()
@@ -154,22 +212,17 @@ class Recorder:
             if size is not None:
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)
+            reason = error.strerror or error
             if name not in self._failing:
-                self._say(f"{path} could not be written ({error.strerror or error})")
+                self._show(lambda: self._bar.write(f"{path} could not be written ({reason})"))
             self._failing.add(name)
             return False
         self._failing.discard(name)
         return True
 
     def _to_board(self, nimg: int, values: list[dict[str, Any]]) -> None:
-        """Values for TensorBoard, which drops what earlier starts wrote for images that this one sees again.
-
-        Written at once: SummaryWriter's thread dies with a traceback where a disk is full.
-        """
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
+        """Values for TensorBoard, which drops what earlier starts wrote for images that this one sees again."""
+        # Not by SummaryWriter: where a disk is full its thread dies with a traceback, and half a record stays behind.
         now = time.time()
         events = [Event(wall_time=now, step=nimg, summary=Summary(value=[Summary.Value(**value) for value in values]))]
         if not self._events_begun:

@@ -1,35 +1,123 @@
-"""Durable training states: written whole or not at all, verified when read, the newest valid one wins."""
+"""All that training changes, and durable copies of it: written whole or not at all, verified when read."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from dnnlib.files import file_sha256
+from dnnlib.text import printable
+from torch_utils import distributed
+from training.optim import Health
+from training.phema import PowerFunctionEMA
+from training.presets import TrainingConfig
+from training.run.parallel import build_optimizer, load_optimizer_state, optimizer_state, to_host
+from training.tasks import Task
 
+MAX_FAILURES = 3  # writes in a row, until training stops
+_SLOW_DISK = 50 << 20  # bytes per second assumed before the first write is measured
 _NAME = re.compile(r"training-state-(\d{9,})-([0-9a-f]{8})\.pt")
-_UNFINISHED = ".training-state-*.new"
+
+State = dict[str, Any]  # tensors and plain data
+Log = Callable[[str], None]
 
 
 class StateError(ValueError):
     """A training state that cannot be used."""
 
 
-class HashingFile:
-    """File for torch.save that takes the SHA-256 of what passes through.
+class Trained:
+    """Networks, optimizers, averages and counters of a run: all that a resumed one needs."""
 
-    An error of the file system is kept for `check` instead of being raised in the middle of torch.save, whose archive
-    writer would then try to finish a file that cannot be finished.
+    def __init__(
+        self,
+        task: Task,
+        config: TrainingConfig,
+        seed: int,
+        device: torch.device,
+        *,
+        shard: bool = False,  # divide Adam's moments and the averages between the processes
+        ema_device: torch.device | str | None = None,  # where the averages are kept; None = `device`
+    ) -> None:
+        self.task = task
+        self.seed = seed
+        self.nimg = 0  # images seen
+        self.seconds = 0.0  # of training, up to the last statistics
+        self.snapshot_seconds = 0.0  # of the last snapshot
+        self.health = {p.name: Health() for p in task.phases}
+        self.optimizers = {p.name: build_optimizer(p.net, device, beta1=p.beta1, shard=shard) for p in task.phases}
+        self.ema = PowerFunctionEMA(task.result, config.ema_stds, device=ema_device, shard=shard)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the last update of every network had finite gradients."""
+        return not any(health.streak for health in self.health.values())
+
+    def host_state(self, identity: State | None = None) -> State:
+        """Plain data, what identifies the run among it, and in the main process copies of all tensors in host memory.
+
+        The order of the images and all noise are functions of seed and position in the image sequence. Collective.
+        """
+        copied = to_host if distributed.is_main() else (lambda tree: None)
+        averages = self.ema.state_dict()
+        return {
+            "identity": identity,
+            "nimg": self.nimg,
+            "seconds": self.seconds,
+            "snapshot_seconds": self.snapshot_seconds,
+            "seed": self.seed,
+            "position": self.nimg * len(self.task.order),
+            "health": {name: dataclasses.asdict(health) for name, health in self.health.items()},
+            "nets": {p.name: copied(p.net.state_dict()) for p in self.task.phases},
+            "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()},
+            "ema": averages if self.ema.sharded else copied(averages),
+        }
+
+    def load_state_dict(self, state: State, *, force: bool = False) -> None:
+        """Take in a state of any number of processes, with `force` one of other EMA profiles too.
+
+        Raises StateError where it does not fit.
+        """
+        try:
+            for p in self.task.phases:
+                p.net.load_state_dict(state["nets"][p.name])
+                load_optimizer_state(self.optimizers[p.name], state["optimizers"][p.name])
+                self.health[p.name] = Health(**{k: int(v) for k, v in state["health"][p.name].items()})
+            self.ema.load_state_dict(state["ema"], force=force)
+            self.nimg, self.seconds = int(state["nimg"]), float(state["seconds"])
+            self.snapshot_seconds = float(state.get("snapshot_seconds", 0))
+            if self.nimg < 0:
+                raise ValueError(f"nimg is {self.nimg}")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
+            reason = str(error)
+            if isinstance(error, KeyError):
+                reason = f"no {error} in it"
+            elif not isinstance(error, (RuntimeError, ValueError)):
+                reason = "something else stands where a part should be"
+            raise StateError(f"the training state does not fit this run ({printable(reason)})") from error
+
+
+# ----------------------------------------------------------------------------
+# writing
+
+
+class HashingFile:
+    """File for torch.save that takes the SHA-256 of what passes through, and keeps the first OSError.
+
+    Raised in the middle of torch.save, its archive writer would try to finish a file that cannot be finished.
     """
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
         self.error: OSError | None = None
@@ -46,47 +134,14 @@ class HashingFile:
     def flush(self) -> None:
         """Nothing to do: the file is flushed when it is complete."""
 
-    def check(self) -> None:
-        """Raise the first OSError of a write."""
-        if self.error is not None:
-            raise self.error
-
-
-def to_host(tree: Any) -> Any:
-    """The same nested dicts and lists with copies of all tensors in host memory, so that training may go on."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: to_host(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(to_host(value) for value in tree)
-    return tree
-
-
-def state_bytes(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return 0
-    return sum(map(state_bytes, tree))
-
 
 def save_state(
-    run_dir: str | Path,
-    state: dict[str, Any],
-    nimg: int,
-    *,
-    keep: int = 2,
-    keep_every: int = 0,
-    warn: Callable[[str], None] = print,
+    run_dir: str | Path, state: State, nimg: int, *, keep: int = 2, keep_every: int = 0, warn: Log = print
 ) -> Path:
-    """Write tensors and plain data as training-state-NIMG-SHA8.pt; then remove the states that `prune` does.
+    """Write training-state-NIMG-SHA8.pt; then remove the states that `prune` does.
 
-    The file is written under a temporary name, flushed to the disk and renamed, so that a crash at any moment leaves
-    the previous state in place. Raises OSError where that fails; nothing of the attempt is left then.
+    The file is written under a temporary name, flushed to the disk and renamed: a crash at any moment leaves the
+    previous state in place. Raises OSError where that fails; nothing of the attempt is left then.
     """
     run_dir = Path(run_dir)
     temporary = run_dir / f".training-state-{nimg:09d}-{os.getpid()}.new"
@@ -94,19 +149,25 @@ def save_state(
         with open(temporary, "xb") as file:
             hashing = HashingFile(file)
             torch.save(state, hashing)
-            hashing.check()
+            if hashing.error is not None:
+                raise hashing.error
             file.flush()
             os.fsync(file.fileno())
         path = run_dir / f"training-state-{nimg:09d}-{hashing.sha256.hexdigest()[:8]}.pt"
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_folder(run_dir)
+    with contextlib.suppress(OSError):  # make the name durable too, on systems where a folder can be flushed
+        handle = os.open(run_dir, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     prune(run_dir, keep, keep_every, warn)
     return path
 
 
-def prune(run_dir: str | Path, keep: int, keep_every: int = 0, warn: Callable[[str], None] = print) -> None:
+def prune(run_dir: str | Path, keep: int, keep_every: int = 0, warn: Log = print) -> None:
     """Remove all but the newest `keep` states and, with `keep_every` > 0, the first of each `keep_every` images.
 
     What cannot be removed stays, with a warning.
@@ -124,10 +185,108 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0, warn: Callable[[s
                 warn(f"{path} could not be removed ({error.strerror or error})")
 
 
-def remove_unfinished(run_dir: str | Path) -> None:
-    """Remove what a killed process left of a state it was writing."""
-    for path in Path(run_dir).glob(_UNFINISHED):
-        path.unlink()
+class StateWriter:
+    """Writes one state at a time in a thread of its own. Training waits for the copy to host memory only.
+
+    A failed write leaves the previous states in place; it is reported, and the next one is tried when it comes.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_every: int = 0,  # see `prune`
+        expected: int = 0,  # bytes of a state; 0 in processes that write none
+        log: Log = print,
+    ) -> None:
+        self.run_dir = run_dir
+        self.keep_every = keep_every
+        self.log = log
+        self.failures = 0  # in a row
+        self.last_good: Path | None = None  # newest state written while training was sound
+        self.seconds = expected / _SLOW_DISK  # the longest write so far, a guess before the first one
+        self._thread: threading.Thread | None = None
+        self._outcome: Path | BaseException | None = None
+        self._sound = True
+        self._measured = False
+        self._warnings: list[str] = []  # of the write that is going on
+
+    def start(self, state: State, nimg: int, *, sound: bool = True, spent: float = 0.0) -> None:
+        """Begin to write a state that nobody changes any more, after the write before it, if that is still going on.
+
+        `sound` states are those that `last_good` may name; `spent` is how many seconds the copy took.
+        """
+        self.wait()
+        self._sound = sound
+        self._thread = threading.Thread(target=self._write, args=(state, nimg, spent), daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Take note of a write that has ended."""
+        if not self.busy:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write that is going on, if any, and note how it ended; raises what is no OSError."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        while self._warnings:
+            self.log(self._warnings.pop(0))
+        outcome = self._outcome
+        if isinstance(outcome, Path):
+            self.failures = 0
+            if self._sound:
+                self.last_good = outcome
+            return
+        if not isinstance(outcome, OSError):
+            raise outcome
+        self.failures += 1
+        left = self.last_good.name if self.last_good else "none so far"
+        again = "" if self.exhausted else "; training goes on and tries again at the next interval"
+        self.log(
+            f"a training state could not be written to {self.run_dir} ({outcome.strerror or outcome}), failure "
+            f"{self.failures} of {MAX_FAILURES}: the previous one stays ({left}){again}"
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a write is going on."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def reserve(self) -> float:
+        """Seconds that a state begun now may take, the end of the write that is going on included."""
+        return self.seconds if self._thread is None else 2 * self.seconds
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether writing has failed too many times in a row."""
+        return self.failures >= MAX_FAILURES
+
+    def error(self) -> OSError:
+        """The error that ends training."""
+        newest = f"newest state: {self.last_good}" if self.last_good else "there is no state"
+        return OSError(
+            f"training stopped: states cannot be written to {self.run_dir}, {newest}; make space or give write access, "
+            "then run the same command again"
+        )
+
+    def _write(self, state: State, nimg: int, spent: float) -> None:
+        started = time.perf_counter()
+        try:
+            options = dict(keep_every=self.keep_every, warn=self._warnings.append)
+            self._outcome = save_state(self.run_dir, state, nimg, **options)
+            seconds = spent + time.perf_counter() - started
+            self.seconds = max(self.seconds, seconds) if self._measured else seconds
+            self._measured = True
+        except BaseException as error:  # handed to the thread that trains
+            self._outcome = error
+
+
+# ----------------------------------------------------------------------------
+# reading
 
 
 def list_states(run_dir: str | Path) -> list[Path]:
@@ -141,18 +300,14 @@ def state_nimg(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
-    """Read a verified state. Raises StateError if the file is damaged; nothing in it is executed.
-
-    Tensors are mapped from the file, so that the processes of a machine share the memory; copy what is kept.
-    """
-    path = Path(path)
+def load_state(path: Path) -> State:
+    """Read a verified state, mapped from the file; nothing in it is executed. Raises StateError if it is damaged."""
     if file_sha256(path)[:8] != _NAME.fullmatch(path.name)[2]:
         raise StateError(f"{path} is damaged: its SHA-256 does not begin with the digits in its name")
     return read_state(path)
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
+def read_state(path: Path) -> State:
     """Read a state that another process has verified; otherwise as `load_state`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -166,8 +321,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def find_newest_state(
-    run_dir: str | Path, warn: Callable[[str], None] = print, *, set_aside: bool = True
-) -> tuple[Path | None, dict[str, Any] | None]:
+    run_dir: str | Path, warn: Log = print, *, set_aside: bool = True
+) -> tuple[Path | None, State | None]:
     """Newest valid state of a run with its path, or (None, None) if it has none yet.
 
     A damaged one is set aside as *.damaged (unless `set_aside` is off) with a warning, and one that the system cannot
@@ -193,22 +348,3 @@ def find_newest_state(
             f"no valid training state is left in {run_dir}: restore one, or use another --outdir ({found})"
         )
     return None, None
-
-
-def load_newest_state(run_dir: str | Path, warn: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """The state that `find_newest_state` finds."""
-    return find_newest_state(run_dir, warn)[1]
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename durable, on systems where a folder can be flushed."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
