@@ -110,8 +110,8 @@ def measure(
     """One row: 2 + `steps` iterations of the three phases, with the averages, as one process trains."""
     import torch
 
+    from torch_utils.distributed import compute_dtype
     from training.presets import NCVSDConfig, load_config
-    from training.run.launch import compute_dtype
     from training.run.state import Trained
     from training.tasks import distillation_task
 
@@ -210,7 +210,7 @@ def _rounding(net: Any, images: Any, labels: Any, dtype: str, noise: Any = None)
     """Relative difference between the outputs in `dtype` and in float32."""
     import torch
 
-    from training.run.launch import compute_dtype
+    from torch_utils.distributed import compute_dtype
 
     outputs = []
     for kind in ("float32", dtype):

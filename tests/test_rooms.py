@@ -81,3 +81,40 @@ def test_no_file_imports_itself_by_way_of_others():
 def test_the_reader_of_imports_sees_all_kinds():
     text = "import a.b\nfrom a import b as c, other\ndef f():\n    from d import e\n    from d.e import g\n"
     assert imports(text, {"a", "a.b", "d", "d.e"}) == {"a", "a.b", "d.e"}
+
+
+MAX_LINES = 350  # of a file
+MAX_FUNCTION = 60
+MAX_HOUSE = 12_500  # lines of Python and shell outside tests, benches and the toy
+
+
+def tracked(*endings: str) -> list[Path]:
+    skipped = {".venv", ".git", "build", "out", "training-runs"}
+    return [
+        path for end in endings for path in ROOT.rglob(f"*{end}") if not skipped & set(path.relative_to(ROOT).parts)
+    ]
+
+
+def lines(path: Path) -> int:
+    return path.read_text(encoding="utf-8").count("\n")
+
+
+def test_files_are_short():
+    house = [path for path in tracked(".py", ".sh") if path.relative_to(ROOT).parts[0] != "tests"]
+    assert not {str(path.relative_to(ROOT)): lines(path) for path in house if lines(path) > MAX_LINES}
+
+
+def test_functions_are_short():
+    long = {}
+    for path in tracked(".py"):
+        if path.relative_to(ROOT).parts[0] == "tests":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION:
+                long[f"{path.relative_to(ROOT)}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert not long
+
+
+def test_the_house_stays_small():
+    house = [path for path in tracked(".py", ".sh") if path.relative_to(ROOT).parts[0] not in ("tests", "bench", "toy")]
+    assert sum(map(lines, house)) <= MAX_HOUSE

@@ -32,7 +32,6 @@ from training.run.session import Run
 from training.tasks import Task, distillation_task, pretraining_task
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
-DTYPES = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Build = Callable[[ImageDataset, torch.device, torch.dtype | None], tuple[Task, Encoder]]
 
@@ -97,7 +96,7 @@ def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
     """Load the data, build the task and train. Mistakes of the user's are ValueError or ClickException, in one line."""
     device = distributed.init(options.device)
     configure_backends(options.deterministic)
-    dtype = distributed.main_first(lambda: compute_dtype(options.dtype, device))
+    dtype = distributed.main_first(lambda: distributed.compute_dtype(options.dtype, device))
     dataset = distributed.main_first(lambda: _load_data(config, options.data))
     torch.manual_seed(options.seed)
     task, encoder = distributed.main_first(lambda: build(dataset, device, dtype))
@@ -129,16 +128,6 @@ def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
         if "deterministic" not in str(error):
             raise
         raise click.ClickException(f"{first_line(error)}; train without --deterministic") from error
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """Torch dtype of a --dtype choice; None for 'auto', the network's own default.
-
-    Raises ValueError for float16 anywhere but on CUDA.
-    """
-    if name == "fp16" and device.type != "cuda":
-        raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
-    return DTYPES[name]
 
 
 def configure_backends(deterministic: bool) -> None:
