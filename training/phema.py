@@ -23,7 +23,8 @@ def std_to_exp(std: float | np.ndarray) -> np.ndarray:
         raise ValueError(f"the relative width of an EMA profile must lie in (0, 0.2886], got {std}")
     # With u = γ+1 and s = 1/std² the widths are the largest roots of u³ + 4u² + (5-s)u + 2, which is convex for u > 0
     # and positive at sqrt(s): Newton's steps from there come down to the root and stay.
-    s, u = std**-2, 1 / std
+    u = 1 / np.maximum(std, 1e-100)  # narrower ones average nothing either, and would overflow
+    s = u * u
     for _ in range(20):
         u = u - (((u + 4) * u + 5 - s) * u + 2) / ((3 * u + 8) * u + 5 - s)
     return np.maximum(u - 1, 0)

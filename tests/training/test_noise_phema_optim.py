@@ -96,6 +96,7 @@ def test_exponents_are_golden_and_solve_the_equation():
     back = np.sqrt((exponents + 1) / ((exponents + 2) ** 2 * (exponents + 3)))
     np.testing.assert_allclose(back, GOLDEN["phema_std"], rtol=1e-9)
     assert std_to_exp(0.05).shape == ()
+    assert np.isfinite(std_to_exp([5e-324, 1e-200])).all()
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.3, float("nan")])
