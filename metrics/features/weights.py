@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,11 @@ def load_published(
 
 def is_torchscript(path: Path) -> bool:
     """Whether PyTorch would take the file for a TorchScript program."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, struct.error):  # another format, or damaged
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def find_weights(

@@ -123,6 +123,7 @@ def test_files_that_are_no_detectors_are_refused(tmp_path):
         "plain.pt": b"no archive",
         "weights.pt": None,
         "empty.safetensors": b"",
+        "cut.pt": b"PK\5\6" + bytes(6) + b"\1\0\1\0" + b"\x2e" + bytes(7),  # an archive's end without its directory
         "net.safetensors": (ROOT / "assets" / "demo" / "student.safetensors").read_bytes(),
     }
     torch.save({"a": torch.ones(2)}, tmp_path / "weights.pt")
