@@ -144,7 +144,7 @@ def _lock(path: Path) -> Iterator[bool | None]:
         return
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # gone, or another user's
         yield False
         return
     try:

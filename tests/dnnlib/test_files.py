@@ -86,6 +86,21 @@ def test_what_killed_processes_left_is_removed_and_what_others_are_writing_is_no
     assert sorted(os.listdir(tmp_path)) == [".r.json.mine.tmp", "other", "r.json"]
 
 
+def test_leftovers_of_other_users_stay(tmp_path, monkeypatch):
+    left, really = tmp_path / ".a.1.tmp", os.open
+    left.touch()
+
+    def refuses(path, *options, **further):
+        if str(path) == str(left):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, *options, **further)
+
+    monkeypatch.setattr("dnnlib.files.os.open", refuses)
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"a")
+    assert sorted(os.listdir(tmp_path)) == [".a.1.tmp", "a"]
+
+
 def test_where_there_are_no_locks_temporary_names_are_random(tmp_path, monkeypatch):
     def refuses(*_):
         raise OSError(errno.ENOLCK, "No locks available")
