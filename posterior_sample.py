@@ -6,7 +6,7 @@ import click
 
 from inverse.tasks import load_task, pop_overrides, task_names, task_options
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER, SEED
+from torch_utils.options import FOLDER, SEED, batch_option, device_option, dtype_option, quiet_option
 from torch_utils.threads import wait_passively
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
@@ -40,7 +40,7 @@ class ClassIndex(click.ParamType):
 @click.option("--mask", metavar="IMAGE", help="Inpainting: black pixels are removed; replaces the task's.")
 @click.option("--class", "class_idx", metavar="INT|data", type=ClassIndex(), help="Of conditional networks.")
 @click.option("--seed", type=SEED, default=0, help="Of measurement noise and samples.")
-@click.option("--batch", type=click.IntRange(min=1), default=16, help=BATCH)
+@batch_option(16, BATCH)
 @task_options
 @click.option(
     "--lpips",
@@ -55,9 +55,9 @@ class ClassIndex(click.ParamType):
     default="average",
     help="average: published tables; max: original.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bf16", "fp16"]), default="auto", help="Of the U-Net.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@device_option
+@dtype_option("Of the U-Net.")
+@quiet_option
 def main(task: str, **options: object) -> None:
     """Draw samples of p(image | measurement) by plug-and-play sampling, and judge them.
 
