@@ -78,11 +78,10 @@ def evaluate(
             image.chosen_run = min(range(len(image.runs)), key=lambda run: image.runs[run]["residual"])
         if has_truth:
             _compare(folder.path, image, lpips)
-    covered = [image.coverage for image in images if image.coverage is not None]
-    runs, interval = len(images[0].runs), images[0].interval
-    calibration = None
+    covered = [image for image in images if image.coverage is not None]
+    runs, calibration = len(images[0].runs), None
     if covered:
-        found = statistics.fmean(covered)
+        found, interval = statistics.fmean(image.coverage for image in covered), covered[0].interval
         calibration = {"interval": interval, "expected": interval, "coverage": found, "runs": runs}
     about_lpips = {"computed": lpips is not None, "name": getattr(lpips, "name", None), "note": lpips_note}
     retries, summary = sum(image.retries for image in images), _summarise(images)

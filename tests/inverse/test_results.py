@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dnnlib.files import FolderInUseError
+from inverse.evaluation import evaluate, format_summary
 from inverse.operators import get_operator
 from inverse.results import ResultsError, ResultsFolder, coverage
 from inverse.solve import Problem, Solution, simulate, stream
@@ -170,3 +171,13 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
         other.communicate("\n")
     ResultsFolder(tmp_path).begin({"task": 1, "net_sha256": 2}, operator, (8, 8))
     assert (tmp_path / "options.json").exists()
+
+
+def test_a_record_whose_coverage_was_removed_leaves_the_calibration_to_the_others(tmp_path):
+    for name, more in (("a", ""), ("b", ', "coverage": 0.5, "interval": 0.8')):
+        for path in (f"records/{name}.json", f"samples/run_0/{name}.png"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(f'{{"name": "{name}", "runs": [{{"residual": 1}}], "retries": 0{more}}}')
+    results = evaluate(ResultsFolder(tmp_path, 1), ["a", "b"], "task", has_truth=False)
+    assert results.calibration == {"interval": 0.8, "expected": 0.8, "coverage": 0.5, "runs": 1}
+    assert "50.0% of the true pixels lie in the central 80%" in format_summary(results)
