@@ -55,6 +55,8 @@ def load_published(
         net.load_state_dict({name: tensor for name, tensor in found.items() if not name.startswith(ignored)})
     except OSError as error:
         raise DetectorError(f"cannot read {kind} at {file}: {error.strerror or error}") from None
+    except MemoryError:
+        raise
     except Exception:  # a damaged or foreign pickle may raise nearly anything
         raise DetectorError(f"{file} is damaged or not {kind}; fetch it again from {weights.url}") from None
     return digest

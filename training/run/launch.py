@@ -33,18 +33,17 @@ from training.tasks import Task, distillation_task, pretraining_task
 
 CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
 
-Build = Callable[[ImageDataset, torch.device, torch.dtype | None], tuple[Task, Encoder]]
+Build = Callable[[ImageDataset, torch.device], tuple[Task, Encoder]]
 
 
 def distil(config: NCVSDConfig, options: RunOptions, net: str) -> None:
     """Train a student of the teacher `net`, a file or URL. Raises ValueError where teacher and data do not fit."""
 
-    def build(dataset: ImageDataset, device: torch.device, dtype: torch.dtype | None) -> tuple[Task, Encoder]:
+    def build(dataset: ImageDataset, device: torch.device) -> tuple[Task, Encoder]:
         for ts in config.eval_ts:
             parse_ts(ts)
         loaded = networks.load(net, device=device)
         check_teacher(loaded, net, dataset, options.data, config.cond)
-        loaded.net.compute_dtype = dtype
         return distillation_task(loaded.net, config), loaded.encoder.to(device)
 
     launch(config, options, build)
@@ -53,7 +52,7 @@ def distil(config: NCVSDConfig, options: RunOptions, net: str) -> None:
 def pretrain(config: EDM2Config, options: RunOptions) -> None:
     """Train a fresh teacher. Raises ValueError for latents that are not Stable Diffusion's."""
 
-    def build(dataset: ImageDataset, device: torch.device, dtype: torch.dtype | None) -> tuple[Task, Encoder]:
+    def build(dataset: ImageDataset, device: torch.device) -> tuple[Task, Encoder]:
         if dataset.num_channels != 8 and dataset[0][0].dtype != "uint8":
             raise ValueError(
                 f"{options.data} holds latents of {dataset.num_channels} channels, not 8 (mean and standard deviation "
@@ -64,7 +63,6 @@ def pretrain(config: EDM2Config, options: RunOptions) -> None:
         architecture = {name: getattr(config, name) for name in names}
         channels = encoder.latent_channels(dataset.num_channels)
         teacher = networks.Precond(dataset.resolution, channels, dataset.label_dim, **architecture).to(device)
-        teacher.compute_dtype = dtype
         return pretraining_task(teacher, config), encoder
 
     launch(config, options, build)
@@ -99,9 +97,10 @@ def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
     dtype = distributed.main_first(lambda: distributed.compute_dtype(options.dtype, device))
     dataset = distributed.main_first(lambda: _load_data(config, options.data))
     torch.manual_seed(options.seed)
-    task, encoder = distributed.main_first(lambda: build(dataset, device, dtype))
+    task, encoder = distributed.main_first(lambda: build(dataset, device))
     for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
         net.to(memory_format=torch.channels_last)
+        net.compute_dtype = dtype
         set_recompute(net, options.checkpoint_activations)
     command = shlex.join(map(redact, sys.argv))
     description = _description(config, options, task, dataset, device, command)
