@@ -160,7 +160,7 @@ def test_a_second_ctrl_c_ends_what_does_not_listen():
             os.sched_yield()
         while process.poll() is None:  # two that come at once are one
             process.send_signal(signal.SIGINT)
-        assert process.returncode == 130
+        assert process.returncode in (130, -signal.SIGINT)  # the latter where one came while it was ending
 
 
 def test_children_of_a_process():
