@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,4 +17,7 @@ __all__ = ["get_operator", "pnp_sample"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'inverse' has no attribute {name!r}")
-    return getattr(importlib.import_module("inverse.operators" if name == "get_operator" else "inverse.pnp"), name)
+    from inverse.operators import get_operator
+    from inverse.pnp import pnp_sample
+
+    return get_operator if name == "get_operator" else pnp_sample
