@@ -97,7 +97,8 @@ def test_the_bench_beside_busy_processes_compares_both_policies(tmp_path, monkey
     ]  # fmt: skip
 
 
-def test_a_recipe_is_measured_once_and_shown_in_a_table(tmp_path):
+def test_a_recipe_is_measured_once_and_shown_in_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "TOY_SIGMAS", (0.1, 10.0))
     listed, out = tmp_path / "recipes.json", tmp_path / "out.json"
     listed.write_text(
         json.dumps({"toy": {"small": dict(pretraining=2, batch=16, width=8, direction="sid", scale="abs")}})

@@ -37,6 +37,7 @@ TEACHERS = {
     "img512-l": "edm2-img512-l-1879048-0.085",
     "ffhq256-xs": "edm2-ffhq256-xs",
 }
+DATA = {"img64": "img64.zip", "img512": "img512-sd.zip", "ffhq256": "ffhq256.zip"}
 SHORT = ["--batch=8", "--batch-gpu=8", "--duration=8", "--status=8", "--quiet"]
 VARIABLES = ("DATA_DIR", "MODEL_ZOO", "OUT", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DEVICE", "VAE")
 
@@ -106,6 +107,13 @@ def detector(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the detector
 @pytest.mark.parametrize("preset", TEACHERS)
+def test_a_launcher_names_its_preset_teacher_and_data(preset):
+    words = (ROOT / f"quick_start/train-{preset}.sh").read_text().splitlines()[-1].split()
+    assert words[4:] == ["train", preset, f"{TEACHERS[preset]}.pkl", DATA[preset.split("-")[0]], '"$@"']
+    assert (ROOT / "presets" / f"{preset}.json").is_file()
+
+
+@pytest.mark.parametrize("preset", ["img64-s", "img512-m", "ffhq256-xs"])  # one of each data set: sizes differ in names
 def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, detector, tmp_path):
     out = tmp_path / "run"
     result = launch(f"train-{preset}.sh", 0, *SHORT, OUT=out, **prepared)
