@@ -121,7 +121,10 @@ sys.exit(supervise([sys.executable, "-c", sys.argv[2]], repeat=0.05))
 """
 WORKER = """
 import signal, sys
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit({code}))
+def stop(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as training does: Python's end would restore the default
+    sys.exit({code})
+signal.signal(signal.SIGUSR1, stop)
 print("ready", flush=True)
 while True:
     signal.pause()
