@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -46,14 +45,6 @@ def gen(reference, out, *arguments, **options):
 
 def records(path):
     return json.loads(Path(path).read_text())["results"]
-
-
-def test_help_is_fast_and_needs_no_torch():
-    code = "import sys, calculate_metrics as c; c.cli(['gen', '--help'], standalone_mode=False)"
-    code += "; sys.exit('torch' in sys.modules)"
-    started = time.perf_counter()
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
-    assert time.perf_counter() - started < 5  # seconds; a bound that a busy machine keeps
 
 
 def test_the_data_set_against_itself_is_at_distance_zero(reference, tmp_path):

@@ -413,16 +413,6 @@ def test_out_of_memory_costs_one_line(tmp_path, monkeypatch, kind):
     assert "out of memory: try a smaller --batch" in line
 
 
-def test_help_is_quick_and_light():
-    start = time.perf_counter()
-    for command in ([], ["convert"], ["encode"], ["decode"]):
-        assert CliRunner().invoke(dataset_tool.cli, [*command, "--help"]).exit_code == 0
-    assert time.perf_counter() - start < 0.5
-    code = "import sys, dataset_tool; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
 def test_png_of_an_image_is_read_back(tmp_path):
     image = picture(8, 8)
     stream = io.BytesIO()

@@ -1,11 +1,12 @@
 import json
-import subprocess
-import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+import calculate_metrics
 import networks
 from data.dataset import ImageDataset
 from metrics.collect import Collected, evaluate_dataset, evaluate_network
@@ -13,6 +14,7 @@ from metrics.distances import frechet_distance
 from metrics.features.demo import DEMO_CLASSIFIER, DemoClassifier, load_demo_classifier, save_demo_classifier
 from metrics.features.detectors import load_detector
 from metrics.kinds import parse_metrics
+from quick_start import demo_report
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "assets" / "fashion16.zip"
@@ -91,24 +93,27 @@ def test_committed_networks_beat_their_start(dataset):
 def test_report_writes_table_and_page(tmp_path):
     """The demo's measurements and page, as demo.sh makes them, with few images and the 1- and 4-step settings."""
     assets = ROOT / "assets"
-    data, common = str(assets / "fashion16.zip"), ["--metrics", "fd_demo", "--device", "cpu", "--quiet"]
+    common = ["--metrics", "fd_demo", "--device", "cpu", "--quiet"]
+    data = str(tmp_path / "some.zip")
+    with zipfile.ZipFile(assets / "fashion16.zip") as whole, zipfile.ZipFile(data, "w") as some:
+        for name in [name for name in whole.namelist() if name.endswith(".png")][:500]:
+            some.writestr(name, whole.read(name))
 
-    def script(name, *arguments):
-        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+    def call(command, *arguments):
+        result = CliRunner().invoke(command, list(map(str, arguments)))
+        assert result.exit_code == 0, result.output
+        return result.output
 
     ref = ["--ref", tmp_path / "ref.npz", "--num", 20, "--seed", 0]
-    script("calculate_metrics.py", "ref", "--data", data, "--dest", tmp_path / "ref.npz", *common)
-    script("calculate_metrics.py", "calc", "--images", data, "--out", tmp_path / "real.json", *ref, *common)
+    call(calculate_metrics.cli, "ref", "--data", data, "--dest", tmp_path / "ref.npz", *common)
+    call(calculate_metrics.cli, "calc", "--images", data, "--out", tmp_path / "real.json", *ref, *common)
     for name, settings in (("student", ("--ts", "12,39", "--ts", "0,10,20,30,39")), ("teacher", ())):
         net = assets / "demo" / f"{name}.safetensors"
         out = ["--out", tmp_path / f"{name}.json"]
-        script("calculate_metrics.py", "gen", "--net", net, *settings, *out, *ref, *common)
+        call(calculate_metrics.cli, "gen", "--net", net, *settings, *out, *ref, *common)
     reports = ["--after", tmp_path / "student.json", "--teacher", tmp_path / "teacher.json"]
     reports += ["--real", tmp_path / "real.json", "--data", data, "--outdir", tmp_path]
-    shown = script("quick_start/demo_report.py", *reports)
+    shown = call(demo_report.main, *reports)
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["key"] for row in rows] == ["after-1", "after-4", "teacher", "data"]
     assert [row["evaluations"] for row in rows] == [1, 4, 63, None]
