@@ -45,6 +45,7 @@ Network = Precond | PrecondCondition | GenerativeDenoiser | Discriminator
 _FORMAT_VERSION = 1
 _METADATA_KEY = "ncvsd"
 _MAX_HEADER = 16 * 2**20  # bytes of safetensors header; the largest networks need about 0.3 MiB
+_ENTRIES = ("kind", "init_kwargs", "gamma", "init_sigma", "encoder", "dataset", "provenance")
 _MODEL_KINDS = {"Precond": Precond, "PrecondCondition": PrecondCondition, "Discriminator": Discriminator}
 _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -83,16 +84,11 @@ def save(
     if kind != "GenerativeDenoiser" and type(net) is not _MODEL_KINDS.get(kind):
         raise CheckpointError(f"{path}: cannot store a {kind}; known are {', '.join(_MODEL_KINDS)}, GenerativeDenoiser")
     generative = isinstance(net, GenerativeDenoiser)
-    config = {
-        "format_version": _FORMAT_VERSION,
-        "kind": kind,
-        "init_kwargs": dict(net.model.init_kwargs if generative else net.init_kwargs),
-        "gamma": float(net.gamma) if generative else None,
-        "init_sigma": float(net.init_sigma) if generative else None,
-        "encoder": encoder.to_config(),
-        "dataset": dict(dataset) if dataset is not None else None,
-        "provenance": dict(provenance) if provenance is not None else None,
-    }
+    config: dict[str, Any] = {"format_version": _FORMAT_VERSION, "kind": kind}
+    config["init_kwargs"] = dict(net.model.init_kwargs if generative else net.init_kwargs)
+    config |= {name: float(getattr(net, name)) if generative else None for name in ("gamma", "init_sigma")}
+    config["encoder"] = encoder.to_config()
+    config |= {"dataset": dataset and dict(dataset), "provenance": provenance and dict(provenance)}
     try:
         metadata = json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -134,14 +130,15 @@ def load(
     try:
         contents = _read(path)
         net = _build(contents, path.stat().st_size, torch.device(device))
-        if check_finite:
-            _check_finite(net, path)
+        if check_finite and (bad := nonfinite_weights(net)):
+            more = f" and {len(bad) - 1} more" if bad[1:] else ""
+            advice = "the file is damaged, or of a training that diverged; use an earlier one"
+            raise NonFiniteError(f"{path}: NaN or infinite weights in {bad[0]}{more}: {advice}")
         encoder = _build_encoder(contents.config["encoder"], net.img_channels).to(device)
-    except (UnsafeCheckpointError, NonFiniteError):
-        raise
     except (CheckpointError, OSError) as error:
-        prefix = "" if str(error).startswith(str(path)) else f"{path}: "
-        raise CheckpointError(f"{prefix}{error}") from None
+        if str(error).startswith(str(path)):
+            raise
+        raise CheckpointError(f"{path}: {error}") from None
     model = net.model if isinstance(net, GenerativeDenoiser) else net
     config = {**contents.config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
     return LoadedNetwork(net, encoder, {**config, "source": redact(os.fspath(source))}, path)
@@ -185,9 +182,8 @@ def _read(path: Path) -> Contents:
         start = file.read(9)
     if size > safe_pickle.MAX_BYTES:
         raise CheckpointError(f"larger than the limit of {safe_pickle.MAX_BYTES} bytes")
-    header = int.from_bytes(start[:8], "little")
-    if len(start) == 9 and start[8:] == b"{":
-        if header > min(size - 8, _MAX_HEADER):
+    if start[8:] == b"{":
+        if (header := int.from_bytes(start[:8], "little")) > min(size - 8, _MAX_HEADER):
             raise CheckpointError(f"damaged safetensors file: a header of {header} bytes in a file of {size} bytes")
         return _read_safetensors(path)
     if len(start) == 9 and start[:1] == b"\x80" and 2 <= start[1] <= 5:
@@ -197,10 +193,6 @@ def _read(path: Path) -> Contents:
     if start.lstrip()[:1] == b"<":
         raise CheckpointError("this is a web page, not a network file: check the address it was downloaded from")
     raise CheckpointError("neither a safetensors file nor a pickle of protocol 2 to 5, or cut off at the start")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The two formats
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -216,38 +208,30 @@ def _read_safetensors(path: Path) -> Contents:
         config = parse_json(metadata)
     except ValueError:
         raise CheckpointError("damaged safetensors file: its description of the network is not JSON") from None
-    names = ("kind", "init_kwargs", "gamma", "init_sigma", "encoder", "dataset", "provenance")
-    if type(config) is not dict or config.get("format_version") != _FORMAT_VERSION:
-        found = config.get("format_version") if type(config) is dict else None
+    found = config.get("format_version") if type(config) is dict else None
+    if found != _FORMAT_VERSION:
         raise CheckpointError(f"format version {show(found)} is not {_FORMAT_VERSION}: written by another NCVSD")
-    if missing := [name for name in names if name not in config]:
+    if missing := [name for name in _ENTRIES if name not in config]:
         raise CheckpointError(f"its description of the network lacks {', '.join(missing)}")
     for name in ("dataset", "provenance"):
         if type(config[name]) not in (dict, type(None)):
             raise CheckpointError(f"its {name} is not a JSON object")
-    return Contents({name: config[name] for name in names}, tensors)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From contents to network
+    return Contents({name: config[name] for name in _ENTRIES}, tensors)
 
 
 def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
     """Builds the network without memory, compares it with the tensors, and only then allocates and fills it."""
     kind, kwargs = contents.config["kind"], check_init_kwargs(contents.config["init_kwargs"])
-    generative = kind == "GenerativeDenoiser"
-    if not generative and (type(kind) is not str or kind not in _MODEL_KINDS):
+    if type(kind) is not str or kind not in (*_MODEL_KINDS, "GenerativeDenoiser"):
         raise CheckpointError(f"a network of unknown kind {show(kind)}")
-    if generative:
-        gamma = check_number("gamma", contents.config["gamma"], 0, 100)
-        init_sigma = check_number("init_sigma", contents.config["init_sigma"], 1e-3, 1e6)
+    bounds = {"gamma": (0, 100), "init_sigma": (1e-3, 1e6)} if kind == "GenerativeDenoiser" else {}
+    numbers = {name: check_number(name, contents.config[name], *limits) for name, limits in bounds.items()}
     try:
         with torch.device("meta"):
-            net = PrecondCondition(**kwargs) if generative else _MODEL_KINDS[kind](**kwargs)
-            if generative:
-                net = GenerativeDenoiser(net, gamma=gamma, init_sigma=init_sigma)
+            net = _MODEL_KINDS.get(kind, PrecondCondition)(**kwargs)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"its architecture cannot be built: {show(error)}") from None
+    net = GenerativeDenoiser(net, **numbers) if numbers else net
 
     expected, found = net.state_dict(), contents.tensors
     count = sum(tensor.numel() for tensor in expected.values())
@@ -267,15 +251,6 @@ def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
     for key, tensor in net.state_dict().items():
         tensor.copy_(found[key])
     return net
-
-
-def _check_finite(net: Network, path: Path) -> None:
-    """Raises NonFiniteError, naming the first of them, for weights that are NaN or infinite."""
-    if bad := nonfinite_weights(net):
-        raise NonFiniteError(
-            f"{path}: NaN or infinite weights in {bad[0]}{f' and {len(bad) - 1} more' if bad[1:] else ''}: the file is "
-            "damaged, or of a training that diverged; use an earlier one"
-        )
 
 
 def _build_encoder(config: Any, img_channels: int) -> Encoder:

@@ -6,7 +6,7 @@ standard deviation of the autoencoder's posterior. Latents are float32 with stan
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,10 +37,7 @@ class RGBEncoder:
         return pixels
 
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels [N,C,H,W]. Draws no noise.
-
-        Raises ValueError for another dtype, such as that of stored latents.
-        """
+        """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels; no noise. Raises ValueError for another dtype."""
         if raw.dtype != torch.uint8:
             raise ValueError(f"rgb encoder: needs uint8 pixels, got {raw.dtype} {list(raw.shape)}")
         return raw.to(torch.float32) / 127.5 - 1
@@ -50,7 +47,7 @@ class RGBEncoder:
         return (latents.to(torch.float32) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
     def latent_channels(self, raw_channels: int) -> int:
-        """Channels of the latents of a data set with `raw_channels` channels."""
+        """Of the latents of a data set with `raw_channels` channels."""
         return raw_channels
 
     def to_config(self) -> dict[str, Any]:
@@ -63,48 +60,37 @@ class StabilityVAEEncoder:
 
     The autoencoder sees pixels in [0, 1]; its posterior (mean, std) is stored, and a draw from it becomes
     latents = scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696). The weights are read, from safetensors only, on
-    the first operation on pixels: training on stored posteriors never needs them.
-
-    Args:
-        vae_name: local folder in the layout of diffusers, or a Hugging Face Hub id.
-        raw_mean, raw_std: statistics of the raw latents, per channel.
-        final_mean, final_std: statistics of the latents that the network sees.
-        scale, bias: per channel; given directly they replace the four statistics.
-        batch_size: images per pass of the autoencoder.
-
-    Raises ValueError for scale and bias that do not fit together; `encode_pixels` and `decode` raise ValueError
-    where the autoencoder cannot be found.
+    the first operation on pixels, which raises ValueError where they cannot be found; training on stored posteriors
+    never needs them. Raises ValueError for scale and bias that do not fit together.
     """
 
     name = "sd-vae"
 
     def __init__(
         self,
-        vae_name: str = "stabilityai/sd-vae-ft-mse",
-        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
+        vae_name: str = "stabilityai/sd-vae-ft-mse",  # a folder in the layout of diffusers, or an id of the Hub
+        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),  # of the autoencoder's latents, per channel
         raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
-        final_mean: float | Sequence[float] = 0.0,
+        final_mean: float | Sequence[float] = 0.0,  # of the latents that the network sees
         final_std: float | Sequence[float] = 0.5,
-        scale: Sequence[float] | None = None,
+        scale: Sequence[float] | None = None,  # per channel; with bias in place of the four statistics
         bias: Sequence[float] | None = None,
-        batch_size: int = 8,
+        batch_size: int = 8,  # images per pass of the autoencoder
     ):
         if (scale is None) != (bias is None):
             raise ValueError("sd-vae encoder: give both scale and bias, or neither")
         if scale is None:
-            scale, bias = rescaling(raw_mean, raw_std, final_mean, final_std)
-        self.vae_name = str(vae_name)
-        self.scale = np.array(scale, dtype=np.float32)
-        self.bias = np.array(bias, dtype=np.float32)
-        self.batch_size = int(batch_size)
+            scale = np.divide(final_std, raw_std, dtype=np.float32)
+            bias = np.subtract(final_mean, scale * np.float32(raw_mean), dtype=np.float32)
+        self.vae_name, self.batch_size = str(vae_name), int(batch_size)
+        self.scale, self.bias = np.array(scale, dtype=np.float32), np.array(bias, dtype=np.float32)
         if self.scale.ndim != 1 or self.scale.shape != self.bias.shape or not self.scale.size:
             raise ValueError("sd-vae encoder: scale and bias must be two lists of one length, the latent channels")
         if not (np.isfinite(self.scale).all() and np.isfinite(self.bias).all() and (self.scale > 0).all()):
             raise ValueError("sd-vae encoder: scale must be positive and bias finite")
         if not 1 <= self.batch_size <= 4096:
             raise ValueError("sd-vae encoder: batch_size must be from 1 to 4096")
-        self.device = torch.device("cpu")
-        self._vae: torch.nn.Module | None = None
+        self.device, self._vae = torch.device("cpu"), None
 
     def to(self, device: torch.device | str) -> "StabilityVAEEncoder":
         """Move the autoencoder, now or once it is loaded, to `device`."""
@@ -118,23 +104,20 @@ class StabilityVAEEncoder:
 
     def _autoencoder(self) -> torch.nn.Module:
         if self._vae is None:
-            self._vae = load_autoencoder(self.vae_name).to(self.device)
-            channels = self._vae.config.latent_channels
-            if channels != self.scale.size:
-                self._vae = None
+            vae = load_autoencoder(self.vae_name).to(self.device)
+            if (channels := vae.config.latent_channels) != self.scale.size:
                 raise ValueError(f"autoencoder {self.vae_name}: {channels} latent channels, not {self.scale.size}")
+            self._vae = vae
         return self._vae
 
-    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, bias = (torch.from_numpy(v).to(like.device).reshape(1, -1, 1, 1) for v in (self.scale, self.bias))
-        return scale, bias
+    def _affine(self, like: torch.Tensor) -> Iterator[torch.Tensor]:
+        return (torch.from_numpy(v).to(like.device).reshape(1, -1, 1, 1) for v in (self.scale, self.bias))
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W], on the encoder's device.
 
-        Raises ValueError for pixels of another dtype, channel count or indivisible size, and where the autoencoder
-        cannot be found.
+        Raises ValueError for pixels of another dtype, channel count or indivisible size.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"sd-vae encoder: needs uint8 pixels [N,3,H,W], got {pixels.dtype} {list(pixels.shape)}")
@@ -163,10 +146,7 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels, uint8 [N,3,H,W], of latents [N,4,h,w], on the encoder's device.
-
-        Raises ValueError where the autoencoder cannot be found.
-        """
+        """Pixels, uint8 [N,3,H,W], of latents [N,4,h,w], on the encoder's device."""
         scale, bias = self._affine(latents)
         return self.decode_raw((latents.to(torch.float32) - bias) / scale)
 
@@ -178,54 +158,32 @@ class StabilityVAEEncoder:
         return (torch.cat(parts).clamp(0, 1) * 255).to(torch.uint8)
 
     def latent_channels(self, raw_channels: int) -> int:
-        """Channels of the latents of a data set with `raw_channels` channels: 8 stored, or 3 of pixels, give 4.
-
-        Raises ValueError for any other number.
-        """
+        """4 for a data set with 8 channels, of posteriors, or 3, of pixels. Raises ValueError for any other number."""
         if raw_channels not in (3, 2 * self.scale.size):
-            raise ValueError(
-                f"sd-vae encoder: the data has {raw_channels} channels, but needs {2 * self.scale.size} (mean and std "
-                "of latents; see dataset_tool.py encode) or 3 (pixels)"
-            )
+            needs = f"{2 * self.scale.size} (mean and std of latents; see dataset_tool.py encode) or 3 (pixels)"
+            raise ValueError(f"sd-vae encoder: the data has {raw_channels} channels, but needs {needs}")
         return int(self.scale.size)
 
     def to_config(self) -> dict[str, Any]:
         """JSON-able description, see `encoder_from_config`."""
-        return {
-            "type": self.name,
-            "vae_name": self.vae_name,
-            "scale": self.scale.tolist(),
-            "bias": self.bias.tolist(),
-            "batch_size": self.batch_size,
-        }
-
-
-def rescaling(mean: Any, std: Any, new_mean: Any, new_std: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and bias, float32, of the map that carries numbers of one mean and deviation to another, per channel."""
-    scale = np.divide(new_std, std, dtype=np.float32)
-    return scale, np.subtract(new_mean, scale * np.float32(mean), dtype=np.float32)
+        scale, bias = self.scale.tolist(), self.bias.tolist()
+        return dict(type=self.name, vae_name=self.vae_name, scale=scale, bias=bias, batch_size=self.batch_size)
 
 
 Encoder: TypeAlias = RGBEncoder | StabilityVAEEncoder
 
 
 def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
-    """Rebuild an encoder from its `to_config()`: {"type": "rgb"} or {"type": "sd-vae", "vae_name": ..., ...}.
-
-    Raises ValueError for an unknown type or unknown entries.
-    """
+    """Rebuild an encoder from its `to_config()`. Raises ValueError for an unknown type, entries unknown or unfit."""
     options = dict(config)
     kind = options.pop("type", None)
-    allowed = {"rgb": set(), "sd-vae": {"vae_name", "scale", "bias", "batch_size"}}
-    if not isinstance(kind, str) or kind not in allowed:
+    if kind not in ("rgb", "sd-vae"):
         raise ValueError(f"unknown encoder type {kind!r}; known are 'rgb' and 'sd-vae'")
-    unknown = sorted(map(str, options.keys() - allowed[kind]))
-    if unknown:
+    allowed = {"vae_name", "scale", "bias", "batch_size"} if kind == "sd-vae" else set()
+    if unknown := sorted(map(str, options.keys() - allowed)):
         raise ValueError(f"unknown entries of the {kind} encoder: {', '.join(unknown)}")
-    if kind == "rgb":
-        return RGBEncoder()
     try:
-        return StabilityVAEEncoder(**options)
+        return StabilityVAEEncoder(**options) if kind == "sd-vae" else RGBEncoder()
     except TypeError as error:
         raise ValueError(f"sd-vae encoder: bad entry ({error})") from None
 
@@ -242,12 +200,10 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
     except ImportError:
         raise ValueError("the Stable-Diffusion autoencoder needs diffusers: pip install diffusers") from None
     looks_local = vae_name.startswith((".", "/", "~")) or vae_name.count("/") != 1
-    advice = (
-        f"put {' and '.join(_FILES)} into a folder (hf download "
-        f"{'stabilityai/sd-vae-ft-mse' if looks_local else vae_name} --local-dir FOLDER) and name that"
-    )
-    if not os.path.isdir(vae_name) and looks_local:
-        raise ValueError(f"autoencoder {vae_name}: no such folder; {advice}")
+    fetch = f"hf download {'stabilityai/sd-vae-ft-mse' if looks_local else vae_name} --local-dir FOLDER"
+    advice = f"put {' and '.join(_FILES)} into a folder ({fetch}) and name that"
+    if looks_local and not os.path.isdir(vae_name):
+        raise ValueError(f"autoencoder {vae_name or repr(vae_name)}: no such folder; {advice}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the one-line error below says it all
     try:
@@ -274,9 +230,8 @@ def _check_folder(folder: Path, kind: Any) -> None:
 
     Raises ValueError before diffusers acts on it: it takes memory, other packages or files of the Hub as it is told to.
     """
-    for name in _FILES:
-        if not (folder / name).is_file():
-            raise ValueError(f"no file named {name} in it")
+    if missing := [name for name in _FILES if not (folder / name).is_file()]:
+        raise ValueError(f"no file named {missing[0]} in it")
     config = read_json(folder / _FILES[0], 1 << 16)
     if config.get("_class_name") != kind.__name__:
         raise ValueError(f"its config.json is not that of an {kind.__name__}")
@@ -300,10 +255,7 @@ def _check_folder(folder: Path, kind: Any) -> None:
 
 
 def nonfinite_weights(net: torch.nn.Module) -> list[str]:
-    """Names of the weights and buffers that hold NaN or infinities: both show in the extremes.
-
-    One pass, and one exchange with the device.
-    """
+    """Names of weights and buffers that hold NaN or infinities; one pass (both show in the extremes), one exchange."""
     state = {key: tensor for key, tensor in net.state_dict().items() if tensor.numel()}
     finite = torch.stack([torch.stack(tensor.aminmax()) for tensor in state.values()]).isfinite().all(dim=1).tolist()
     return [key for key, good in zip(state, finite, strict=True) if not good]

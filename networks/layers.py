@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +52,6 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     return torch.cat([a * (c * (1 - t) / math.sqrt(n_a)), b * (c * t / math.sqrt(n_b))], dim=1)
 
 
-def _attention_backend(q: Tensor) -> AbstractContextManager:
-    """PyTorch's choice, except on the CPU in training, where the fused backward pass costs more than it saves."""
-    training_on_cpu = q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if training_on_cpu else nullcontext()
-
-
 def resample(x: Tensor, mode: str = "keep", filter_taps: Sequence[float] = (1, 1)) -> Tensor:
     """Halve ('down') or double ('up') the resolution of [N,C,H,W] with a separable filter, or 'keep' it."""
     if mode == "keep":
@@ -67,12 +61,9 @@ def resample(x: Tensor, mode: str = "keep", filter_taps: Sequence[float] = (1, 1
     if len(filter_taps) == 2 and filter_taps[0] == filter_taps[1]:  # equal to what is below, and much faster on CPU
         return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
     taps = torch.tensor(filter_taps, dtype=torch.float64) / sum(filter_taps)
-    kernel = torch.outer(taps, taps).to(x.device, x.dtype)
-    kernel = kernel[None, None].expand(x.shape[1], -1, -1, -1)
-    pad = (len(filter_taps) - 1) // 2
-    if mode == "down":
-        return F.conv2d(x, kernel, stride=2, padding=pad, groups=x.shape[1])
-    return F.conv_transpose2d(x, kernel * 4, stride=2, padding=pad, groups=x.shape[1])
+    kernel = torch.outer(taps, taps).to(x.device, x.dtype).expand(x.shape[1], 1, -1, -1)
+    options = dict(stride=2, padding=(len(filter_taps) - 1) // 2, groups=x.shape[1])
+    return F.conv2d(x, kernel, **options) if mode == "down" else F.conv_transpose2d(x, kernel * 4, **options)
 
 
 class MPFourier(nn.Module):
@@ -143,14 +134,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = False  # activations in the backward pass, see `networks.unet.run_block`
-        self.flavor = flavor
-        self.resample_mode = resample_mode
-        self.resample_filter = tuple(resample_filter)
+        self.flavor, self.resample_mode, self.resample_filter = flavor, resample_mode, tuple(resample_filter)
         self.num_heads = out_channels // channels_per_head if attention else 0
-        self.dropout = dropout
-        self.res_balance = res_balance
-        self.attn_balance = attn_balance
-        self.clip_act = clip_act
+        self.dropout, self.clip_act = dropout, clip_act
+        self.res_balance, self.attn_balance = res_balance, attn_balance
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, (3, 3))
         self.emb_linear = MPConv(emb_channels, out_channels)
@@ -200,6 +187,8 @@ class Block(nn.Module):
         qkv = self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
         qkv = qkv.permute(3, 0, 1, 4, 2).contiguous()  # channels last, as the fused attention kernels need
         q, k, v = normalize(qkv, dims=(4,)).unbind(0)
-        with _attention_backend(q):
+        training_on_cpu = q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
+        # The fused backward pass costs more than it saves on the CPU.
+        with sdpa_kernel(SDPBackend.MATH) if training_on_cpu else nullcontext():
             h = F.scaled_dot_product_attention(q, k, v)
         return self.attn_proj(h.transpose(2, 3).reshape(n, c, height, width), gain=gain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,19 +42,16 @@ class UNetConfig:
     clip_act: float | None = 256
 
     def __post_init__(self) -> None:
-        positive = ("img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head")
-        for name in positive:
+        for name in ("img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head"):
             if int(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.label_dim < 0:
             raise ValueError(f"label_dim must be 0 (unconditional) or a number of classes, got {self.label_dim}")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"channel_mult must list one positive width per level, got {self.channel_mult}")
-        if self.img_resolution % 2 ** (len(self.channel_mult) - 1):
-            raise ValueError(
-                f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, "
-                f"once for each level of channel_mult after the first"
-            )
+        if self.img_resolution % 2 ** (halvings := len(self.channel_mult) - 1):
+            told = f"img_resolution {self.img_resolution} cannot be halved {halvings} times"
+            raise ValueError(f"{told}, once for each level of channel_mult after the first")
         if any(res * res * max(width, self.img_channels) > _MAX_FEATURES for res, width in self.levels):
             raise ValueError(f"{self.img_resolution} pixels in {self.model_channels} channels would fill any memory")
         taps = self.resample_filter
@@ -64,10 +62,8 @@ class UNetConfig:
             if heads and res > _MAX_ATTENTION:
                 raise ValueError(f"attention between {res}x{res} pixels, and at most {_MAX_ATTENTION} are possible")
             if heads and width % heads:
-                raise ValueError(
-                    f"the {width} channels at {res}x{res} do not divide into {heads} attention heads "
-                    f"({width} // {self.channels_per_head}): change channels_per_head"
-                )
+                told = f"the {width} channels at {res}x{res} do not divide into {heads} attention heads"
+                raise ValueError(f"{told} ({width} // {self.channels_per_head}): change channels_per_head")
 
     @property
     def levels(self) -> list[tuple[int, int]]:
@@ -92,33 +88,21 @@ class UNetConfig:
 
     def block(self, in_channels: int, out_channels: int, flavor: str, **kwargs) -> Block:
         """A block of this network."""
-        return Block(
-            in_channels,
-            out_channels,
-            self.emb_channels,
-            flavor=flavor,
-            resample_filter=self.resample_filter,
-            channels_per_head=self.channels_per_head,
-            dropout=self.dropout,
-            res_balance=self.res_balance,
-            attn_balance=self.attn_balance,
-            clip_act=self.clip_act,
-            **kwargs,
-        )
+        names = ("resample_filter", "channels_per_head", "dropout", "res_balance", "attn_balance", "clip_act")
+        kwargs |= {name: getattr(self, name) for name in names}
+        return Block(in_channels, out_channels, self.emb_channels, flavor=flavor, **kwargs)
 
 
 def build_encoder(config: UNetConfig) -> nn.ModuleDict:
     """Layers from the image (with its channel of ones) down to the lowest level, keyed as in EDM2's checkpoints."""
-    layers = nn.ModuleDict()
-    above = None  # width of the finer level
+    layers, above = nn.ModuleDict(), None  # the width of the finer level
     for res, width in config.levels:
         if above is None:
             layers[f"{res}x{res}_conv"] = MPConv(config.img_channels + 1, width, (3, 3))
         else:
             layers[f"{res}x{res}_down"] = config.block(above, above, "enc", resample_mode="down")
-        inputs = [above or width] + [width] * (config.num_blocks - 1)
-        for i, channels in enumerate(inputs):
-            attention = res in config.attn_resolutions
+        for i in range(config.num_blocks):
+            channels, attention = width if i else above or width, res in config.attn_resolutions
             layers[f"{res}x{res}_block{i}"] = config.block(channels, width, "enc", attention=attention)
         above = width
     return layers
@@ -126,19 +110,16 @@ def build_encoder(config: UNetConfig) -> nn.ModuleDict:
 
 def build_decoder(config: UNetConfig) -> nn.ModuleDict:
     """Layers from the lowest level up to full resolution, keyed as in EDM2's checkpoints."""
-    layers = nn.ModuleDict()
-    skips = iter(reversed(config.skip_channels))
-    below = None  # width of the coarser level
+    layers, below, skips = nn.ModuleDict(), None, config.skip_channels  # `below`: the width of the coarser level
     for res, width in reversed(config.levels):
         if below is None:
             layers[f"{res}x{res}_in0"] = config.block(width, width, "dec", attention=True)
             layers[f"{res}x{res}_in1"] = config.block(width, width, "dec")
         else:
             layers[f"{res}x{res}_up"] = config.block(below, below, "dec", resample_mode="up")
-        inputs = [below or width] + [width] * config.num_blocks
-        for i, (channels, skip) in enumerate(zip(inputs, skips, strict=False)):
-            attention = res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = config.block(channels + skip, width, "dec", attention=attention)
+        for i in range(config.num_blocks + 1):
+            channels, attention = (width if i else below or width) + skips.pop(), res in config.attn_resolutions
+            layers[f"{res}x{res}_block{i}"] = config.block(channels, width, "dec", attention=attention)
         below = width
     return layers
 
@@ -152,9 +133,7 @@ def run_block(block: Block, x: Tensor, emb: Tensor) -> Tensor:
     calls = itertools.count()
 
     def run(x: Tensor, emb: Tensor) -> Tensor:
-        if next(calls) == 0:
-            return block(x, emb)
-        with block.weights_kept():
+        with block.weights_kept() if next(calls) else nullcontext():
             return block(x, emb)
 
     return checkpoint(run, x, emb, use_reentrant=False)
@@ -176,15 +155,11 @@ def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
     return outputs
 
 
-def run_decoder(
-    layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: Tensor, concat_balance: float
-) -> Tensor:
+def run_decoder(layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: Tensor, balance: float) -> Tensor:
     """Features [N,C,H,W] at full resolution, from the lowest features and the skips in the encoder's order."""
     skips = list(skips)
     for name, layer in layers.items():
-        if "_block" in name:
-            x = mp_cat(x, skips.pop(), concat_balance)
-        x = run_block(layer, x, emb)
+        x = run_block(layer, mp_cat(x, skips.pop(), balance) if "_block" in name else x, emb)
     return x
 
 
@@ -202,8 +177,7 @@ class EmbeddedNet(nn.Module):
         """Embedding [N,emb_channels] in float32 of c_noise [N] and class weights [N,label_dim]."""
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None:
-            class_emb = self.emb_label(labels * math.sqrt(self.config.label_dim))
-            emb = mp_sum(emb, class_emb, self.config.label_balance)
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.config.label_dim)), self.config.label_balance)
         return mp_silu(emb)
 
 
@@ -233,13 +207,11 @@ class Decoder(EmbeddedNet):
         self.additional_skips_weight = nn.Parameter(torch.zeros(len(config.skip_channels)))
 
     def forward(self, skips: list[Tensor], control: list[Tensor], c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.additional_x_weight.clamp_(0, 1)
-                self.additional_skips_weight.clamp_(0, 1)
-        dtype = skips[0].dtype
-        x_weight = self.additional_x_weight.clamp(0, 1).to(dtype)
-        skip_weights = self.additional_skips_weight.clamp(0, 1).to(dtype)
+        blends = (self.additional_x_weight, self.additional_skips_weight)
+        with torch.no_grad():
+            for weight in blends if self.training else ():
+                weight.clamp_(0, 1)
+        x_weight, skip_weights = (weight.clamp(0, 1).to(skips[0].dtype) for weight in blends)
         x = mp_sum(skips[-1], control[-1], x_weight)
         blended = [mp_sum(a, b, w) for a, b, w in zip(skips, control, skip_weights, strict=True)]
         x = run_decoder(self.dec, x, blended, self.embed(c_noise, labels), self.config.concat_balance)
