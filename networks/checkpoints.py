@@ -74,9 +74,8 @@ def save(
     provenance: Mapping[str, Any] | None = None,  # how the network was trained, JSON-able
 ) -> None:
     """Writes a network to a safetensors file, whole or not at all. The format is described at the top of this module.
-
-    Raises CheckpointError (a ValueError) for another class of network, another dtype, facts that JSON cannot hold,
-    and weights that overflow float16, OSError where the file cannot be written; an existing one is left as it was.
+    Raises CheckpointError (a ValueError) for another class of network, another dtype, facts that JSON cannot hold, and
+    weights that overflow float16, OSError where the file cannot be written; an existing one is left as it was.
     """
     if dtype not in (torch.float32, torch.float16):
         raise CheckpointError(f"{path}: weights are stored as float32 or float16, not {dtype}")
@@ -117,14 +116,12 @@ def load(
     quiet: bool = False,  # no progress bar while downloading
     check_finite: bool = True,  # refuse weights that are NaN or infinite
 ) -> LoadedNetwork:
-    """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`.
-
-    Each may end in `#sha256=` and 64 hexadecimal digits, which says the same as the argument `sha256`.
-    Reads files written by `save`, EDM2's network pickles and the NCVSD authors' pickles, told apart by their content.
-    Nothing in a file is executed. Raises CheckpointError (a ValueError) for files that are damaged, of another kind,
-    or whose weights do not fit their architecture; UnsafeCheckpointError and NonFiniteError, kinds of CheckpointError,
-    for pickles that hold anything outside the allowed set and for weights that are not finite; and ValueError for
-    failed downloads.
+    """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`. Each may
+    end in `#sha256=` and 64 hexadecimal digits, which says the same as the argument `sha256`. Reads files written by
+    `save`, EDM2's network pickles and the NCVSD authors' pickles, told apart by their content. Nothing in a file is
+    executed. Raises CheckpointError (a ValueError) for files that are damaged, of another kind, or whose weights do not
+    fit their architecture; UnsafeCheckpointError and NonFiniteError, kinds of CheckpointError, for pickles that hold
+    anything outside the allowed set and for weights that are not finite; and ValueError for failed downloads.
     """
     path = _local_path(*_split_hash(os.fspath(source), sha256), quiet)
     try:

@@ -40,7 +40,6 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> Scalings:
 
 class PreconditionedNet(nn.Module):
     """What teacher, conditional denoiser and discriminator share: architecture, labels, precision, preconditioning.
-
     Data other than images set the three classes to networks of the same interface.
     """
 
@@ -102,9 +101,8 @@ class PreconditionedNet(nn.Module):
 
     @torch.no_grad()
     def init_from_teacher(self, net: Precond) -> PreconditionedNet:
-        """Copy the teacher's weights into every branch, so that a denoiser's output is the teacher's whatever y.
-
-        Raises ValueError where the architectures differ.
+        """Copy the teacher's weights into every branch, so that a denoiser's output is the teacher's whatever y. Raises
+        ValueError where the architectures differ.
         """
         weights = net.unet.state_dict()
         branches = [part for name, part in self.named_children() if name in ("ctrl", "enc", "dec")]
@@ -155,9 +153,8 @@ class Precond(Denoiser):
 
 
 class PrecondCondition(Denoiser):
-    """The conditional denoiser D(x, sigma | y, sigma_y): the teacher's U-Net with a control branch that sees y.
-
-    Two of them make NCVSD: inside the generative denoiser, and as the score network of its samples.
+    """The conditional denoiser D(x, sigma | y, sigma_y): the teacher's U-Net with a control branch that sees y. Two of
+    them make NCVSD: inside the generative denoiser, and as the score network of its samples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -212,10 +209,9 @@ class Wrapper(nn.Module):
 
 
 class CombinedScore(Wrapper):
-    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t.
-
-    The published one is preconditioned for x_t alone. Where y is much the better observation, its output is then a
-    small difference of large terms; here the error shrinks with sigma, and it starts as the true posterior's score.
+    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t. The published one is
+    preconditioned for x_t alone. Where y is much the better observation, its output is then a small difference of large
+    terms; here the error shrinks with sigma, and it starts as the true posterior's score.
     """
 
     def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Labels = None, **options: Any):
@@ -225,7 +221,6 @@ class CombinedScore(Wrapper):
 
 class DiscriminatorHead(nn.Module):
     """Logits from the features of x and y together, through two hidden layers: [N,1], or [N,H·W] one for each place.
-
     The published head is linear: a term of x plus a term of y. It sees whether x looks real, not whether x goes with y.
     """
 
@@ -242,9 +237,8 @@ class DiscriminatorHead(nn.Module):
 
 
 class GenerativeDenoiser(Wrapper):
-    """G(y, sigma): a sample of p(x0 | y) for y = x0 + sigma·n, in one network evaluation (NCVSD, Section 4).
-
-    y is first noised a little further, to (1 + gamma)·sigma: that noise is the sample's source of randomness.
+    """G(y, sigma): a sample of p(x0 | y) for y = x0 + sigma·n, in one network evaluation (NCVSD, Section 4). y is first
+    noised a little further, to (1 + gamma)·sigma: that noise is the sample's source of randomness.
     """
 
     def __init__(self, model: PrecondCondition, gamma: float = 0.414, init_sigma: float = 80.0) -> None:

@@ -23,7 +23,6 @@ _MAX_LAYERS = 16
 
 class RGBEncoder:
     """Pixels as latents: x = px/127.5 - 1, any number of channels; px = x·127.5 + 128, clipped to [0, 255], truncated.
-
     The EDM2 convention for networks in pixel space (arXiv 2312.02696); stateless.
     """
 
@@ -56,12 +55,11 @@ class RGBEncoder:
 
 
 class StabilityVAEEncoder:
-    """Latents of Stable Diffusion's autoencoder, rescaled to a given mean and standard deviation per channel.
-
-    The autoencoder sees pixels in [0, 1]; its posterior (mean, std) is stored, and a draw from it becomes
-    latents = scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696). The weights are read, from safetensors only, on
-    the first operation on pixels, which raises ValueError where they cannot be found; training on stored posteriors
-    never needs them. Raises ValueError for scale and bias that do not fit together.
+    """Latents of Stable Diffusion's autoencoder, rescaled to a given mean and standard deviation per channel. The
+    autoencoder sees pixels in [0, 1]; its posterior (mean, std) is stored, and a draw from it becomes latents =
+    scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696). The weights are read, from safetensors only, on the first
+    operation on pixels, which raises ValueError where they cannot be found; training on stored posteriors never needs
+    them. Raises ValueError for scale and bias that do not fit together.
     """
 
     name = "sd-vae"
@@ -115,9 +113,8 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W], on the encoder's device.
-
-        Raises ValueError for pixels of another dtype, channel count or indivisible size.
+        """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W], on the encoder's device. Raises
+        ValueError for pixels of another dtype, channel count or indivisible size.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"sd-vae encoder: needs uint8 pixels [N,3,H,W], got {pixels.dtype} {list(pixels.shape)}")
@@ -132,9 +129,8 @@ class StabilityVAEEncoder:
         return torch.cat(parts)
 
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        """Latents, float32 [N,4,h,w], drawn from stored posteriors [N,8,h,w], or from uint8 pixels [N,3,H,W].
-
-        Draws one noise tensor like the mean. Raises ValueError for another number of channels.
+        """Latents, float32 [N,4,h,w], drawn from stored posteriors [N,8,h,w], or from uint8 pixels [N,3,H,W]. Draws one
+        noise tensor like the mean. Raises ValueError for another number of channels.
         """
         if raw.dtype == torch.uint8:
             raw = self.encode_pixels(raw)
@@ -190,7 +186,6 @@ def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
 
 def load_autoencoder(vae_name: str) -> torch.nn.Module:
     """diffusers' `AutoencoderKL`, float32 and in eval mode, from a local folder or the Hub; safetensors weights only.
-
     Raises ValueError, with how to get the files, where it is neither local nor reachable.
     """
     try:
@@ -226,9 +221,8 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
 
 
 def _check_folder(folder: Path, kind: Any) -> None:
-    """Compare the description of an autoencoder with what one can be, and with the size of its weights.
-
-    Raises ValueError before diffusers acts on it: it takes memory, other packages or files of the Hub as it is told to.
+    """Compare the description of an autoencoder with what one can be, and with the size of its weights. Raises
+    ValueError before diffusers acts on it: it takes memory, other packages or files of the Hub as it is told to.
     """
     if missing := [name for name in _FILES if not (folder / name).is_file()]:
         raise ValueError(f"no file named {missing[0]} in it")

@@ -1,19 +1,29 @@
-"""The EDM2 U-Net in parts: embedding, encoder, decoder, and the whole network."""
+"""The EDM2 U-Net in parts: block, embedding, encoder, decoder, and the whole network."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from networks.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum
+from networks.layers import (
+    MP_SILU_GAIN,
+    MPConv,
+    MPFourier,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    mp_sum_weights,
+    normalize,
+    resample,
+)
 
 _MAX_ATTENTION = 128  # pixels in each direction; EDM2 has 16
 _MAX_FEATURES = 1 << 28  # numbers that a layer holds of one image; EDM2 needs a fiftieth
@@ -37,9 +47,9 @@ class UNetConfig:
     channels_per_head: int = 64
     dropout: float = 0.0
     resample_filter: Sequence[float] = (1, 1)
-    res_balance: float = 0.3
-    attn_balance: float = 0.3
-    clip_act: float | None = 256
+    res_balance: float = 0.3  # share of the residual branch
+    attn_balance: float = 0.3  # share of the attention branch
+    clip_act: float | None = 256  # bound on a block's output; None = unbounded
 
     def __post_init__(self) -> None:
         for name in ("img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head"):
@@ -86,11 +96,87 @@ class UNetConfig:
             widths += [widths[-1]] * (i > 0) + [channels] * self.num_blocks
         return widths
 
-    def block(self, in_channels: int, out_channels: int, flavor: str, **kwargs) -> Block:
-        """A block of this network."""
-        names = ("resample_filter", "channels_per_head", "dropout", "res_balance", "attn_balance", "clip_act")
-        kwargs |= {name: getattr(self, name) for name in names}
-        return Block(in_channels, out_channels, self.emb_channels, flavor=flavor, **kwargs)
+
+class Block(nn.Module):
+    """One U-Net block of EDM2 config G (EDM2, Fig. 21): resample, residual branch with embedding gain, attention.
+    [N,in_channels,H,W] and embedding [N,emb_channels] to [N,out_channels,H',W']. Where `recompute` is set and gradients
+    are wanted, only the inputs are kept; the backward pass computes the rest again, with the weights as they are: their
+    forced normalisation is not repeated.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        in_channels: int,
+        out_channels: int,
+        flavor: str,  # "enc" normalises its input per pixel, "dec" does not
+        mode: str = "keep",  # of the resolution: "keep", "up" or "down"
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.flavor, self.mode, self.recompute = config, flavor, mode, False
+        self.num_heads = out_channels // config.channels_per_head if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, (3, 3))
+        self.emb_linear = MPConv(config.emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
+        self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.num_heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.num_heads else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._output(x, emb)
+        return checkpoint(
+            self._output, x, emb, use_reentrant=False, context_fn=lambda: (nullcontext(), self._unforced())
+        )
+
+    @contextmanager
+    def _unforced(self) -> Iterator[None]:
+        """Context in which no forward pass of this block replaces its weights."""
+        forced = [m for m in self.modules() if isinstance(m, MPConv) and m.forced]
+        for module in forced:
+            module.forced = False
+        try:
+            yield
+        finally:
+            for module in forced:
+                module.forced = True
+
+    def _output(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = resample(x, self.mode, self.config.resample_filter)
+        main = x if self.conv_skip is None else self.conv_skip(x)
+        if self.flavor == "enc":
+            main = x = normalize(main, dims=(1,))
+        keep, take = mp_sum_weights(self.config.res_balance)
+        main = torch.add(self._residual(x, emb, take), main, alpha=keep)
+        if self.num_heads:
+            keep, take = mp_sum_weights(self.config.attn_balance)
+            main = torch.add(self._attention(main, take), main, alpha=keep)
+        bound = self.config.clip_act
+        return main if bound is None else F.hardtanh(main, -bound, bound)
+
+    def _residual(self, x: Tensor, emb: Tensor, gain: float) -> Tensor:
+        """Two convolutions, between them one gain per channel from the embedding; the result times `gain`. The constant
+        factors of mp_silu and mp_sum ride on the weights: fewer passes over activations.
+        """
+        h = self.conv_res0(F.silu(x), gain=MP_SILU_GAIN)
+        channel_gain = 1 + self.emb_linear(emb, gain=self.emb_gain)
+        h = F.silu(h * channel_gain[..., None, None].to(h.dtype))
+        h = F.dropout(h, self.config.dropout, training=self.training)
+        return self.conv_res1(h, gain=MP_SILU_GAIN * gain)
+
+    def _attention(self, x: Tensor, gain: float) -> Tensor:
+        """Self-attention over pixels with normalised queries, keys and values (EDM2, Section 2.3)."""
+        n, c, height, width = x.shape
+        qkv = self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
+        qkv = qkv.permute(3, 0, 1, 4, 2).contiguous()  # channels last, as the fused attention kernels need
+        q, k, v = normalize(qkv, dims=(4,)).unbind(0)
+        training_on_cpu = q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
+        # The fused backward pass costs more than it saves on the CPU.
+        with sdpa_kernel(SDPBackend.MATH) if training_on_cpu else nullcontext():
+            h = F.scaled_dot_product_attention(q, k, v)
+        return self.attn_proj(h.transpose(2, 3).reshape(n, c, height, width), gain=gain)
 
 
 def build_encoder(config: UNetConfig) -> nn.ModuleDict:
@@ -100,10 +186,10 @@ def build_encoder(config: UNetConfig) -> nn.ModuleDict:
         if above is None:
             layers[f"{res}x{res}_conv"] = MPConv(config.img_channels + 1, width, (3, 3))
         else:
-            layers[f"{res}x{res}_down"] = config.block(above, above, "enc", resample_mode="down")
+            layers[f"{res}x{res}_down"] = Block(config, above, above, "enc", mode="down")
         for i in range(config.num_blocks):
             channels, attention = width if i else above or width, res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = config.block(channels, width, "enc", attention=attention)
+            layers[f"{res}x{res}_block{i}"] = Block(config, channels, width, "enc", attention=attention)
         above = width
     return layers
 
@@ -113,30 +199,15 @@ def build_decoder(config: UNetConfig) -> nn.ModuleDict:
     layers, below, skips = nn.ModuleDict(), None, config.skip_channels  # `below`: the width of the coarser level
     for res, width in reversed(config.levels):
         if below is None:
-            layers[f"{res}x{res}_in0"] = config.block(width, width, "dec", attention=True)
-            layers[f"{res}x{res}_in1"] = config.block(width, width, "dec")
+            layers[f"{res}x{res}_in0"] = Block(config, width, width, "dec", attention=True)
+            layers[f"{res}x{res}_in1"] = Block(config, width, width, "dec")
         else:
-            layers[f"{res}x{res}_up"] = config.block(below, below, "dec", resample_mode="up")
+            layers[f"{res}x{res}_up"] = Block(config, below, below, "dec", mode="up")
         for i in range(config.num_blocks + 1):
             channels, attention = (width if i else below or width) + skips.pop(), res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = config.block(channels, width, "dec", attention=attention)
+            layers[f"{res}x{res}_block{i}"] = Block(config, channels, width, "dec", attention=attention)
         below = width
     return layers
-
-
-def run_block(block: Block, x: Tensor, emb: Tensor) -> Tensor:
-    """Output of a block. Where `block.recompute` is set and gradients are wanted, only its inputs are kept; the
-    backward pass computes the rest again, with the weights as they are: their forced normalisation is not repeated.
-    """
-    if not (block.recompute and torch.is_grad_enabled()):
-        return block(x, emb)
-    calls = itertools.count()
-
-    def run(x: Tensor, emb: Tensor) -> Tensor:
-        with block.weights_kept() if next(calls) else nullcontext():
-            return block(x, emb)
-
-    return checkpoint(run, x, emb, use_reentrant=False)
 
 
 def set_recompute(net: nn.Module, recompute: bool) -> None:
@@ -151,7 +222,7 @@ def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
     entry, *blocks = layers.values()
     outputs = [entry(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))]  # a channel of ones stands for the bias
     for block in blocks:
-        outputs.append(run_block(block, outputs[-1], emb))
+        outputs.append(block(outputs[-1], emb))
     return outputs
 
 
@@ -159,7 +230,7 @@ def run_decoder(layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: 
     """Features [N,C,H,W] at full resolution, from the lowest features and the skips in the encoder's order."""
     skips = list(skips)
     for name, layer in layers.items():
-        x = run_block(layer, mp_cat(x, skips.pop(), balance) if "_block" in name else x, emb)
+        x = layer(mp_cat(x, skips.pop(), balance) if "_block" in name else x, emb)
     return x
 
 
@@ -193,9 +264,8 @@ class Encoder(EmbeddedNet):
 
 
 class Decoder(EmbeddedNet):
-    """A U-Net's decoder with an embedding of its own, which blends a control encoder's features into the encoder's.
-
-    The blend weights start at 0, where the control branch has no effect, and are kept within [0, 1].
+    """A U-Net's decoder with an embedding of its own, which blends a control encoder's features into the encoder's. The
+    blend weights start at 0, where the control branch has no effect, and are kept within [0, 1].
     """
 
     def __init__(self, config: UNetConfig) -> None:
