@@ -92,10 +92,9 @@ def become(command: list[str]) -> None:
 
 
 def launcher(gpus: int, device: str, zero: str, *nodes: object, ts: str | None = None) -> list[str]:
-    """The words to put before a script and its options, for so many processes; 0 is one without torchrun.
-
-    `zero` says in a message what the caller makes of 0, `nodes` are torchrun's options where there are several nodes,
-    and the schedule `ts` is checked here, before there are several processes to complain of it.
+    """The words to put before a script and its options, for so many processes; 0 is one without torchrun. `zero` says
+    in a message what the caller makes of 0, `nodes` are torchrun's options where there are several nodes, and the
+    schedule `ts` is checked here, before there are several processes to complain of it.
     """
     python = use_environment("run")
     if gpus == 0:
@@ -142,7 +141,6 @@ def train(preset: str, teacher: str, data: str, *words: str) -> None:
 
 def newest_snapshot(runs: Path, preset: str) -> str:
     """Network with the most images, of the narrowest average where there are several, from the run that wrote last.
-
     Runs whose path below `runs` names the preset go first; empty where there is none.
     """
     files = [p for p in sorted(runs.rglob("network-snapshot-*.safetensors")) if p.is_file() and p.parent != runs]
@@ -190,23 +188,22 @@ def posterior(*words: str) -> None:
     task, options = words[0], list(words[1:])
     need(task in tasks, f"there is no task '{task}': use {known}")
     gpus = count("NUM_GPUS", variable("NUM_GPUS", 0), 0, 99999, "a number, 0 for one process")
-    if variable("DEMO") == "1":
-        net, data = variable("NET", ROOT / "assets/demo/student.safetensors"), ROOT / "assets/fashion16-test.zip"
-        data, preset, batch, num, options = (
-            variable("DATA", data),
+    preset, batch, num, place, known = task, 25, 100, "../model_zoo/ncvsd/ncvsd-ffhq256-xs.pkl", "../data/test/ffhq_val"
+    if demo := variable("DEMO") == "1":
+        preset, batch, num, place, known = (
             f"demo/{task}",
             64,
             16,
-            ["--class", "data", *options],
+            "assets/demo/student.safetensors",
+            "assets/fashion16-test.zip",
         )
-    else:
-        net = variable("NET", ROOT / "../model_zoo/ncvsd/ncvsd-ffhq256-xs.pkl")
-        data, preset, batch, num = variable("DATA", ROOT / "../data/test/ffhq_val"), task, 25, 100
-        demo = f"DEMO=1 {script} {task} runs the task on the embedded model and images"
-        put = "put the authors' ncvsd-ffhq256-xs.pkl there (their repository links it)"
-        need(found(net), f"no network {net}: {put}, or name {ANYWHERE} in NET; {demo}")
-        put = "put validation images of FFHQ at 256x256 there (100 in the published tables)"
-        need(os.path.exists(data), f"no images {data}: {put}, or name a folder or ZIP in DATA; {demo}")
+        options = ["--class", "data", *options]
+    net, data = variable("NET", ROOT / place), variable("DATA", ROOT / known)
+    instead = f"DEMO=1 {script} {task} runs the task on the embedded model and images"
+    put = "put the authors' ncvsd-ffhq256-xs.pkl there (their repository links it)"
+    need(demo or found(net), f"no network {net}: {put}, or name {ANYWHERE} in NET; {instead}")
+    put = "put validation images of FFHQ at 256x256 there (100 in the published tables)"
+    need(demo or os.path.exists(data), f"no images {data}: {put}, or name a folder or ZIP in DATA; {instead}")
     out = variable("OUT", ROOT / "out/posterior" / preset.replace("/", "-"))
     command = launcher(gpus, "cuda", "is one process")
     command += [str(ROOT / "posterior_sample.py"), "--net", net, "--data", data, "--task", preset, "--outdir", out]
