@@ -65,7 +65,5 @@ def printable(text: object) -> str:
 def redact(text: object) -> str:
     """The text, its URLs without user name, password, query and fragment (but `#sha256=`), to be shown and kept."""
     user = r"(?:[^\s/?#]*@|[^\s/?#@:\[]*:(?!\d*(?:[/?#\s]|$))[^\s@]*@)?"  # a password may hold unescaped / ? #
-    rest = (
-        r"""(?:[?#](?!(?<=#)sha256=)[^\s#]*?(?=[:;,.)'"]*(?:[\s#]|$)))*"""  # but for the marks of the sentence around
-    )
+    rest = r"""(?:[?#](?!(?<=#)sha256=)[^\s#]*?(?=[:;,.)'"]*(?:[\s#]|$)))*"""  # without marks of the sentence around
     return re.sub(rf"(\w://){user}([^\s?#]*){rest}", r"\1\2", str(text))

@@ -123,37 +123,32 @@ def load(
     fit their architecture; UnsafeCheckpointError and NonFiniteError, kinds of CheckpointError, for pickles that hold
     anything outside the allowed set and for weights that are not finite; and ValueError for failed downloads.
     """
-    path = _local_path(*_split_hash(os.fspath(source), sha256), quiet)
+    path = _local_path(os.fspath(source), sha256, quiet)
     try:
-        contents = _read(path)
-        net = _build(contents, path.stat().st_size, torch.device(device))
+        config, tensors = _read(path)
+        net = _build(config, tensors, path.stat().st_size, torch.device(device))
         if check_finite and (bad := nonfinite_weights(net)):
             more = f" and {len(bad) - 1} more" if bad[1:] else ""
             advice = "the file is damaged, or of a training that diverged; use an earlier one"
             raise NonFiniteError(f"{path}: NaN or infinite weights in {bad[0]}{more}: {advice}")
-        encoder = _build_encoder(contents.config["encoder"], net.img_channels).to(device)
+        encoder = _build_encoder(config["encoder"], net.img_channels).to(device)
     except (CheckpointError, OSError) as error:
         if str(error).startswith(str(path)):
             raise
         raise CheckpointError(f"{path}: {error}") from None
     model = net.model if isinstance(net, GenerativeDenoiser) else net
-    config = {**contents.config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
+    config = {**config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
     return LoadedNetwork(net, encoder, {**config, "source": redact(os.fspath(source))}, path)
 
 
-def _split_hash(text: str, sha256: str | None) -> tuple[str, str | None]:
-    """The source without `#sha256=...`, and the hash expected."""
-    source, mark, digest = text.rpartition("#sha256=")
-    if not mark:
-        return text, sha256
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-        raise CheckpointError(f"{show(redact(text))}: after #sha256= must come 64 hexadecimal digits")
-    if sha256 is not None and sha256.lower() != digest.lower():
-        raise CheckpointError(f"{show(redact(text))}: differs from the SHA-256 given besides, {show(sha256)}")
-    return source, digest
-
-
 def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
+    """The file behind a source, downloaded if need be; `#sha256=` at its end counts as the hash."""
+    source, mark, digest = text.rpartition("#sha256=")
+    if mark and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise CheckpointError(f"{show(redact(text))}: after #sha256= must come 64 hexadecimal digits")
+    if mark and sha256 is not None and sha256.lower() != digest.lower():
+        raise CheckpointError(f"{show(redact(text))}: differs from the SHA-256 given besides, {show(sha256)}")
+    text, sha256 = (source, digest) if mark else (text, sha256)
     if os.path.isdir(text):
         inside = max((name for name in os.listdir(text) if name.endswith((".safetensors", ".pkl"))), default=None)
         advice = f"a network in it, such as {show(inside)}" if inside else "a file, .safetensors or .pkl"
@@ -213,16 +208,16 @@ def _read_safetensors(path: Path) -> Contents:
     for name in ("dataset", "provenance"):
         if type(config[name]) not in (dict, type(None)):
             raise CheckpointError(f"its {name} is not a JSON object")
-    return Contents({name: config[name] for name in _ENTRIES}, tensors)
+    return {name: config[name] for name in _ENTRIES}, tensors
 
 
-def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
+def _build(config: dict[str, Any], found: dict[str, torch.Tensor], file_size: int, device: torch.device) -> Network:
     """Builds the network without memory, compares it with the tensors, and only then allocates and fills it."""
-    kind, kwargs = contents.config["kind"], check_init_kwargs(contents.config["init_kwargs"])
+    kind, kwargs = config["kind"], check_init_kwargs(config["init_kwargs"])
     if type(kind) is not str or kind not in (*_MODEL_KINDS, "GenerativeDenoiser"):
         raise CheckpointError(f"a network of unknown kind {show(kind)}")
     bounds = {"gamma": (0, 100), "init_sigma": (1e-3, 1e6)} if kind == "GenerativeDenoiser" else {}
-    numbers = {name: check_number(name, contents.config[name], *limits) for name, limits in bounds.items()}
+    numbers = {name: check_number(name, config[name], *limits) for name, limits in bounds.items()}
     try:
         with torch.device("meta"):
             net = _MODEL_KINDS.get(kind, PrecondCondition)(**kwargs)
@@ -230,7 +225,7 @@ def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
         raise CheckpointError(f"its architecture cannot be built: {show(error)}") from None
     net = GenerativeDenoiser(net, **numbers) if numbers else net
 
-    expected, found = net.state_dict(), contents.tensors
+    expected = net.state_dict()
     count = sum(tensor.numel() for tensor in expected.values())
     if count > file_size:
         raise CheckpointError(f"a file of {file_size} bytes cannot hold the {count} weights of its architecture")

@@ -1,7 +1,6 @@
 """The published pickles of EDM2 and NCVSD, as what a network is built from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ _PARTS = ("unet", "ctrl", "enc", "dec")  # of the published networks, which carr
 _MAX_ENTRIES = 100_000  # weights, buffers and modules of a network; the largest need a few thousand
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a file of a network, of either kind, holds; unchecked."""
-
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+Contents = tuple[dict[str, Any], dict[str, torch.Tensor]]  # of a file of a network, of either kind: config and tensors
 
 
 def read_pickle(path: Path) -> Contents:
@@ -47,7 +41,7 @@ def read_pickle(path: Path) -> Contents:
         "dataset": _scalars(dataset) if type(dataset) is dict else None,
         "provenance": None,
     }
-    return Contents(config, _collect_tensors(outer))
+    return config, _collect_tensors(outer)
 
 
 def _entries(record: Record, name: str) -> dict[str, Any]:

@@ -126,10 +126,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
-            return self._output(x, emb)
-        return checkpoint(
-            self._output, x, emb, use_reentrant=False, context_fn=lambda: (nullcontext(), self._unforced())
-        )
+            return self._run(x, emb)
+        return checkpoint(self._run, x, emb, use_reentrant=False, context_fn=lambda: (nullcontext(), self._unforced()))
 
     @contextmanager
     def _unforced(self) -> Iterator[None]:
@@ -143,7 +141,7 @@ class Block(nn.Module):
             for module in forced:
                 module.forced = True
 
-    def _output(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _run(self, x: Tensor, emb: Tensor) -> Tensor:
         x = resample(x, self.mode, self.config.resample_filter)
         main = x if self.conv_skip is None else self.conv_skip(x)
         if self.flavor == "enc":

@@ -51,7 +51,9 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
         if _process_group() and re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error)):
             _let_others_speak()
             raise click.ClickException("lost the connection to another process") from error
-        if not _out_of_memory(error):
+        import torch
+
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise click.ClickException(f"out of memory: try a smaller {batch_option} ({first_line(error)})") from error
     finally:
@@ -110,9 +112,3 @@ def _process_group() -> Any:
     """torch.distributed, where this process has joined a group; None otherwise."""
     group = sys.modules.get("torch.distributed")
     return group if group is not None and group.is_available() and group.is_initialized() else None
-
-
-def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -14,10 +14,8 @@ MAX_STEPS = 1_000_000  # instructions and entries looked at; the largest publish
 _MAX_KEY = 1 << 16
 
 _MARK = object()
-_LITERALS = frozenset(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
-    " BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
-)
+_LITERALS = "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+_LITERALS += ["BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"]
 _PUSHES: dict[str, Callable[["Machine", Any], Any]] = {  # what an instruction of the machine, with its argument, pushes
     "NONE": lambda m, _: None, "NEWTRUE": lambda m, _: True, "NEWFALSE": lambda m, _: False,
     "EMPTY_DICT": lambda m, _: {}, "EMPTY_LIST": lambda m, _: [], "EMPTY_SET": lambda m, _: set(),
@@ -76,20 +74,13 @@ class BoundedReader:
     """The stream that pickletools reads from: clamps each length to what is left, before memory is set aside."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._left = file, size
+        self._file, self._size, self.tell = file, size, file.tell
 
     def read(self, count: int) -> bytes:
-        return self._taken(self._file.read(max(min(count, self._left), 0)))
+        return self._file.read(max(min(count, self._size - self.tell()), 0))
 
     def readline(self) -> bytes:
-        return self._taken(self._file.readline(min(self._left, 1024)))
-
-    def _taken(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        return data
-
-    def tell(self) -> int:
-        return self._file.tell()
+        return self._file.readline(max(min(1024, self._size - self.tell()), 0))
 
 
 class Machine:
