@@ -131,11 +131,9 @@ class Denoiser(PreconditionedNet):
 
     def _denoised(self, x: Tensor, s: Scalings, output: Tensor, return_logvar: bool) -> Tensor | tuple[Tensor, Tensor]:
         denoised = s.c_skip * x.to(torch.float32) + s.c_out * output.to(torch.float32)
-        return (denoised, self.logvar(s.c_noise)) if return_logvar else denoised
-
-    def logvar(self, c_noise: Tensor) -> Tensor:
-        """Log variance u [N,1,1,1] at c_noise [N]."""
-        return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+        if not return_logvar:
+            return denoised
+        return denoised, self.logvar_linear(self.logvar_fourier(s.c_noise)).reshape(-1, 1, 1, 1)
 
 
 class Precond(Denoiser):

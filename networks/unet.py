@@ -177,37 +177,6 @@ class Block(nn.Module):
         return self.attn_proj(h.transpose(2, 3).reshape(n, c, height, width), gain=gain)
 
 
-def build_encoder(config: UNetConfig) -> nn.ModuleDict:
-    """Layers from the image (with its channel of ones) down to the lowest level, keyed as in EDM2's checkpoints."""
-    layers, above = nn.ModuleDict(), None  # the width of the finer level
-    for res, width in config.levels:
-        if above is None:
-            layers[f"{res}x{res}_conv"] = MPConv(config.img_channels + 1, width, (3, 3))
-        else:
-            layers[f"{res}x{res}_down"] = Block(config, above, above, "enc", mode="down")
-        for i in range(config.num_blocks):
-            channels, attention = width if i else above or width, res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = Block(config, channels, width, "enc", attention=attention)
-        above = width
-    return layers
-
-
-def build_decoder(config: UNetConfig) -> nn.ModuleDict:
-    """Layers from the lowest level up to full resolution, keyed as in EDM2's checkpoints."""
-    layers, below, skips = nn.ModuleDict(), None, config.skip_channels  # `below`: the width of the coarser level
-    for res, width in reversed(config.levels):
-        if below is None:
-            layers[f"{res}x{res}_in0"] = Block(config, width, width, "dec", attention=True)
-            layers[f"{res}x{res}_in1"] = Block(config, width, width, "dec")
-        else:
-            layers[f"{res}x{res}_up"] = Block(config, below, below, "dec", mode="up")
-        for i in range(config.num_blocks + 1):
-            channels, attention = (width if i else below or width) + skips.pop(), res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = Block(config, channels, width, "dec", attention=attention)
-        below = width
-    return layers
-
-
 def set_recompute(net: nn.Module, recompute: bool) -> None:
     """Choose for all blocks of a network whether activations are kept or computed again in the backward pass."""
     for module in net.modules():
@@ -215,25 +184,10 @@ def set_recompute(net: nn.Module, recompute: bool) -> None:
             module.recompute = recompute
 
 
-def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
-    """Every output of the encoder for image [N,C,H,W] and embedding [N,emb_channels], finest first."""
-    entry, *blocks = layers.values()
-    outputs = [entry(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))]  # a channel of ones stands for the bias
-    for block in blocks:
-        outputs.append(block(outputs[-1], emb))
-    return outputs
-
-
-def run_decoder(layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: Tensor, balance: float) -> Tensor:
-    """Features [N,C,H,W] at full resolution, from the lowest features and the skips in the encoder's order."""
-    skips = list(skips)
-    for name, layer in layers.items():
-        x = layer(mp_cat(x, skips.pop(), balance) if "_block" in name else x, emb)
-    return x
-
-
 class EmbeddedNet(nn.Module):
-    """A network with an embedding of the noise level and, for conditional ones, of the class."""
+    """A network with an embedding of the noise level and, for conditional ones, of the class; layers are keyed as in
+    EDM2's checkpoints.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -249,16 +203,59 @@ class EmbeddedNet(nn.Module):
             emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.config.label_dim)), self.config.label_balance)
         return mp_silu(emb)
 
+    def add_encoder(self) -> None:
+        """Layers from the image (with its channel of ones) down to the lowest level."""
+        self.enc, config, above = nn.ModuleDict(), self.config, None  # the width of the finer level
+        for res, width in config.levels:
+            if above is None:
+                self.enc[f"{res}x{res}_conv"] = MPConv(config.img_channels + 1, width, (3, 3))
+            else:
+                self.enc[f"{res}x{res}_down"] = Block(config, above, above, "enc", mode="down")
+            for i in range(config.num_blocks):
+                channels, attention = width if i else above or width, res in config.attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = Block(config, channels, width, "enc", attention=attention)
+            above = width
+
+    def add_decoder(self) -> None:
+        """Layers from the lowest level up to the image."""
+        self.dec, config, below, skips = nn.ModuleDict(), self.config, None, self.config.skip_channels
+        for res, width in reversed(config.levels):
+            if below is None:  # the width of the coarser level
+                self.dec[f"{res}x{res}_in0"] = Block(config, width, width, "dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = Block(config, width, width, "dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = Block(config, below, below, "dec", mode="up")
+            for i in range(config.num_blocks + 1):
+                channels, attention = (width if i else below or width) + skips.pop(), res in config.attn_resolutions
+                self.dec[f"{res}x{res}_block{i}"] = Block(config, channels, width, "dec", attention=attention)
+            below = width
+        self.out_conv = MPConv(config.model_channels * config.channel_mult[0], config.img_channels, (3, 3))
+        self.out_gain = nn.Parameter(torch.zeros([]))
+
+    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Every output of the encoder for image [N,C,H,W] and embedding [N,emb_channels], finest first."""
+        entry, *blocks = self.enc.values()
+        outputs = [entry(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))]  # a channel of ones stands for the bias
+        for block in blocks:
+            outputs.append(block(outputs[-1], emb))
+        return outputs
+
+    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+        """Output [N,C,H,W] from the lowest features and the skips in the encoder's order, which are used up."""
+        for name, layer in self.dec.items():
+            x = layer(mp_cat(x, skips.pop(), self.config.concat_balance) if "_block" in name else x, emb)
+        return self.out_conv(x, gain=self.out_gain)
+
 
 class Encoder(EmbeddedNet):
     """A U-Net's encoder with an embedding of its own."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.enc = build_encoder(config)
+        self.add_encoder()
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> list[Tensor]:
-        return run_encoder(self.enc, x, self.embed(c_noise, labels))
+        return self.encode(x, self.embed(c_noise, labels))
 
 
 class Decoder(EmbeddedNet):
@@ -268,9 +265,7 @@ class Decoder(EmbeddedNet):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.dec = build_decoder(config)
-        self.out_conv = MPConv(config.levels[0][1], config.img_channels, (3, 3))
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.add_decoder()
         self.additional_x_weight = nn.Parameter(torch.zeros(1))
         self.additional_skips_weight = nn.Parameter(torch.zeros(len(config.skip_channels)))
 
@@ -282,8 +277,7 @@ class Decoder(EmbeddedNet):
         x_weight, skip_weights = (weight.clamp(0, 1).to(skips[0].dtype) for weight in blends)
         x = mp_sum(skips[-1], control[-1], x_weight)
         blended = [mp_sum(a, b, w) for a, b, w in zip(skips, control, skip_weights, strict=True)]
-        x = run_decoder(self.dec, x, blended, self.embed(c_noise, labels), self.config.concat_balance)
-        return self.out_conv(x, gain=self.out_gain)
+        return self.decode(x, blended, self.embed(c_noise, labels))
 
 
 class UNet(EmbeddedNet):
@@ -291,13 +285,10 @@ class UNet(EmbeddedNet):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.enc = build_encoder(config)
-        self.dec = build_decoder(config)
-        self.out_conv = MPConv(config.levels[0][1], config.img_channels, (3, 3))
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.add_encoder()
+        self.add_decoder()
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.embed(c_noise, labels)
-        skips = run_encoder(self.enc, x, emb)
-        x = run_decoder(self.dec, skips[-1], skips, emb, self.config.concat_balance)
-        return self.out_conv(x, gain=self.out_gain)
+        skips = self.encode(x, emb)
+        return self.decode(skips[-1], skips, emb)

@@ -35,7 +35,14 @@ def main(dataset: str, solved: tuple[Path, ...], outdir: str, **reports: Path | 
         given = [key for key in ("before", "after", "teacher", "data") if reports[key] is not None]
         records = {key: read_json(reports[key])["results"] for key in given}
         rows = [make_row(key, record, folder) for key, part in records.items() for record in part]
-        facts = describe(records)
+        every = [record for part in records.values() for record in part]
+        if not records["after"]:
+            raise ValueError("there are no results after distillation")
+        if len({record["reference"]["sha256"] for record in every}) != 1:
+            raise ValueError("they were made with different references")
+        first = records["after"][0]
+        facts = {"reference_images": first["reference"]["num_images"], "images_per_row": first["num_images"]}
+        facts |= {"dtype": first["compute_dtype"], "detector": "fd_demo"}
         write_sheet_of_data(dataset, folder)
         problems = [write_strip(path, folder) for path in solved]
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -71,18 +78,6 @@ def make_row(key: str, record: dict[str, Any], outdir: Path) -> dict[str, Any]:
         picture = None
     row = dict(key=key, title=title, evaluations=evaluations, distance=distance, milliseconds=milliseconds)
     return {**row, "picture": picture}
-
-
-def describe(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Facts to state beside the table. Raises ValueError where the rows do not belong together."""
-    every = [record for part in records.values() for record in part]
-    if not records["after"]:
-        raise ValueError("there are no results after distillation")
-    if len({record["reference"]["sha256"] for record in every}) != 1:
-        raise ValueError("they were made with different references")
-    first = records["after"][0]
-    facts = {"reference_images": first["reference"]["num_images"], "images_per_row": first["num_images"]}
-    return {**facts, "dtype": first["compute_dtype"], "detector": "fd_demo"}
 
 
 def write_sheet_of_data(data: str, outdir: Path) -> None:

@@ -35,7 +35,11 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
         if not re.fullmatch("-|[0-9a-fA-F]{64}", sha256):
             raise DownloadError(f"{name}: its SHA-256 must be 64 hexadecimal digits, or - where unknown")
         note = dest.with_name(f"{name}.sha256")
-        noted = noted_hash(note) if sha256 == "-" else None
+        noted = None  # by an earlier download
+        if sha256 == "-" and note.is_file():
+            if not (match := re.match(rb"([0-9a-fA-F]{64})\s", note.read_bytes()[:100])):
+                raise DownloadError(f"{note}: holds no SHA-256; remove it, and the file is compared with the server's")
+            noted = match[1].decode()
         expected, unknown = noted if sha256 == "-" else sha256, "the server tells neither"
         present = dest.is_file()
         if expected is None:
@@ -74,16 +78,6 @@ def remove_if_empty(parts: Path) -> None:
         for lock in parts.glob("*.lock"):
             lock.unlink()
         parts.rmdir()
-
-
-def noted_hash(note: Path) -> str | None:
-    """SHA-256 that an earlier download left in `note`; None without one. Raises DownloadError for other content."""
-    if not note.is_file():
-        return None
-    match = re.match(rb"([0-9a-fA-F]{64})\s", note.read_bytes()[:100])
-    if match is None:
-        raise DownloadError(f"{note}: holds no SHA-256; remove it, and the file is compared with the server's")
-    return match[1].decode()
 
 
 def check(path: Path, size: str, expected: str | None) -> str:

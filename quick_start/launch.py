@@ -190,14 +190,8 @@ def posterior(*words: str) -> None:
     gpus = count("NUM_GPUS", variable("NUM_GPUS", 0), 0, 99999, "a number, 0 for one process")
     preset, batch, num, place, known = task, 25, 100, "../model_zoo/ncvsd/ncvsd-ffhq256-xs.pkl", "../data/test/ffhq_val"
     if demo := variable("DEMO") == "1":
-        preset, batch, num, place, known = (
-            f"demo/{task}",
-            64,
-            16,
-            "assets/demo/student.safetensors",
-            "assets/fashion16-test.zip",
-        )
-        options = ["--class", "data", *options]
+        preset, batch, num, options = f"demo/{task}", 64, 16, ["--class", "data", *options]
+        place, known = "assets/demo/student.safetensors", "assets/fashion16-test.zip"
     net, data = variable("NET", ROOT / place), variable("DATA", ROOT / known)
     instead = f"DEMO=1 {script} {task} runs the task on the embedded model and images"
     put = "put the authors' ncvsd-ffhq256-xs.pkl there (their repository links it)"
