@@ -31,10 +31,6 @@ class RGBEncoder:
     def to(self, device: torch.device | str) -> "RGBEncoder":
         return self
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw form of uint8 pixels [N,C,H,W]: the pixels themselves."""
-        return pixels
-
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
         """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels; no noise. Raises ValueError for another dtype."""
         if raw.dtype != torch.uint8:
@@ -55,11 +51,10 @@ class RGBEncoder:
 
 
 class StabilityVAEEncoder:
-    """Latents of Stable Diffusion's autoencoder, rescaled to a given mean and standard deviation per channel. The
-    autoencoder sees pixels in [0, 1]; its posterior (mean, std) is stored, and a draw from it becomes latents =
-    scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696). The weights are read, from safetensors only, on the first
-    operation on pixels, which raises ValueError where they cannot be found; training on stored posteriors never needs
-    them. Raises ValueError for scale and bias that do not fit together.
+    """Latents of Stable Diffusion's autoencoder, rescaled per channel. It sees pixels in [0, 1]; its posterior
+    (mean, std) is stored, and a draw from it becomes latents = scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696).
+    The weights are read, from safetensors only, on the first operation on pixels, which raises ValueError where they
+    cannot be found; training on stored posteriors never needs them. Raises ValueError for unfit scale and bias.
     """
 
     name = "sd-vae"
@@ -67,19 +62,16 @@ class StabilityVAEEncoder:
     def __init__(
         self,
         vae_name: str = "stabilityai/sd-vae-ft-mse",  # a folder in the layout of diffusers, or an id of the Hub
-        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),  # of the autoencoder's latents, per channel
-        raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
-        final_mean: float | Sequence[float] = 0.0,  # of the latents that the network sees
-        final_std: float | Sequence[float] = 0.5,
-        scale: Sequence[float] | None = None,  # per channel; with bias in place of the four statistics
+        scale: Sequence[float] | None = None,  # per channel; None = to mean 0 and standard deviation 0.5, as in EDM2
         bias: Sequence[float] | None = None,
         batch_size: int = 8,  # images per pass of the autoencoder
     ):
         if (scale is None) != (bias is None):
             raise ValueError("sd-vae encoder: give both scale and bias, or neither")
         if scale is None:
-            scale = np.divide(final_std, raw_std, dtype=np.float32)
-            bias = np.subtract(final_mean, scale * np.float32(raw_mean), dtype=np.float32)
+            mean, std = np.float32((5.81, 3.25, 0.12, -2.15)), np.float32((4.17, 4.62, 3.71, 3.28))  # of its latents
+            scale = np.float32(0.5) / std
+            bias = -scale * mean
         self.vae_name, self.batch_size = str(vae_name), int(batch_size)
         self.scale, self.bias = np.array(scale, dtype=np.float32), np.array(bias, dtype=np.float32)
         if self.scale.ndim != 1 or self.scale.shape != self.bias.shape or not self.scale.size:
