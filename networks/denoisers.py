@@ -1,7 +1,5 @@
 """Teacher, conditional denoiser, generative denoiser and discriminator around one U-Net and one preconditioning."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +98,7 @@ class PreconditionedNet(nn.Module):
         return s, labels, self.enc(x_in, s.c_noise, labels), control
 
     @torch.no_grad()
-    def init_from_teacher(self, net: Precond) -> PreconditionedNet:
+    def init_from_teacher(self, net: "Precond") -> "PreconditionedNet":
         """Copy the teacher's weights into every branch, so that a denoiser's output is the teacher's whatever y. Raises
         ValueError where the architectures differ.
         """

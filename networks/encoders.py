@@ -18,7 +18,6 @@ from dnnlib.text import first_line, printable
 from sampling.posterior import RandnLike
 
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of an autoencoder
-_MAX_LAYERS = 16
 
 
 class RGBEncoder:
@@ -226,7 +225,7 @@ def _check_folder(folder: Path, kind: Any) -> None:
         if name not in known and not name.startswith("_"):
             raise ValueError(f"unknown entry {printable(name)[:60]!r} in config.json")
         values = value if isinstance(value, list) else [value]
-        limit = _MAX_LAYERS if name == "layers_per_block" else 8192
+        limit = 16 if name == "layers_per_block" else 8192
         numbers = [v for v in values if isinstance(v, (int, float))]
         if len(values) > 32 or not all(abs(v) <= limit and (v >= 0 or type(v) is float) for v in numbers):
             raise ValueError(f"{name} in config.json has a value that no autoencoder uses")

@@ -1,7 +1,5 @@
 """Magnitude-preserving primitives of EDM2 ("config G", arXiv 2312.02696)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The EDM2 U-Net in parts: block, embedding, encoder, decoder, and the whole network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

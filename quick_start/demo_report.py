@@ -1,7 +1,5 @@
 """Put the demo's measurements into a table and a page:  python quick_start/demo_report.py --help"""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

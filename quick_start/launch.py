@@ -1,7 +1,5 @@
 """What the scripts beside it start, after every check. Needs the standard library alone; --help tells of a command."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -261,10 +259,8 @@ def prepare(*words: str) -> None:
 
 def main(name: str, *words: str) -> None:
     """Run a command; with --help first, or anywhere where no script gets the options, show README's section of it."""
-    command, given, all_own = {
-        "train": (train, 3, False), "evaluate": (evaluate, 2, False), "posterior": (posterior, 0, False),
-        "download": (download, 0, True), "prepare": (prepare, 0, True),
-    }[name]  # fmt: skip
+    command = {f.__name__: f for f in (train, evaluate, posterior, download, prepare)}[name]
+    given, all_own = {"train": 3, "evaluate": 2}.get(name, 0), name in ("download", "prepare")
     try:
         if {"--help", "-h"}.intersection(words if all_own else words[given : given + 1]):
             text = (ROOT / "quick_start/README.md").read_text(encoding="utf-8")

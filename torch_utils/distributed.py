@@ -3,8 +3,6 @@
 All state is torch.distributed's own: without `init`, every function answers for one process.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

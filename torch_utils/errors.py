@@ -1,7 +1,5 @@
 """From exceptions to what a script says about them. Imports no PyTorch, so that scripts still answer --help at once."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
