@@ -69,11 +69,10 @@ def open_url(
     limits: Limits = LIMITS,
 ) -> Path:
     """Returns a local path for a local file or an http(s) URL, downloading into the cache when needed. A download goes
-    to a `.part` file, is resumed where it stopped (also by a later call) if the server says which version of the file
-    it sends, is compared with `sha256` (64 hexadecimal digits) where given, and only then gets its name in the cache.
-    Without a hash, web pages are refused, and files whose length the server does not tell, since nothing would show
-    that they were cut off. Redirects never lead from https to http. Raises DownloadError (a ValueError) with one line
-    that says what to do and shows neither password nor query of the URL.
+    to a `.part` file, is resumed where it stopped (also by a later call) if the server tells the file's version, and is
+    compared with `sha256` where given. Without a hash, web pages are refused, and files of untold length, which could
+    be cut off unnoticed. Redirects never lead from https to http. Raises DownloadError (a ValueError) with one line that
+    says what to do and shows neither password nor query of the URL.
     """
     text = os.fspath(url)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -112,9 +111,7 @@ def open_url(
 
 
 def ask(url: str, timeout: float = LIMITS.timeout) -> tuple[int | None, str | None]:
-    """Length in bytes and SHA-256 (lower case) of the file behind an http(s) URL, as a HEAD request tells; None = the
-    server does not say. Raises DownloadError, in one line, where there is no answer.
-    """
+    """Bytes and SHA-256 behind a URL, as a HEAD request tells, else None. Raises DownloadError without an answer."""
     try:
         with _request("HEAD", url, timeout, hash_known=False) as response:
             sha256 = _linked_hash(response)
@@ -254,8 +251,8 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _request(method: str, url: str, timeout: float, hash_known: bool, headers: dict | None = None) -> Iterator[Any]:
-    """Yields the `requests.Response` that brings the file, its body still to be read; it may be 416 to a Range.
-    Whatever goes wrong with the network, in the block too, becomes a _Failure; errors of the disk pass.
+    """Yields the `requests.Response` that brings the file, its body unread; it may be 416 to a Range. What goes wrong
+    with the network, in the block too, becomes a _Failure; errors of the disk pass.
     """
     import http.client
 

@@ -66,10 +66,9 @@ def _reason_against(path: Path, suffix: str, reads: Iterable[PathLike | None]) -
 
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path` that becomes `path` when the block ends without an error. The folder
-    is created if missing. The content is flushed to the disk before the rename, so after a crash `path` holds either
-    the old or the new content, entire. On an error the temporary file is removed and `path` untouched; an OSError of
-    the temporary file, or of no named one, names `path`. What a killed process left is taken over.
+    """Yields an empty temporary file beside `path`, in a folder made if need be, that becomes `path` when the block
+    ends without an error: flushed to the disk before the rename, so that after a crash `path` holds the old or the new
+    content, entire. On an error it is removed; an OSError of the temporary file, or of no named one, names `path`.
     """
     with temporary_beside(path) as temporary:
         try:
@@ -88,10 +87,9 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def temporary_beside(path: PathLike, folder: bool = False) -> Iterator[Path]:
-    """An empty file or folder beside `path`, locked for as long as this process lives and the block lasts. One without
-    a lock, which a killed process left, is taken, and others like it are removed; with a lock it is another process's,
-    and the next name is tried. Where the file system has no locks, names are random. The block is to rename or remove
-    it. The folder around it is created if missing. Raises OSError.
+    """An empty file or folder beside `path`, locked for as long as this process lives and the block lasts, which is to
+    rename or remove it. One without a lock, which a killed process left, is taken, and others like it are removed; with
+    a lock it is another process's, and the next name is tried. Where there are no locks, names are random.
     """
     path, random = Path(path), False
     make_folder(path.parent)
@@ -121,9 +119,7 @@ def temporary_beside(path: PathLike, folder: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool | None]:
-    """Holds the lock of a file or folder; yields False where another process does, and None where there are no locks.
-    What its owner has renamed or removed meanwhile is another's too.
-    """
+    """Yields True with the lock of a file or folder held, False where it is another's or gone, None without locks."""
     if fcntl is None:
         yield None
         return
@@ -164,8 +160,8 @@ class FolderInUseError(ValueError):
 
 
 def lock_folder(folder: PathLike) -> IO[bytes] | None:
-    """Keep other processes out of a folder that exists, by a lock on `.lock` in it, until the file returned is closed.
-    Raises FolderInUseError where another process holds it. File systems without locks are trusted (None).
+    """Lock `.lock` in a folder until the file returned is closed; None where there are no locks: others are trusted.
+    Raises FolderInUseError where another process holds it.
     """
     if fcntl is None:
         return None
@@ -187,9 +183,7 @@ def lock_folder(folder: PathLike) -> IO[bytes] | None:
 
 @contextmanager
 def atomic_write(path: PathLike, mode: str = "wb", **open_kwargs: Any) -> Iterator[IO[Any]]:
-    """Opens a file for writing that replaces `path` when the block ends without an error (see `atomic_path`). `mode` is
-    "wb" or "w"; further keyword arguments go to `open`. Raises ValueError for any other mode.
-    """
+    """Opens a file ("wb" or "w"; further arguments are `open`'s) that replaces `path`, see `atomic_path`."""
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_write: mode must be 'w' or 'wb', not {mode!r}")
     with atomic_path(path) as temporary, open(temporary, mode, **open_kwargs) as file:
@@ -209,9 +203,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: PathLike, max_bytes: int = 1 << 28) -> dict[str, Any]:
-    """The JSON object in a regular file. Raises ValueError, as one line that names the file, for any other content, and
-    OSError as `read_regular`.
-    """
+    """The JSON object in a file. Raises ValueError, in a line that names it, for others, OSError as `read_regular`."""
     try:
         content = parse_json(read_regular(path, max_bytes))
     except ValueError as error:
@@ -230,9 +222,7 @@ def write_json(path: PathLike, content: Any) -> None:
 
 
 def open_regular(path: PathLike) -> BinaryIO:
-    """Opens a regular file for reading in binary mode. Links are followed; nothing waits for the other end of a pipe.
-    Raises OSError, with `strerror` and `filename`, where it cannot be opened and for pipes, devices and folders.
-    """
+    """Opens a file "rb" without ever waiting. Raises OSError, with `filename`, for pipes, devices and folders too."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if stat.S_ISREG(mode := os.fstat(handle).st_mode):
         return os.fdopen(handle, "rb")
@@ -243,9 +233,7 @@ def open_regular(path: PathLike) -> BinaryIO:
 
 
 def read_regular(path: PathLike, max_bytes: int) -> bytes:
-    """Reads a regular file: as many bytes as it holds when it is opened, however it grows. Raises OSError as
-    `open_regular`, and for files larger than `max_bytes`.
-    """
+    """A regular file's bytes when opened, however it grows. Raises OSError as `open_regular`, or beyond `max_bytes`."""
     with open_regular(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > max_bytes:
             reason = f"too large: {size} bytes, and at most {max_bytes} are read"

@@ -37,9 +37,7 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> Scalings:
 
 
 class PreconditionedNet(nn.Module):
-    """What teacher, conditional denoiser and discriminator share: architecture, labels, precision, preconditioning.
-    Data other than images set the three classes to networks of the same interface.
-    """
+    """What teacher, conditional denoiser and discriminator share. Data other than images set the three classes."""
 
     unet_class: type[nn.Module] = UNet
     encoder_class: type[nn.Module] = Encoder
@@ -99,9 +97,7 @@ class PreconditionedNet(nn.Module):
 
     @torch.no_grad()
     def init_from_teacher(self, net: "Precond") -> "PreconditionedNet":
-        """Copy the teacher's weights into every branch, so that a denoiser's output is the teacher's whatever y. Raises
-        ValueError where the architectures differ.
-        """
+        """Copy the teacher's weights, for the teacher's output whatever y. Raises ValueError where they do not fit."""
         weights = net.unet.state_dict()
         branches = [part for name, part in self.named_children() if name in ("ctrl", "enc", "dec")]
         for name, tensor in (item for part in branches for item in part.state_dict().items()):

@@ -21,9 +21,7 @@ _FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of an autoenc
 
 
 class RGBEncoder:
-    """Pixels as latents: x = px/127.5 - 1, any number of channels; px = x·127.5 + 128, clipped to [0, 255], truncated.
-    The EDM2 convention for networks in pixel space (arXiv 2312.02696); stateless.
-    """
+    """Pixels as latents, as in EDM2: x = px/127.5 - 1; px = x·127.5 + 128, clipped to [0, 255] and truncated."""
 
     name = "rgb"
 
@@ -104,9 +102,7 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W], on the encoder's device. Raises
-        ValueError for pixels of another dtype, channel count or indivisible size.
-        """
+        """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W]. Raises ValueError for any others."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"sd-vae encoder: needs uint8 pixels [N,3,H,W], got {pixels.dtype} {list(pixels.shape)}")
         vae = self._autoencoder()
@@ -120,9 +116,7 @@ class StabilityVAEEncoder:
         return torch.cat(parts)
 
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        """Latents, float32 [N,4,h,w], drawn from stored posteriors [N,8,h,w], or from uint8 pixels [N,3,H,W]. Draws one
-        noise tensor like the mean. Raises ValueError for another number of channels.
-        """
+        """Latents, float32 [N,4,h,w], drawn from posteriors [N,8,h,w] or uint8 pixels. Raises ValueError for others."""
         if raw.dtype == torch.uint8:
             raw = self.encode_pixels(raw)
         if raw.ndim != 4 or raw.shape[1] != 2 * self.scale.size:
@@ -176,9 +170,7 @@ def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
 
 
 def load_autoencoder(vae_name: str) -> torch.nn.Module:
-    """diffusers' `AutoencoderKL`, float32 and in eval mode, from a local folder or the Hub; safetensors weights only.
-    Raises ValueError, with how to get the files, where it is neither local nor reachable.
-    """
+    """diffusers' `AutoencoderKL`, float32, in eval mode, of a folder or the Hub. Raises ValueError with advice."""
     try:
         from diffusers import AutoencoderKL
         from diffusers.utils import logging

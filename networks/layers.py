@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 
 def normalize(x: Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
-    """Scale each group of `x` to unit root-mean-square (EDM2, Eq. 65-66). dims are the dimensions of one group; None
-    means all but the first. The magnitude is taken in float32.
-    """
+    """Scale groups of `x` over `dims` (None = all but the first) to unit root-mean-square (EDM2, Eq. 65-66)."""
     group = tuple(dims or range(1, x.ndim))
     length = torch.linalg.vector_norm(x, dim=group, keepdim=True, dtype=torch.float32)
     rms = length * math.prod(x.shape[d] for d in group) ** -0.5

@@ -96,10 +96,9 @@ class UNetConfig:
 
 
 class Block(nn.Module):
-    """One U-Net block of EDM2 config G (EDM2, Fig. 21): resample, residual branch with embedding gain, attention.
-    [N,in_channels,H,W] and embedding [N,emb_channels] to [N,out_channels,H',W']. Where `recompute` is set and gradients
-    are wanted, only the inputs are kept; the backward pass computes the rest again, with the weights as they are: their
-    forced normalisation is not repeated.
+    """One U-Net block of EDM2 config G (EDM2, Fig. 21): [N,in_channels,H,W] and embedding to [N,out_channels,H',W'].
+    Where `recompute` is set and gradients are wanted, only the inputs are kept; the backward pass computes the rest
+    again, with the weights as they are: their forced normalisation is not repeated.
     """
 
     def __init__(
@@ -153,9 +152,7 @@ class Block(nn.Module):
         return main if bound is None else F.hardtanh(main, -bound, bound)
 
     def _residual(self, x: Tensor, emb: Tensor, gain: float) -> Tensor:
-        """Two convolutions, between them one gain per channel from the embedding; the result times `gain`. The constant
-        factors of mp_silu and mp_sum ride on the weights: fewer passes over activations.
-        """
+        """Convolutions, between them a gain per channel; the factors of mp_silu and mp_sum ride on the weights."""
         h = self.conv_res0(F.silu(x), gain=MP_SILU_GAIN)
         channel_gain = 1 + self.emb_linear(emb, gain=self.emb_gain)
         h = F.silu(h * channel_gain[..., None, None].to(h.dtype))
@@ -183,9 +180,7 @@ def set_recompute(net: nn.Module, recompute: bool) -> None:
 
 
 class EmbeddedNet(nn.Module):
-    """A network with an embedding of the noise level and, for conditional ones, of the class; layers are keyed as in
-    EDM2's checkpoints.
-    """
+    """A network with an embedding of noise level and, where conditional, class; layers are keyed as in EDM2's files."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

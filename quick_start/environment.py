@@ -1,7 +1,4 @@
-"""The interpreter that has what the project needs: the active one where that is the case, else one in .venv.
-
-Needs the standard library of Python 3.10 alone: on a bare machine there is nothing else.
-"""
+"""The active interpreter where it has what the project needs, else one in .venv. Needs the standard library alone."""
 
 import os
 import re

@@ -138,9 +138,7 @@ def train(preset: str, teacher: str, data: str, *words: str) -> None:
 
 
 def newest_snapshot(runs: Path, preset: str) -> str:
-    """Network with the most images, of the narrowest average where there are several, from the run that wrote last.
-    Runs whose path below `runs` names the preset go first; empty where there is none.
-    """
+    """Network with most images and narrowest average of the run that wrote last; runs named as the preset go first."""
     files = [p for p in sorted(runs.rglob("network-snapshot-*.safetensors")) if p.is_file() and p.parent != runs]
     files = [p for p in files if preset in str(p.parent.relative_to(runs))] or files
     newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)

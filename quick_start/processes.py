@@ -11,9 +11,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run torchrun with this script's arguments; return the exit code of the process that failed first. What that
-    process said is enough: torchrun's own report is left out.
-    """
+    """Run torchrun, without its report of failures; return the exit code of the process that failed first."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

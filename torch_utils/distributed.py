@@ -1,7 +1,4 @@
-"""Process groups under torchrun, and the same calls in a single process.
-
-All state is torch.distributed's own: without `init`, every function answers for one process.
-"""
+"""Process groups under torchrun; without `init`, every function answers for a single process."""
 
 import os
 import re
@@ -19,9 +16,7 @@ T = TypeVar("T")
 
 
 def launched_by_torchrun() -> bool:
-    """Whether the environment describes a process group (torchrun sets RANK and WORLD_SIZE). Raises ValueError, naming
-    the variable, where it describes none that can be.
-    """
+    """Whether the environment describes a process group. Raises ValueError, naming the variable, where none can be."""
     if "RANK" not in os.environ or not _number("WORLD_SIZE"):
         return False
     if _number("RANK") >= _number("WORLD_SIZE"):
@@ -66,9 +61,7 @@ def device_for(device: str | torch.device = "auto") -> torch.device:
 
 
 def init(device: str | torch.device = "auto") -> torch.device:
-    """Resolve the device and, under torchrun, join the process group (NCCL on CUDA, gloo otherwise). Safe to call
-    twice. Raises ValueError for an unknown or absent device.
-    """
+    """Resolve the device and, under torchrun, join the process group, once. Raises ValueError as `device_for`."""
     device = device_for(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -118,8 +111,8 @@ def barrier() -> None:
 
 
 def main_first(function: Callable[[], T]) -> T:
-    """Return function() of every process: the main process calls it first (and downloads, say), then the others. What
-    it raises in the main process is raised there, and as a MainProcessError with its text in the others.
+    """function() of every process, the main one (which downloads, say) first; the others raise MainProcessError with
+    the text of what it raises.
     """
     if not in_group():
         return function()
@@ -156,9 +149,7 @@ def in_group() -> bool:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """Torch dtype of a --dtype choice: auto (None, the network's own), float32, bf16 or fp16. Raises ValueError for
-    fp16 anywhere but on CUDA.
-    """
+    """Torch dtype of a --dtype choice, None for auto, the network's own. Raises ValueError for fp16 without CUDA."""
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
     return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -84,9 +84,7 @@ class BoundedReader:
 
 
 class Machine:
-    """Executes one pickle. Persistent ids are refused unless `persistent` resolves them. Raises UnsafeCheckpointError
-    for what is not allowed; damaged input raises whatever exception it leads to.
-    """
+    """Executes one pickle. Raises UnsafeCheckpointError for what is not allowed, anything for damaged input."""
 
     def __init__(self, file: BinaryIO, size: int, vocabulary: Vocabulary, persistent: Callable | None = None) -> None:
         self.reader, self.vocabulary, self.persistent = BoundedReader(file, size), vocabulary, persistent
