@@ -71,7 +71,7 @@ def open_url(
     """Returns a local path for a local file or an http(s) URL, downloading into the cache when needed. A download goes
     to a `.part` file, is resumed where it stopped (also by a later call) if the server tells the file's version, and is
     compared with `sha256` where given. Without a hash, web pages are refused, and files of untold length, which could
-    be cut off unnoticed. Redirects never lead from https to http. Raises DownloadError (a ValueError) with one line that
+    be cut off unnoticed. Redirects never lead from https to http. Raises DownloadError (a ValueError) with a line that
     says what to do and shows neither password nor query of the URL.
     """
     text = os.fspath(url)

@@ -116,12 +116,12 @@ def load(
     quiet: bool = False,  # no progress bar while downloading
     check_finite: bool = True,  # refuse weights that are NaN or infinite
 ) -> LoadedNetwork:
-    """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`. Each may
-    end in `#sha256=` and 64 hexadecimal digits, which says the same as the argument `sha256`. Reads files written by
-    `save`, EDM2's network pickles and the NCVSD authors' pickles, told apart by their content. Nothing in a file is
-    executed. Raises CheckpointError (a ValueError) for files that are damaged, of another kind, or whose weights do not
-    fit their architecture; UnsafeCheckpointError and NonFiniteError, kinds of CheckpointError, for pickles that hold
-    anything outside the allowed set and for weights that are not finite; and ValueError for failed downloads.
+    """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`; each may
+    end in `#sha256=` and 64 hexadecimal digits. Reads files written by `save`, EDM2's network pickles and the NCVSD
+    authors', told apart by their content. Nothing in a file is executed. Raises CheckpointError (a ValueError) for
+    files that are damaged, of another kind, or whose weights do not fit; UnsafeCheckpointError and NonFiniteError,
+    kinds of it, for pickles with anything outside the allowed set and for weights that are not finite; ValueError for
+    failed downloads.
     """
     path = _local_path(os.fspath(source), sha256, quiet)
     try:

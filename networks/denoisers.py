@@ -201,9 +201,9 @@ class Wrapper(nn.Module):
 
 
 class CombinedScore(Wrapper):
-    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t. The published one is
-    preconditioned for x_t alone. Where y is much the better observation, its output is then a small difference of large
-    terms; here the error shrinks with sigma, and it starts as the true posterior's score.
+    """A score network S(x_t, t | y, sigma) on the combined observation of y and x_t. The published one is
+    preconditioned for x_t alone: where y is much the better observation, its output is a small difference of large
+    terms. Here the error shrinks with sigma, and it starts as the true posterior's score.
     """
 
     def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Labels = None, **options: Any):

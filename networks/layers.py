@@ -73,9 +73,8 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Bias-free convolution, or linear layer for kernel [], whose filters count by direction only (EDM2, Eq. 47). With
-    `forced` (EDM2's forced weight normalisation, Eq. 66) a training-mode forward pass first replaces the stored weight
-    by its normalised value, without gradient.
+    """Bias-free convolution, or linear layer for kernel [], whose filters count by direction only (EDM2, Eq. 47). Where
+    `forced` (EDM2, Eq. 66) a training-mode forward pass first stores the normalised weight, without gradient.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:

@@ -41,8 +41,7 @@ def main(dataset: str, solved: tuple[Path, ...], outdir: str, **reports: Path | 
         first = records["after"][0]
         facts = {"reference_images": first["reference"]["num_images"], "images_per_row": first["num_images"]}
         facts |= {"dtype": first["compute_dtype"], "detector": "fd_demo"}
-        write_sheet_of_data(dataset, folder)
-        problems = [write_strip(path, folder) for path in solved]
+        problems = write_pictures(dataset, solved, folder)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise click.ClickException(f"these reports cannot be used: {error}") from error
     except (TypeError, AttributeError, StopIteration) as error:  # another structure
@@ -78,37 +77,32 @@ def make_row(key: str, record: dict[str, Any], outdir: Path) -> dict[str, Any]:
     return {**row, "picture": picture}
 
 
-def write_sheet_of_data(data: str, outdir: Path) -> None:
-    """data.png: 64 random images."""
-    import numpy as np
-
-    from data.dataset import ImageDataset
-    from generation.pictures import save_grid
-
-    dataset = ImageDataset(data, use_labels=False, max_size=64)
-    save_grid(outdir / "data.png", np.stack([dataset[i][0] for i in range(len(dataset))]), columns=8)
-
-
-def write_strip(folder: Path, outdir: Path) -> dict[str, Any]:
-    """TASK-strip.png: rows of truths, measurements, first samples and posterior means; returns what to say about it."""
+def write_pictures(data: str, solved: tuple[Path, ...], outdir: Path) -> list[dict[str, Any]]:
+    """data.png: 64 random images; for each solved problem TASK-strip.png: rows of truths, measurements, first samples
+    and posterior means. Returns what to say about these.
+    """
     import numpy as np
     from PIL import Image
 
+    from data.dataset import ImageDataset
     from data.pictures import to_array, to_picture
     from generation.pictures import read_image, save_grid
 
-    report, options = read_json(folder / "metrics.json"), read_json(folder / "options.json")
-    names = [image["name"] for image in report["images"]][:12]
-    tiles = []
-    for part, name in itertools.product(("truth", "measurements", "samples/run_0", "mean"), names):
-        size = read_image(folder / "truth" / f"{name}.png").shape[:0:-1]
-        picture = to_picture(read_image(folder / part / f"{name}.png")[:1])
-        tiles.append(to_array(picture.resize(size, Image.Resampling.NEAREST)))
-    strip, page = f"{report['task']}-strip.png", Path(os.path.relpath(folder / "report.html", outdir)).as_posix()
-    save_grid(outdir / strip, np.stack(tiles), columns=len(names))
-    sample, mean = (report["summary"][pick]["psnr"]["mean"] for pick in ("sample", "posterior_mean"))
-    quality = f"PSNR of a sample {sample:.2f} dB, of the mean of {report['runs']} samples {mean:.2f} dB"
-    return {"picture": strip, "page": page, "text": f"{options['task']['description']}. {quality}"}
+    dataset, problems = ImageDataset(data, use_labels=False, max_size=64), []
+    save_grid(outdir / "data.png", np.stack([dataset[i][0] for i in range(len(dataset))]), columns=8)
+    for folder in solved:
+        report, options = read_json(folder / "metrics.json"), read_json(folder / "options.json")
+        names, tiles = [image["name"] for image in report["images"]][:12], []
+        for part, name in itertools.product(("truth", "measurements", "samples/run_0", "mean"), names):
+            size = read_image(folder / "truth" / f"{name}.png").shape[:0:-1]
+            picture = to_picture(read_image(folder / part / f"{name}.png")[:1])
+            tiles.append(to_array(picture.resize(size, Image.Resampling.NEAREST)))
+        strip, page = f"{report['task']}-strip.png", Path(os.path.relpath(folder / "report.html", outdir)).as_posix()
+        save_grid(outdir / strip, np.stack(tiles), columns=len(names))
+        sample, mean = (report["summary"][pick]["psnr"]["mean"] for pick in ("sample", "posterior_mean"))
+        quality = f"PSNR of a sample {sample:.2f} dB, of the mean of {report['runs']} samples {mean:.2f} dB"
+        problems.append({"picture": strip, "page": page, "text": f"{options['task']['description']}. {quality}"})
+    return problems
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -24,9 +24,8 @@ class MainProcessError(ValueError):
 def user_errors(batch_option: str = "--batch") -> Iterator[None]:
     """Turn errors that the user can mend into one line and exit code 1, and leave the process group at the end. Bad
     input (ValueError, OSError) is told in its own words; where memory runs out the advice names `batch_option`; any
-    other exception is a defect and passes. Raises click.ClickException, or SystemExit in processes that failed only
-    because the main one did; of several with the same mistake one tells it. Ctrl-C, SIGTERM and SIGHUP end in one line
-    and exit code 128 + number, after temporary files have been removed.
+    other exception is a defect and passes. Raises click.ClickException, or SystemExit where the main process failed; of
+    several with the same mistake one tells it. Ctrl-C, SIGTERM and SIGHUP: one line, exit code 128 + number.
     """
     failed = True
     try:

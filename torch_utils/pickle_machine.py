@@ -48,16 +48,13 @@ class Name:
         return ascii(f"{self.module}.{self.name}")[1:-1][:100]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class Record:
     """An object of a class that is not imported: the names it was stored under and its attributes."""
 
     module: str  # module named by the file; "torch_utils.persistence" for objects of persistent classes
     qualname: str  # class name
-    state: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"<record of {self.module}.{self.qualname}>"
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -212,14 +212,9 @@ def _load_storage(machine: Machine, data: Any) -> _Storage:
 
 _PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")
 _NUMPY_CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())
-_STORAGE_TYPES = {
-    Name("torch", f"{name}Storage"): dtype
-    for name, dtype in {
-        "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
-        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
-}  # fmt: skip
+_STORAGES = "Float:float32 Half:float16 BFloat16:bfloat16 Double:float64 Long:int64 Int:int32 Short:int16 Char:int8"
+_STORAGES = [pair.split(":") for pair in f"{_STORAGES} Byte:uint8 Bool:bool".split()]
+_STORAGE_TYPES = {Name("torch", f"{name}Storage"): getattr(torch, dtype) for name, dtype in _STORAGES}
 _VOCABULARY = Vocabulary(
     functions={
         _PERSISTENT: _persistent_object,

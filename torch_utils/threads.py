@@ -4,5 +4,5 @@ import os
 
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY is set; to be called before PyTorch's import."""
+    """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY is set. Call it before importing PyTorch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
