@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MP_SILU_GAIN = 1 / 0.596
+
 
 def normalize(x: Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
     """Scale groups of `x` over `dims` (None = all but the first) to unit root-mean-square (EDM2, Eq. 65-66)."""
@@ -14,9 +16,6 @@ def normalize(x: Tensor, dims: Sequence[int] | None = None, eps: float = 1e-4) -
     length = torch.linalg.vector_norm(x, dim=group, keepdim=True, dtype=torch.float32)
     rms = length * math.prod(x.shape[d] for d in group) ** -0.5
     return x * (1 / (rms + eps)).to(x.dtype)
-
-
-MP_SILU_GAIN = 1 / 0.596
 
 
 def mp_silu(x: Tensor) -> Tensor:

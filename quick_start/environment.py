@@ -21,14 +21,11 @@ def requirements(kind: str, text: str) -> dict[str, str]:
 
 def lacking(kind: str) -> list[str]:
     """Packages that this interpreter has not, or older than needed; none is imported."""
-
-    def leading(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text)[:2]]
-
     absent = []
     for name, least in requirements(kind, (ROOT / "pyproject.toml").read_text(encoding="utf-8")).items():
         with suppress(PackageNotFoundError):
-            if leading(version(name)) >= leading(least):
+            found, needed = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (version(name), least))
+            if found >= needed:
                 continue
         absent.append(name)
     return absent
