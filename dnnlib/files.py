@@ -24,23 +24,19 @@ except ImportError:  # Windows
 PathLike = str | os.PathLike[str]
 
 
-class OutputError(ValueError):
-    """An output that could not be written, or would take the place of something else."""
-
-
 _BEGINNINGS = {".png": rb"\x89PNG", ".npz": b"PK", ".zip": b"PK", ".json": rb"\s*[{[]", ".safetensors": rb".{8}\{"}
 
 
 def check_output(path: PathLike, suffix: str, reads: Iterable[PathLike | None] = ()) -> None:
     """Refuse, before any work is done, a file that could not be written at the end, does not end in `suffix`, or would
-    destroy one that is of another kind or in `reads`, what the command reads. Raises OutputError.
+    destroy one that is of another kind or in `reads`, what the command reads. Raises ValueError.
     """
     try:
         reason = _reason_against(Path(path), suffix, reads)
     except OSError as error:
         reason = f"{error.strerror or error}: name another file"
     if reason is not None:
-        raise OutputError(f"{printable(path) or 'the output'}: {reason}")
+        raise ValueError(f"{printable(path) or 'the output'}: {reason}")
 
 
 def _reason_against(path: Path, suffix: str, reads: Iterable[PathLike | None]) -> str | None:
@@ -155,13 +151,9 @@ def discard(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-class FolderInUseError(ValueError):
-    """Another process is using a folder."""
-
-
 def lock_folder(folder: PathLike) -> IO[bytes] | None:
     """Lock `.lock` in a folder until the file returned is closed; None where there are no locks: others are trusted.
-    Raises FolderInUseError where another process holds it.
+    Raises ValueError where another process holds it.
     """
     if fcntl is None:
         return None
@@ -174,7 +166,7 @@ def lock_folder(folder: PathLike) -> IO[bytes] | None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return None
         advice = "stop it, or use another --outdir"
-        raise FolderInUseError(f"{folder} is in use by another run ({holder}): {advice}") from None
+        raise ValueError(f"{folder} is in use by another run ({holder}): {advice}") from None
     with suppress(OSError):  # a full disk: the lock holds without a name
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n".encode())

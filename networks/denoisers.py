@@ -115,11 +115,8 @@ class PreconditionedNet(nn.Module):
             return torch.zeros(batch, self.label_dim, device=self.device)
         return labels.to(torch.float32).reshape(-1, self.label_dim) if self.label_dim else None
 
-
-class Denoiser(PreconditionedNet):
-    """A preconditioned network with EDM2's estimate of its loss's log variance (EDM2, Eq. 19 and 109)."""
-
     def _add_logvar(self) -> None:
+        """The estimate of the loss's log variance (EDM2, Eq. 19 and 109), which the discriminator has not."""
         self.logvar_fourier = MPFourier(self.logvar_channels)
         self.logvar_linear = MPConv(self.logvar_channels, 1)
 
@@ -130,7 +127,7 @@ class Denoiser(PreconditionedNet):
         return denoised, self.logvar_linear(self.logvar_fourier(s.c_noise)).reshape(-1, 1, 1, 1)
 
 
-class Precond(Denoiser):
+class Precond(PreconditionedNet):
     """The EDM2 denoiser D(x, sigma), an estimate of E[x0 | x] for x = x0 + sigma·n: the teacher."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +141,7 @@ class Precond(Denoiser):
         return self._denoised(x, s, self.unet(x_in, s.c_noise, self._prepare_labels(labels, len(x))), return_logvar)
 
 
-class PrecondCondition(Denoiser):
+class PrecondCondition(PreconditionedNet):
     """The conditional denoiser D(x, sigma | y, sigma_y): the teacher's U-Net with a control branch that sees y. Two of
     them make NCVSD: inside the generative denoiser, and as the score network of its samples.
     """
