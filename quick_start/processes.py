@@ -49,8 +49,7 @@ def supervise(command: list[str], *, repeat: float = 1.0) -> int:
     itself, sent a signal, would end them with an error, after 30 seconds by force. A request is repeated every `repeat`
     seconds, since those processes may not have started yet, and SIGUSR1 is ignored until they handle it.
     """
-    requests: list[int] = []
-    child: subprocess.Popen | None = None
+    requests, child = [], None
 
     def tell() -> None:
         for pid in children(child.pid) if child else ():
