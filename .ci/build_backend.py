@@ -4,10 +4,6 @@ of the packages would lack them, and would put `data` and `training` beside ever
 
 from typing import Any
 
-SENTENCE = (
-    "ncvsd runs from its clone and cannot be packed: run it there, or install it from there with: pip install -e ."
-)
-
 
 def __getattr__(name: str) -> Any:
     """Those of setuptools, where they serve an editable installation."""
@@ -20,7 +16,8 @@ def __getattr__(name: str) -> Any:
 
 def refuse(*_: object, **__: object) -> None:
     """In place of what would make a wheel or an archive of the sources. Raises SystemExit."""
-    raise SystemExit(f"error: {SENTENCE}")
+    advice = "run it there, or install it from there with: pip install -e ."
+    raise SystemExit(f"error: ncvsd runs from its clone and cannot be packed: {advice}")
 
 
 get_requires_for_build_wheel = prepare_metadata_for_build_wheel = build_wheel = refuse

@@ -108,7 +108,7 @@ def fsdp(net: Any, device: Any) -> tuple[Any, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from networks.layers import Block
+    from networks.unet import Block
     from torch_utils import distributed
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that its output must not be changed in place

@@ -5,16 +5,15 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dnnlib.files import fcntl, file_sha256
+from dnnlib.files import PathLike, fcntl, file_sha256
 from dnnlib.text import format_bytes, format_time, printable, redact
 
 _CHUNK = 1 << 18  # bytes read from the network at a time, at most
@@ -42,7 +41,6 @@ class Limits:
 
     attempts: int = 5  # tries in a row that bring less than `timeout` seconds bring at `min_rate`
     timeout: float = 30.0  # seconds without an answer before a try counts as failed
-    backoff: float = 1.0  # seconds before the second try, doubled for each further one
     min_rate: float = 1024.0  # bytes per second, mean over `timeout` seconds; a slower try counts as failed
     max_seconds: float = 86400.0  # for all tries together
     max_bytes: int = 64 << 30  # larger files are refused
@@ -53,15 +51,7 @@ class Limits:
 LIMITS = Limits()
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """Length in bytes and SHA-256 (lower-case hexadecimal digits) of a file; None = the server does not say."""
-
-    size: int | None
-    sha256: str | None
-
-
-def cache_path(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def cache_path(url: str, cache_dir: PathLike | None = None) -> Path:
     """Where `open_url` keeps a URL: in `cache_dir`, else in the environment's NCVSD_CACHE, else in ~/.cache/ncvsd."""
     base = re.sub(r"[^\w.-]+", "_", redact(url).split("#")[0].rstrip("/").rsplit("/", 1)[-1])[-80:]
     folder = Path(cache_dir or os.environ.get("NCVSD_CACHE") or "~/.cache/ncvsd")
@@ -72,21 +62,19 @@ def cache_path(url: str, cache_dir: str | os.PathLike[str] | None = None) -> Pat
 
 
 def open_url(
-    url_or_path: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str] | None = None,
+    url: PathLike,
+    cache_dir: Path | None = None,
     sha256: str | None = None,
     quiet: bool = False,
     limits: Limits = LIMITS,
 ) -> Path:
-    """Returns a local path for a local file or an http(s) URL, downloading into the cache when needed.
-
-    A download goes to a `.part` file, is resumed where it stopped (also by a later call) if the server says which
-    version of the file it sends, is compared with `sha256` (64 hexadecimal digits) where given, and only then gets its
-    name in the cache. Without a hash, web pages are refused, and files whose length the server does not tell, since
-    nothing would show that they were cut off. Redirects never lead from https to http. Raises DownloadError (a
-    ValueError) with one line that says what to do and shows neither password nor query of the URL.
+    """Returns a local path for a local file or an http(s) URL, downloading into the cache when needed. A download goes
+    to a `.part` file, is resumed where it stopped (also by a later call) if the server tells the file's version, and is
+    compared with `sha256` where given. Without a hash, web pages are refused, and files of untold length, which could
+    be cut off unnoticed. Redirects never lead from https to http. Raises DownloadError (a ValueError) with a line that
+    says what to do and shows neither password nor query of the URL.
     """
-    text = os.fspath(url_or_path)
+    text = os.fspath(url)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise DownloadError(f"sha256 must be 64 hexadecimal digits, not {sha256!r}")
     if "://" not in text:
@@ -122,18 +110,15 @@ def open_url(
     return target
 
 
-def ask(url: str, timeout: float = LIMITS.timeout) -> RemoteFile:
-    """Length and hash of the file behind an http(s) URL, from the headers that a HEAD request brings.
-
-    Raises DownloadError, in one line, where there is no answer.
-    """
+def ask(url: str, timeout: float = LIMITS.timeout) -> tuple[int | None, str | None]:
+    """Bytes and SHA-256 behind a URL, as a HEAD request tells, else None. Raises DownloadError without an answer."""
     try:
         with _request("HEAD", url, timeout, hash_known=False) as response:
             sha256 = _linked_hash(response)
             size = response.headers.get("X-Linked-Size" if sha256 else "Content-Length", "")
     except _Failure as error:
         raise DownloadError(f"{printable(redact(url))}: {error}") from None
-    return RemoteFile(int(size) if re.fullmatch(_NUMBER, size) else None, sha256)
+    return int(size) if re.fullmatch(_NUMBER, size) else None, sha256
 
 
 def _linked_hash(response: Any) -> str | None:
@@ -145,20 +130,15 @@ def _linked_hash(response: Any) -> str | None:
 def _fault(path: Path, sha256: str | None) -> str:
     """Why a file is not what was asked for; empty if it may be."""
     if sha256 is not None:
-        found = file_sha256(path)
-        return "" if found == sha256.lower() else f"wrong SHA-256 {found}, expected {sha256}"
+        return "" if (found := file_sha256(path)) == sha256.lower() else f"wrong SHA-256 {found}, expected {sha256}"
     with open(path, "rb") as file:
         return _PAGE if re.match(_HTML, file.read(4096), re.IGNORECASE | re.DOTALL) else ""
 
 
-def _note(part: Path) -> Path:
-    """Holds the server's name for the version of the file that `part` belongs to."""
-    return part.with_name(part.name + ".version")
-
-
 def _received(part: Path) -> tuple[int, str]:
-    """Bytes of `part` that can be continued, and the version they belong to."""
-    version = _note(part).read_text(errors="replace") if part.is_file() and _note(part).is_file() else ""
+    """Bytes of `part` that can be continued, and the server's name for the version of the file they belong to."""
+    note = part.with_suffix(".part.version")
+    version = note.read_text(errors="replace") if part.is_file() and note.is_file() else ""
     return (part.stat().st_size, version) if re.fullmatch(_VERSION, version) else (0, "")
 
 
@@ -168,7 +148,7 @@ def _kept(part: Path) -> str:
 
 def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
-    _note(part).unlink(missing_ok=True)
+    part.with_suffix(".part.version").unlink(missing_ok=True)
 
 
 def _download(url: str, part: Path, hash_known: bool, quiet: bool, limits: Limits) -> None:
@@ -183,7 +163,7 @@ def _download(url: str, part: Path, hash_known: bool, quiet: bool, limits: Limit
         size = _received(part)[0]
         failures = 0 if size - longest >= max(limits.min_rate * limits.timeout, 1) else failures + 1
         longest = max(longest, size)
-        wait = limits.backoff * 2 ** min(max(failures - 1, 0), 6)
+        wait = 2.0 ** min(max(failures - 1, 0), 6)
         if error.permanent or failures >= limits.attempts or limits.clock() + wait > end:
             raise DownloadError(f"{redact(url)}: download failed: {error}{_kept(part)}")
         limits.sleep(wait)
@@ -226,9 +206,8 @@ def _attempt(url: str, part: Path, hash_known: bool, quiet: bool, limits: Limits
 def _begin(response: Any, part: Path, hash_known: bool) -> tuple[int, int | None]:
     """Makes `part` what the body continues. Returns its length so far, and that of the whole file where it is told."""
     headers, (start, version) = response.headers, _received(part)
-    told = headers.get("ETag", "")
-    if not told or told.startswith("W/"):  # only a strong tag names these very bytes
-        told = headers.get("Last-Modified", "")
+    tag = headers.get("ETag", "")  # only a strong one names these very bytes
+    told = headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag
     if response.status_code == 206:
         span = re.fullmatch(f"bytes {_NUMBER}-{_NUMBER}/{_NUMBER}", headers.get("Content-Range", ""))
         if start and span and int(span[1]) == start and told in ("", version):
@@ -237,32 +216,28 @@ def _begin(response: Any, part: Path, hash_known: bool) -> tuple[int, int | None
     if response.status_code != 200:
         raise _Failure("what is here does not belong to the server's file")
     length = re.fullmatch(_NUMBER, headers.get("Content-Length", ""))
-    if length is None and not hash_known and not _is_chunked(response):  # the end of chunks is marked
+    if length is None and not hash_known and not response.raw.chunked:  # the end of chunks is marked
         reason = "the server does not say how long the file is, so that a cut would go unnoticed: give its SHA-256"
         raise _Failure(f"{reason} (URL#sha256=HEX for a network)", permanent=True)
     if re.fullmatch(_VERSION, told):
-        _note(part).write_text(told)
+        part.with_suffix(".part.version").write_text(told)
     return 0, int(length[1]) if length else None
-
-
-def _is_chunked(response: Any) -> bool:
-    return response.headers.get("Transfer-Encoding", "").lower() == "chunked"
 
 
 def _read(response: Any, timeout: float) -> bytes:
     """What has arrived, once something has; empty at the end."""
     read = partial(response.raw.read1, _CHUNK, decode_content=False)
     try:
-        return _within(timeout, read) if _is_chunked(response) else read()  # lines between chunks may trickle in
-    except FutureTimeout:
+        return _within(timeout, read) if response.raw.chunked else read()  # lines between chunks may trickle in
+    except futures.TimeoutError:
         with suppress(OSError, ValueError, RuntimeError):
             response.raw.shutdown()  # ends the reading, which closing would wait for
         raise
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """The function's result. Raises concurrent.futures.TimeoutError where it takes longer, however it blocks."""
-    result: Future[Any] = Future()
+    """The function's result. Raises futures.TimeoutError where it takes longer, however it blocks."""
+    result: futures.Future[Any] = futures.Future()
 
     def work() -> None:
         try:
@@ -275,12 +250,9 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _request(
-    method: str, url: str, timeout: float, hash_known: bool, headers: Mapping[str, str] | None = None
-) -> Iterator[Any]:
-    """Yields the `requests.Response` that brings the file, its body still to be read; it may be 416 to a Range.
-
-    Whatever goes wrong with the network, in the block too, becomes a _Failure; errors of the disk pass.
+def _request(method: str, url: str, timeout: float, hash_known: bool, headers: dict | None = None) -> Iterator[Any]:
+    """Yields the `requests.Response` that brings the file, its body unread; it may be 416 to a Range. What goes wrong
+    with the network, in the block too, becomes a _Failure; errors of the disk pass.
     """
     import http.client
 
@@ -310,7 +282,7 @@ def _request(
                 if code != 416 and not hash_known and re.match(r"text/html|application/xhtml", kind):
                     raise _Failure(_PAGE, permanent=True)
                 yield response
-    except (OSError, ValueError, urllib3.exceptions.HTTPError, FutureTimeout) as error:
+    except (OSError, ValueError, urllib3.exceptions.HTTPError, futures.TimeoutError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         if isinstance(error, ValueError):
@@ -324,6 +296,6 @@ def _reason(error: BaseException) -> str:
     for inner in (error.__cause__, getattr(error, "reason", None), *error.args[-1:]):
         if isinstance(inner, BaseException):
             return _reason(inner)
-    if isinstance(error, (TimeoutError, FutureTimeout)):
+    if isinstance(error, (TimeoutError, futures.TimeoutError)):
         return "timed out"
     return (error.strerror or str(error)) if isinstance(error, OSError) else type(error).__name__

@@ -5,11 +5,12 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -20,32 +21,25 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-
-class OutputError(ValueError):
-    """An output that could not be written, or would take the place of something else."""
+PathLike = str | os.PathLike[str]
 
 
-_BEGINNINGS = {".png": (b"\x89PNG",), ".npz": (b"PK",), ".zip": (b"PK",), ".json": (b"{", b"[")}  # of their files
+_BEGINNINGS = {".png": rb"\x89PNG", ".npz": b"PK", ".zip": b"PK", ".json": rb"\s*[{[]", ".safetensors": rb".{8}\{"}
 
 
-def check_output(
-    path: str | os.PathLike[str],
-    suffix: str,  # the ending that the file must have
-    reads: Iterable[str | os.PathLike[str] | None] = (),  # what the command reads
-) -> None:
-    """Refuse, before any work is done, a file that could not be written at the end or would destroy another.
-
-    A file that is there is replaced only if it is of that kind. Raises OutputError.
+def check_output(path: PathLike, suffix: str, reads: Iterable[PathLike | None] = ()) -> None:
+    """Refuse, before any work is done, a file that could not be written at the end, does not end in `suffix`, or would
+    destroy one that is of another kind or in `reads`, what the command reads. Raises ValueError.
     """
     try:
         reason = _reason_against(Path(path), suffix, reads)
     except OSError as error:
         reason = f"{error.strerror or error}: name another file"
     if reason is not None:
-        raise OutputError(f"{printable(path) or 'the output'}: {reason}")
+        raise ValueError(f"{printable(path) or 'the output'}: {reason}")
 
 
-def _reason_against(path: Path, suffix: str, reads: Iterable[str | os.PathLike[str] | None]) -> str | None:
+def _reason_against(path: Path, suffix: str, reads: Iterable[PathLike | None]) -> str | None:
     if path.is_dir() and path.name:
         return "is a folder: name a file"
     if not path.name.endswith(suffix) or path.name == suffix:
@@ -57,31 +51,20 @@ def _reason_against(path: Path, suffix: str, reads: Iterable[str | os.PathLike[s
         path.lstat()
         if any(other is not None and os.path.exists(other) and os.path.samefile(path, other) for other in reads):
             return "is read by this command: name another file for the output"
-        if not _is_kind(path, suffix):
+        with open(path, "rb") if path.is_file() else nullcontext() as file:
+            head = file.read(64) if file else b"none"  # an empty one may become anything
+        if head and not re.match(_BEGINNINGS[suffix], head, re.DOTALL):
             return f"exists and is no {suffix} file: name another one, or remove it"
         if path.name == "dataset.json":
             return "has the name of a data set's labels: name another file"
     return None
 
 
-def _is_kind(path: Path, suffix: str) -> bool:
-    """Whether a file begins as those of that ending do; an empty one may become anything."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if suffix == ".safetensors":
-        return not head or head[8:9] == b"{"
-    return not head or head.lstrip().startswith(_BEGINNINGS[suffix])
-
-
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path` that becomes `path` when the block ends without an error.
-
-    The folder is created if missing. The content is flushed to the disk before the rename, so after a crash `path`
-    holds either the old or the new content, entire. On an error the temporary file is removed and `path` untouched; an
-    OSError of the temporary file, or of no named one, names `path`. What a killed process left is taken over.
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """Yields an empty temporary file beside `path`, in a folder made if need be, that becomes `path` when the block
+    ends without an error: flushed to the disk before the rename, so that after a crash `path` holds the old or the new
+    content, entire. On an error it is removed; an OSError of the temporary file, or of no named one, names `path`.
     """
     with temporary_beside(path) as temporary:
         try:
@@ -99,12 +82,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_beside(path: str | os.PathLike[str], folder: bool = False) -> Iterator[Path]:
-    """An empty file or folder beside `path`, locked for as long as this process lives and the block lasts.
-
-    One without a lock, which a killed process left, is taken, and others like it are removed; with a lock it is another
-    process's, and the next name is tried. Where the file system has no locks, names are random. The block is to rename
-    or remove it. The folder around it is created if missing. Raises OSError.
+def temporary_beside(path: PathLike, folder: bool = False) -> Iterator[Path]:
+    """An empty file or folder beside `path`, locked for as long as this process lives and the block lasts, which is to
+    rename or remove it. One without a lock, which a killed process left, is taken, and others like it are removed; with
+    a lock it is another process's, and the next name is tried. Where there are no locks, names are random.
     """
     path, random = Path(path), False
     make_folder(path.parent)
@@ -128,17 +109,13 @@ def temporary_beside(path: str | os.PathLike[str], folder: bool = False) -> Iter
                             discard(left)
                 yield temporary
                 return
-            if locked is None:
-                random = True
+            if random := locked is None:
                 discard(temporary)
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool | None]:
-    """Holds the lock of a file or folder; yields False where another process does, and None where there are no locks.
-
-    What its owner has renamed or removed meanwhile is another's too.
-    """
+    """Yields True with the lock of a file or folder held, False where it is another's or gone, None without locks."""
     if fcntl is None:
         yield None
         return
@@ -174,14 +151,9 @@ def discard(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-class FolderInUseError(ValueError):
-    """Another process is using a folder."""
-
-
-def lock_folder(folder: str | os.PathLike[str]) -> IO[bytes] | None:
-    """Keep other processes out of a folder that exists, by a lock on `.lock` in it, until the file returned is closed.
-
-    Raises FolderInUseError where another process holds it. File systems without locks are trusted (None).
+def lock_folder(folder: PathLike) -> IO[bytes] | None:
+    """Lock `.lock` in a folder until the file returned is closed; None where there are no locks: others are trusted.
+    Raises ValueError where another process holds it.
     """
     if fcntl is None:
         return None
@@ -194,7 +166,7 @@ def lock_folder(folder: str | os.PathLike[str]) -> IO[bytes] | None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return None
         advice = "stop it, or use another --outdir"
-        raise FolderInUseError(f"{folder} is in use by another run ({holder}): {advice}") from None
+        raise ValueError(f"{folder} is in use by another run ({holder}): {advice}") from None
     with suppress(OSError):  # a full disk: the lock holds without a name
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n".encode())
@@ -202,21 +174,16 @@ def lock_folder(folder: str | os.PathLike[str]) -> IO[bytes] | None:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb", **open_kwargs: Any) -> Iterator[IO[Any]]:
-    """Opens a file for writing that replaces `path` when the block ends without an error (see `atomic_path`).
-
-    `mode` is "wb" or "w"; further keyword arguments go to `open`. Raises ValueError for any other mode.
-    """
+def atomic_write(path: PathLike, mode: str = "wb", **open_kwargs: Any) -> Iterator[IO[Any]]:
+    """Opens a file ("wb" or "w"; further arguments are `open`'s) that replaces `path`, see `atomic_path`."""
     if mode not in ("w", "wb"):
         raise ValueError(f"atomic_write: mode must be 'w' or 'wb', not {mode!r}")
-    with atomic_path(path) as temporary:
-        with open(temporary, mode, **open_kwargs) as file:
-            yield file
+    with atomic_path(path) as temporary, open(temporary, mode, **open_kwargs) as file:
+        yield file
 
 
 def parse_json(text: str | bytes) -> Any:
     """The data in a JSON text. Raises ValueError, with a reason in one line, for any other text and for too deep ones.
-
     Whole numbers of more than 20 digits, which would overflow wherever they are used, become floating-point ones.
     """
     try:
@@ -227,10 +194,8 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("no text in UTF-8") from None
 
 
-def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[str, Any]:
-    """The JSON object in a regular file. Raises ValueError, as one line that names the file, for any other content, and
-    OSError as `read_regular`.
-    """
+def read_json(path: PathLike, max_bytes: int = 1 << 28) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, in a line that names it, for others, OSError as `read_regular`."""
     try:
         content = parse_json(read_regular(path, max_bytes))
     except ValueError as error:
@@ -240,7 +205,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 28) -> dict[st
     return content
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
+def write_json(path: PathLike, content: Any) -> None:
     """Write JSON data, infinities and NaN as null, into a folder that is made if need be; whole or not at all."""
     finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with atomic_write(path, "w", encoding="utf-8") as file:
@@ -248,38 +213,27 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         file.write("\n")
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file for reading in binary mode. Links are followed; nothing waits for the other end of a pipe.
-
-    Raises OSError, with `strerror` and `filename`, where it cannot be opened and for pipes, devices and folders.
-    """
+def open_regular(path: PathLike) -> BinaryIO:
+    """Opens a file "rb" without ever waiting. Raises OSError, with `filename`, for pipes, devices and folders too."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        mode = os.fstat(handle).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    except OSError:
-        os.close(handle)
-        raise
-    return os.fdopen(handle, "rb")
+    if stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    folder = stat.S_ISDIR(mode)  # OSError makes an IsADirectoryError of that number
+    number, reason = (errno.EISDIR, os.strerror(errno.EISDIR)) if folder else (errno.EINVAL, "not a regular file")
+    raise OSError(number, reason, os.fspath(path))
 
 
-def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Reads a regular file: as many bytes as it holds when it is opened, however it grows.
-
-    Raises OSError as `open_regular`, and for files larger than `max_bytes`.
-    """
+def read_regular(path: PathLike, max_bytes: int) -> bytes:
+    """A regular file's bytes when opened, however it grows. Raises OSError as `open_regular`, or beyond `max_bytes`."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
+        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
             reason = f"too large: {size} bytes, and at most {max_bytes} are read"
             raise OSError(errno.EFBIG, reason, os.fspath(path))
         return file.read(size)
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
+def file_sha256(path: PathLike) -> str:
     """SHA-256 of a regular file's content, as 64 lower-case hexadecimal digits. Raises OSError as `open_regular`."""
     digest = hashlib.sha256()
     with open_regular(path) as file:

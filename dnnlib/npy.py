@@ -29,9 +29,7 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, bool]:
 
 
 def read_npy(file: BinaryIO, max_bytes: int) -> np.ndarray:
-    """The array that begins here. Raises ValueError for more than `max_bytes` of data, before they are read, or less
-    than its shape needs.
-    """
+    """The array that begins here. Raises ValueError for over `max_bytes`, unread, or fewer than its shape needs."""
     shape, dtype, fortran = read_npy_header(file)
     size = math.prod(shape) * dtype.itemsize
     if size > max_bytes:

@@ -6,11 +6,7 @@ _SI_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**
 
 
 def parse_si(text: str | int) -> int:
-    """Parses an integer with an optional suffix: Ki, Mi, Gi are powers of 1024; K, M, G are powers of 1000.
-
-    "64Mi" is 67108864, "0.5Ki" is 512, "2k" is 2000. Upper and lower case are the same.
-    Raises ValueError for anything else, for negative numbers and for fractions that do not come out whole.
-    """
+    """Parses a count: "64Mi" is 67108864, "0.5Ki" 512, "2k" 2000, upper or lower case. Raises ValueError for others."""
     match = re.fullmatch(r"(\d{1,18}(?:\.(\d{1,18}))?)([kmg]i?)?", str(text).strip().lower())
     if match is None:
         raise ValueError(f"{text!r} is not a count: write a whole number such as 200, 16Ki, 64Mi or 2K")
@@ -31,10 +27,7 @@ def format_time(seconds: float) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Parses a length of time into seconds: "11h30m", "90m", "2d", "1h 5m 30s", or a number of seconds.
-
-    Raises ValueError for anything else.
-    """
+    """Seconds of "11h30m", "90m", "2d", "1h 5m 30s", or a number of them. Raises ValueError for anything else."""
     compact = re.sub(r"\s+", "", str(text).lower())
     units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     number = r"\d{1,9}(?:\.\d{1,9})?"
@@ -67,7 +60,5 @@ def printable(text: object) -> str:
 def redact(text: object) -> str:
     """The text, its URLs without user name, password, query and fragment (but `#sha256=`), to be shown and kept."""
     user = r"(?:[^\s/?#]*@|[^\s/?#@:\[]*:(?!\d*(?:[/?#\s]|$))[^\s@]*@)?"  # a password may hold unescaped / ? #
-    rest = (
-        r"""(?:[?#](?!(?<=#)sha256=)[^\s#]*?(?=[:;,.)'"]*(?:[\s#]|$)))*"""  # but for the marks of the sentence around
-    )
+    rest = r"""(?:[?#](?!(?<=#)sha256=)[^\s#]*?(?=[:;,.)'"]*(?:[\s#]|$)))*"""  # without marks of the sentence around
     return re.sub(rf"(\w://){user}([^\s?#]*){rest}", r"\1\2", str(text))

@@ -72,7 +72,7 @@ class ResultsFolder:
         """Create the folder, or check that it holds results of the same options, or none yet; keep other processes out
         as long as this object lives.
 
-        Raises ResultsError, naming what differs, where it does not, and FolderInUseError where another process does so.
+        Raises ResultsError, naming what differs, where it does not, and ValueError where another process does so.
         """
         options = json.loads(json.dumps(options))
         self._check(options)

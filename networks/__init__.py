@@ -3,16 +3,5 @@
 from networks.checkpoints import CheckpointError, LoadedNetwork, NonFiniteError, UnsafeCheckpointError, load, save
 from networks.denoisers import CombinedScore, Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 
-__all__ = [
-    "CheckpointError",
-    "CombinedScore",
-    "Discriminator",
-    "GenerativeDenoiser",
-    "LoadedNetwork",
-    "NonFiniteError",
-    "Precond",
-    "PrecondCondition",
-    "UnsafeCheckpointError",
-    "load",
-    "save",
-]
+__all__ = ["CheckpointError", "LoadedNetwork", "NonFiniteError", "UnsafeCheckpointError", "load", "save"]
+__all__ += ["CombinedScore", "Discriminator", "GenerativeDenoiser", "Precond", "PrecondCondition"]

@@ -1,6 +1,7 @@
 """Checks of the architecture arguments that a file gives, before anything is built from them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch_utils.safe_pickle import CheckpointError
@@ -19,10 +20,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_init_kwargs(kwargs: Any) -> dict[str, Any]:
-    """Returns the arguments of a network if they are complete, all known and within sane bounds.
-
-    Raises CheckpointError otherwise.
-    """
+    """Returns a network's arguments if complete, known and within sane bounds; raises CheckpointError otherwise."""
     if type(kwargs) is not dict:
         raise CheckpointError("the architecture arguments in the file are not a dictionary")
     _check_values(kwargs)
@@ -42,18 +40,14 @@ def _check_values(kwargs: dict[Any, Any]) -> None:
 def merge_parts(kwargs: dict[str, Any], parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Arguments of a network together with those that only its parts name. Raises CheckpointError where they differ."""
     merged = dict(kwargs)
-    for part, part_kwargs in parts.items():
-        for name, value in part_kwargs.items():
-            if merged.setdefault(name, value) != value:
-                raise CheckpointError(f"architecture argument {name} of the part {part} differs from the network's")
+    for part, (name, value) in ((part, item) for part, given in parts.items() for item in given.items()):
+        if merged.setdefault(name, value) != value:
+            raise CheckpointError(f"architecture argument {name} of the part {part} differs from the network's")
     return merged
 
 
 def kwargs_of_part(state: dict[str, Any], name: str) -> dict[str, Any]:
-    """Keyword arguments of a network or one of its parts as the published pickles store them.
-
-    Positional arguments get their names. Raises CheckpointError for unknown arguments.
-    """
+    """Keyword arguments, checked, of a network or one of its parts as the published pickles store them."""
     args, kwargs = state.get("_init_args", ()), state.get("_init_kwargs", {})
     if type(args) not in (tuple, list) or type(kwargs) is not dict or len(args) > len(POSITIONAL):
         raise CheckpointError(f"the architecture arguments of {name} are damaged")
@@ -72,12 +66,8 @@ def show(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _integer(low: int, high: int) -> Check:
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _number(low: float, high: float) -> Check:
-    return lambda value: type(value) in (int, float) and low <= value <= high
+def _number(low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> Check:
+    return lambda value: type(value) in kinds and low <= value <= high
 
 
 def _sequence(item: Check, max_length: int) -> Check:
@@ -88,25 +78,20 @@ def _optional(check: Check) -> Check:
     return lambda value: value is None or check(value)
 
 
+_integer = partial(_number, kinds=(int,))
 _CHECKS: dict[str, Check] = {
     "img_resolution": _integer(1, 4096),
     "img_channels": _integer(1, 1024),
     "label_dim": _integer(0, 1_000_000),
     "use_fp16": lambda value: type(value) is bool,
     "sigma_data": _number(1e-3, 1e3),
-    "logvar_channels": _integer(1, 8192),
-    "model_channels": _integer(1, 8192),
+    **dict.fromkeys(("logvar_channels", "model_channels", "channels_per_head"), _integer(1, 8192)),
     "channel_mult": _sequence(_integer(1, 64), 12),
-    "channel_mult_noise": _optional(_integer(1, 64)),
-    "channel_mult_emb": _optional(_integer(1, 64)),
+    **dict.fromkeys(("channel_mult_noise", "channel_mult_emb"), _optional(_integer(1, 64))),
     "num_blocks": _integer(1, 64),
     "attn_resolutions": _sequence(_integer(1, 8192), 12),
-    "label_balance": _number(0, 1),
-    "concat_balance": _number(0, 1),
-    "channels_per_head": _integer(1, 8192),
+    **dict.fromkeys(("label_balance", "concat_balance", "res_balance", "attn_balance"), _number(0, 1)),
     "dropout": _number(0, 0.99),
     "resample_filter": _sequence(_number(-100, 100), 16),
-    "res_balance": _number(0, 1),
-    "attn_balance": _number(0, 1),
     "clip_act": _optional(_number(1e-3, 1e6)),
 }

@@ -45,6 +45,7 @@ Network = Precond | PrecondCondition | GenerativeDenoiser | Discriminator
 _FORMAT_VERSION = 1
 _METADATA_KEY = "ncvsd"
 _MAX_HEADER = 16 * 2**20  # bytes of safetensors header; the largest networks need about 0.3 MiB
+_ENTRIES = ("kind", "init_kwargs", "gamma", "init_sigma", "encoder", "dataset", "provenance")
 _MODEL_KINDS = {"Precond": Precond, "PrecondCondition": PrecondCondition, "Discriminator": Discriminator}
 _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -73,9 +74,8 @@ def save(
     provenance: Mapping[str, Any] | None = None,  # how the network was trained, JSON-able
 ) -> None:
     """Writes a network to a safetensors file, whole or not at all. The format is described at the top of this module.
-
-    Raises CheckpointError (a ValueError) for another class of network, another dtype, facts that JSON cannot hold,
-    and weights that overflow float16, OSError where the file cannot be written; an existing one is left as it was.
+    Raises CheckpointError (a ValueError) for another class of network, another dtype, facts that JSON cannot hold, and
+    weights that overflow float16, OSError where the file cannot be written; an existing one is left as it was.
     """
     if dtype not in (torch.float32, torch.float16):
         raise CheckpointError(f"{path}: weights are stored as float32 or float16, not {dtype}")
@@ -83,16 +83,11 @@ def save(
     if kind != "GenerativeDenoiser" and type(net) is not _MODEL_KINDS.get(kind):
         raise CheckpointError(f"{path}: cannot store a {kind}; known are {', '.join(_MODEL_KINDS)}, GenerativeDenoiser")
     generative = isinstance(net, GenerativeDenoiser)
-    config = {
-        "format_version": _FORMAT_VERSION,
-        "kind": kind,
-        "init_kwargs": dict(net.model.init_kwargs if generative else net.init_kwargs),
-        "gamma": float(net.gamma) if generative else None,
-        "init_sigma": float(net.init_sigma) if generative else None,
-        "encoder": encoder.to_config(),
-        "dataset": dict(dataset) if dataset is not None else None,
-        "provenance": dict(provenance) if provenance is not None else None,
-    }
+    config: dict[str, Any] = {"format_version": _FORMAT_VERSION, "kind": kind}
+    config["init_kwargs"] = dict(net.model.init_kwargs if generative else net.init_kwargs)
+    config |= {name: float(getattr(net, name)) if generative else None for name in ("gamma", "init_sigma")}
+    config["encoder"] = encoder.to_config()
+    config |= {"dataset": dataset and dict(dataset), "provenance": provenance and dict(provenance)}
     try:
         metadata = json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -121,45 +116,39 @@ def load(
     quiet: bool = False,  # no progress bar while downloading
     check_finite: bool = True,  # refuse weights that are NaN or infinite
 ) -> LoadedNetwork:
-    """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`.
-
-    Each may end in `#sha256=` and 64 hexadecimal digits, which says the same as the argument `sha256`.
-    Reads files written by `save`, EDM2's network pickles and the NCVSD authors' pickles, told apart by their content.
-    Nothing in a file is executed. Raises CheckpointError (a ValueError) for files that are damaged, of another kind,
-    or whose weights do not fit their architecture; UnsafeCheckpointError and NonFiniteError, kinds of CheckpointError,
-    for pickles that hold anything outside the allowed set and for weights that are not finite; and ValueError for
+    """Loads a network from a path, an http(s) URL or a Hugging Face Hub id `hf://owner/repo/file[@revision]`; each may
+    end in `#sha256=` and 64 hexadecimal digits. Reads files written by `save`, EDM2's network pickles and the NCVSD
+    authors', told apart by their content. Nothing in a file is executed. Raises CheckpointError (a ValueError) for
+    files that are damaged, of another kind, or whose weights do not fit; UnsafeCheckpointError and NonFiniteError,
+    kinds of it, for pickles with anything outside the allowed set and for weights that are not finite; ValueError for
     failed downloads.
     """
-    path = _local_path(*_split_hash(os.fspath(source), sha256), quiet)
+    path = _local_path(os.fspath(source), sha256, quiet)
     try:
-        contents = _read(path)
-        net = _build(contents, path.stat().st_size, torch.device(device))
-        if check_finite:
-            _check_finite(net, path)
-        encoder = _build_encoder(contents.config["encoder"], net.img_channels).to(device)
-    except (UnsafeCheckpointError, NonFiniteError):
-        raise
+        config, tensors = _read(path)
+        net = _build(config, tensors, path.stat().st_size, torch.device(device))
+        if check_finite and (bad := nonfinite_weights(net)):
+            more = f" and {len(bad) - 1} more" if bad[1:] else ""
+            advice = "the file is damaged, or of a training that diverged; use an earlier one"
+            raise NonFiniteError(f"{path}: NaN or infinite weights in {bad[0]}{more}: {advice}")
+        encoder = _build_encoder(config["encoder"], net.img_channels).to(device)
     except (CheckpointError, OSError) as error:
-        prefix = "" if str(error).startswith(str(path)) else f"{path}: "
-        raise CheckpointError(f"{prefix}{error}") from None
+        if str(error).startswith(str(path)):
+            raise
+        raise CheckpointError(f"{path}: {error}") from None
     model = net.model if isinstance(net, GenerativeDenoiser) else net
-    config = {**contents.config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
+    config = {**config, "init_kwargs": dict(model.init_kwargs), "encoder": encoder.to_config()}
     return LoadedNetwork(net, encoder, {**config, "source": redact(os.fspath(source))}, path)
 
 
-def _split_hash(text: str, sha256: str | None) -> tuple[str, str | None]:
-    """The source without `#sha256=...`, and the hash expected."""
-    source, mark, digest = text.rpartition("#sha256=")
-    if not mark:
-        return text, sha256
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-        raise CheckpointError(f"{show(redact(text))}: after #sha256= must come 64 hexadecimal digits")
-    if sha256 is not None and sha256.lower() != digest.lower():
-        raise CheckpointError(f"{show(redact(text))}: differs from the SHA-256 given besides, {show(sha256)}")
-    return source, digest
-
-
 def _local_path(text: str, sha256: str | None, quiet: bool) -> Path:
+    """The file behind a source, downloaded if need be; `#sha256=` at its end counts as the hash."""
+    source, mark, digest = text.rpartition("#sha256=")
+    if mark and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise CheckpointError(f"{show(redact(text))}: after #sha256= must come 64 hexadecimal digits")
+    if mark and sha256 is not None and sha256.lower() != digest.lower():
+        raise CheckpointError(f"{show(redact(text))}: differs from the SHA-256 given besides, {show(sha256)}")
+    text, sha256 = (source, digest) if mark else (text, sha256)
     if os.path.isdir(text):
         inside = max((name for name in os.listdir(text) if name.endswith((".safetensors", ".pkl"))), default=None)
         advice = f"a network in it, such as {show(inside)}" if inside else "a file, .safetensors or .pkl"
@@ -185,9 +174,8 @@ def _read(path: Path) -> Contents:
         start = file.read(9)
     if size > safe_pickle.MAX_BYTES:
         raise CheckpointError(f"larger than the limit of {safe_pickle.MAX_BYTES} bytes")
-    header = int.from_bytes(start[:8], "little")
-    if len(start) == 9 and start[8:] == b"{":
-        if header > min(size - 8, _MAX_HEADER):
+    if start[8:] == b"{":
+        if (header := int.from_bytes(start[:8], "little")) > min(size - 8, _MAX_HEADER):
             raise CheckpointError(f"damaged safetensors file: a header of {header} bytes in a file of {size} bytes")
         return _read_safetensors(path)
     if len(start) == 9 and start[:1] == b"\x80" and 2 <= start[1] <= 5:
@@ -197,10 +185,6 @@ def _read(path: Path) -> Contents:
     if start.lstrip()[:1] == b"<":
         raise CheckpointError("this is a web page, not a network file: check the address it was downloaded from")
     raise CheckpointError("neither a safetensors file nor a pickle of protocol 2 to 5, or cut off at the start")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The two formats
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -216,40 +200,32 @@ def _read_safetensors(path: Path) -> Contents:
         config = parse_json(metadata)
     except ValueError:
         raise CheckpointError("damaged safetensors file: its description of the network is not JSON") from None
-    names = ("kind", "init_kwargs", "gamma", "init_sigma", "encoder", "dataset", "provenance")
-    if type(config) is not dict or config.get("format_version") != _FORMAT_VERSION:
-        found = config.get("format_version") if type(config) is dict else None
+    found = config.get("format_version") if type(config) is dict else None
+    if found != _FORMAT_VERSION:
         raise CheckpointError(f"format version {show(found)} is not {_FORMAT_VERSION}: written by another NCVSD")
-    if missing := [name for name in names if name not in config]:
+    if missing := [name for name in _ENTRIES if name not in config]:
         raise CheckpointError(f"its description of the network lacks {', '.join(missing)}")
     for name in ("dataset", "provenance"):
         if type(config[name]) not in (dict, type(None)):
             raise CheckpointError(f"its {name} is not a JSON object")
-    return Contents({name: config[name] for name in names}, tensors)
+    return {name: config[name] for name in _ENTRIES}, tensors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From contents to network
-
-
-def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
+def _build(config: dict[str, Any], found: dict[str, torch.Tensor], file_size: int, device: torch.device) -> Network:
     """Builds the network without memory, compares it with the tensors, and only then allocates and fills it."""
-    kind, kwargs = contents.config["kind"], check_init_kwargs(contents.config["init_kwargs"])
-    generative = kind == "GenerativeDenoiser"
-    if not generative and (type(kind) is not str or kind not in _MODEL_KINDS):
+    kind, kwargs = config["kind"], check_init_kwargs(config["init_kwargs"])
+    if type(kind) is not str or kind not in (*_MODEL_KINDS, "GenerativeDenoiser"):
         raise CheckpointError(f"a network of unknown kind {show(kind)}")
-    if generative:
-        gamma = check_number("gamma", contents.config["gamma"], 0, 100)
-        init_sigma = check_number("init_sigma", contents.config["init_sigma"], 1e-3, 1e6)
+    bounds = {"gamma": (0, 100), "init_sigma": (1e-3, 1e6)} if kind == "GenerativeDenoiser" else {}
+    numbers = {name: check_number(name, config[name], *limits) for name, limits in bounds.items()}
     try:
         with torch.device("meta"):
-            net = PrecondCondition(**kwargs) if generative else _MODEL_KINDS[kind](**kwargs)
-            if generative:
-                net = GenerativeDenoiser(net, gamma=gamma, init_sigma=init_sigma)
+            net = _MODEL_KINDS.get(kind, PrecondCondition)(**kwargs)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"its architecture cannot be built: {show(error)}") from None
+    net = GenerativeDenoiser(net, **numbers) if numbers else net
 
-    expected, found = net.state_dict(), contents.tensors
+    expected = net.state_dict()
     count = sum(tensor.numel() for tensor in expected.values())
     if count > file_size:
         raise CheckpointError(f"a file of {file_size} bytes cannot hold the {count} weights of its architecture")
@@ -267,15 +243,6 @@ def _build(contents: Contents, file_size: int, device: torch.device) -> Network:
     for key, tensor in net.state_dict().items():
         tensor.copy_(found[key])
     return net
-
-
-def _check_finite(net: Network, path: Path) -> None:
-    """Raises NonFiniteError, naming the first of them, for weights that are NaN or infinite."""
-    if bad := nonfinite_weights(net):
-        raise NonFiniteError(
-            f"{path}: NaN or infinite weights in {bad[0]}{f' and {len(bad) - 1} more' if bad[1:] else ''}: the file is "
-            "damaged, or of a training that diverged; use an earlier one"
-        )
 
 
 def _build_encoder(config: Any, img_channels: int) -> Encoder:

@@ -1,20 +1,22 @@
 """Teacher, conditional denoiser, generative denoiser and discriminator around one U-Net and one preconditioning."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from networks.architecture import POSITIONAL
 from networks.layers import MPConv, MPFourier, mp_cat, mp_silu
 from networks.unet import Decoder, Encoder, UNet, UNetConfig
 from sampling.grids import few_step_sigmas
 from sampling.posterior import RandnLike, combine_observations, expand_sigma, few_step_posterior
 
 Sigma = float | Tensor  # a number, [N] or [N,1,1,1]
+Labels = Tensor | None  # class weights [N,label_dim]; None = no class
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,12 @@ class Scalings:
 def preconditioning(sigma: Tensor, sigma_data: float) -> Scalings:
     """EDM's preconditioning (EDM, Table 1) at noise levels [N,1,1,1]."""
     total = sigma.square() + sigma_data**2
-    return Scalings(
-        c_skip=sigma_data**2 / total,
-        c_out=sigma * sigma_data / total.sqrt(),
-        c_in=1 / total.sqrt(),
-        c_noise=sigma.flatten().log() / 4,
-    )
+    c_skip, c_out, c_in = sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
+    return Scalings(c_skip, c_out, c_in, c_noise=sigma.flatten().log() / 4)
 
 
 class PreconditionedNet(nn.Module):
-    """What teacher, conditional denoiser and discriminator share: architecture, labels, precision, preconditioning.
-
-    Data other than images set the three classes to networks of the same interface.
-    """
+    """What teacher, conditional denoiser and discriminator share. Data other than images set the three classes."""
 
     unet_class: type[nn.Module] = UNet
     encoder_class: type[nn.Module] = Encoder
@@ -59,21 +54,10 @@ class PreconditionedNet(nn.Module):
         **unet_kwargs: Any,  # further fields of UNetConfig
     ) -> None:
         super().__init__()
-        self.img_resolution = img_resolution
-        self.img_channels = img_channels
-        self.label_dim = label_dim
-        self.use_fp16 = use_fp16
-        self.sigma_data = sigma_data
-        self.logvar_channels = logvar_channels
-        self.init_kwargs: dict[str, Any] = dict(
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            use_fp16=use_fp16,
-            sigma_data=sigma_data,
-            logvar_channels=logvar_channels,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in unet_kwargs.items()},
-        )
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.use_fp16, self.sigma_data, self.logvar_channels = use_fp16, sigma_data, logvar_channels
+        self.init_kwargs = {name: getattr(self, name) for name in POSITIONAL}
+        self.init_kwargs |= {k: list(v) if isinstance(v, tuple) else v for k, v in unet_kwargs.items()}
         self._unet_config = UNetConfig(img_resolution, img_channels, label_dim, **unet_kwargs)
         self._compute_dtype: torch.dtype | None = None
 
@@ -83,22 +67,17 @@ class PreconditionedNet(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Precision of the U-Net's activations; everything around it is float32.
-
-        float16 on CUDA where `use_fp16` is set, else float32, unless assigned. Assigning None restores that default.
-        """
-        if self._compute_dtype is not None:
-            return self._compute_dtype
-        return torch.float16 if self.use_fp16 and self.device.type == "cuda" else torch.float32
+        """Of the U-Net alone. Until assigned (None undoes it): float16 where `use_fp16` and on CUDA, else float32."""
+        default = torch.float16 if self.use_fp16 and self.device.type == "cuda" else torch.float32
+        return self._compute_dtype or default
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype | None) -> None:
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"compute dtype must be float32, bfloat16 or float16, not {dtype}")
         if dtype == torch.float16 and self.device.type not in ("cuda", "meta"):
-            raise ValueError(
-                f"float16 needs a CUDA device and the network is on {self.device}: use float32 or bfloat16"
-            )
+            found = f"the network is on {self.device}"
+            raise ValueError(f"float16 needs a CUDA device and {found}: use float32 or bfloat16")
         self._compute_dtype = dtype
 
     def _scaled(self, x: Tensor, sigma: Sigma) -> tuple[Scalings, Tensor]:
@@ -108,7 +87,7 @@ class PreconditionedNet(nn.Module):
         return scalings, (scalings.c_in * x).to(self.compute_dtype)
 
     def _encode(
-        self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None
+        self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Labels
     ) -> tuple[Scalings, Tensor | None, list[Tensor], list[Tensor]]:
         """The scalings of x, class weights, and every output of `enc` for x and of `ctrl` for y."""
         (s, x_in), (s_y, y_in) = self._scaled(x, sigma), self._scaled(y, sigma_y)
@@ -116,32 +95,39 @@ class PreconditionedNet(nn.Module):
         control = self.ctrl(y_in, s_y.c_noise, labels)
         return s, labels, self.enc(x_in, s.c_noise, labels), control
 
-    def _prepare_labels(self, labels: Tensor | None, batch: int) -> Tensor | None:
-        """Class weights [N,label_dim] in float32; the zero vector where a conditional net gets none."""
-        if not self.label_dim:
-            return None
-        if labels is None:
+    @torch.no_grad()
+    def init_from_teacher(self, net: "Precond") -> "PreconditionedNet":
+        """Copy the teacher's weights, for the teacher's output whatever y. Raises ValueError where they do not fit."""
+        weights = net.unet.state_dict()
+        branches = [part for name, part in self.named_children() if name in ("ctrl", "enc", "dec")]
+        for name, tensor in (item for part in branches for item in part.state_dict().items()):
+            if name not in ("additional_x_weight", "additional_skips_weight"):
+                if name not in weights or weights[name].shape != tensor.shape:
+                    found = list(weights[name].shape) if name in weights else "nothing"
+                    differs = f"{name} is {list(tensor.shape)}, teacher has {found}"
+                    raise ValueError(f"the teacher's architecture differs: {differs}")
+                tensor.copy_(weights[name])
+        return self
+
+    def _prepare_labels(self, labels: Labels, batch: int) -> Labels:
+        """Class weights in float32: zeros where a conditional net gets none, None for an unconditional one."""
+        if labels is None and self.label_dim:
             return torch.zeros(batch, self.label_dim, device=self.device)
-        return labels.to(torch.float32).reshape(-1, self.label_dim)
-
-
-class Denoiser(PreconditionedNet):
-    """A preconditioned network with EDM2's estimate of its loss's log variance (EDM2, Eq. 19 and 109)."""
+        return labels.to(torch.float32).reshape(-1, self.label_dim) if self.label_dim else None
 
     def _add_logvar(self) -> None:
+        """The estimate of the loss's log variance (EDM2, Eq. 19 and 109), which the discriminator has not."""
         self.logvar_fourier = MPFourier(self.logvar_channels)
         self.logvar_linear = MPConv(self.logvar_channels, 1)
 
     def _denoised(self, x: Tensor, s: Scalings, output: Tensor, return_logvar: bool) -> Tensor | tuple[Tensor, Tensor]:
         denoised = s.c_skip * x.to(torch.float32) + s.c_out * output.to(torch.float32)
-        return (denoised, self.logvar(s.c_noise)) if return_logvar else denoised
-
-    def logvar(self, c_noise: Tensor) -> Tensor:
-        """Log variance u [N,1,1,1] at c_noise [N]."""
-        return self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+        if not return_logvar:
+            return denoised
+        return denoised, self.logvar_linear(self.logvar_fourier(s.c_noise)).reshape(-1, 1, 1, 1)
 
 
-class Precond(Denoiser):
+class Precond(PreconditionedNet):
     """The EDM2 denoiser D(x, sigma), an estimate of E[x0 | x] for x = x0 + sigma·n: the teacher."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -149,46 +135,29 @@ class Precond(Denoiser):
         self.unet = self.unet_class(self._unet_config)
         self._add_logvar()
 
-    def forward(self, x: Tensor, sigma: Sigma, labels: Tensor | None = None, *, return_logvar: bool = False):
+    def forward(self, x: Tensor, sigma: Sigma, labels: Labels = None, *, return_logvar: bool = False):
         """Denoised [N,C,H,W] for x [N,C,H,W] and class weights [N,label_dim]; with return_logvar also [N,1,1,1]."""
         s, x_in = self._scaled(x, sigma)
         return self._denoised(x, s, self.unet(x_in, s.c_noise, self._prepare_labels(labels, len(x))), return_logvar)
 
 
-class PrecondCondition(Denoiser):
-    """The conditional denoiser D(x, sigma | y, sigma_y): the teacher's U-Net with a control branch that sees y.
-
-    Two of them make NCVSD: inside the generative denoiser, and as the score network of its samples.
+class PrecondCondition(PreconditionedNet):
+    """The conditional denoiser D(x, sigma | y, sigma_y): the teacher's U-Net with a control branch that sees y. Two of
+    them make NCVSD: inside the generative denoiser, and as the score network of its samples.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ctrl = self.encoder_class(self._unet_config)
-        self.enc = self.encoder_class(self._unet_config)
+        self.ctrl, self.enc = self.encoder_class(self._unet_config), self.encoder_class(self._unet_config)
         self.dec = self.decoder_class(self._unet_config)
         self._add_logvar()
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: Sigma,
-        y: Tensor,
-        sigma_y: Sigma,
-        labels: Tensor | None = None,
-        *,
-        return_logvar: bool = False,
+        self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Labels = None, *, return_logvar: bool = False
     ):
         """Denoised [N,C,H,W] for x and y [N,C,H,W] at their noise levels; with return_logvar also [N,1,1,1]."""
         s, labels, features, control = self._encode(x, sigma, y, sigma_y, labels)
         return self._denoised(x, s, self.dec(features, control, s.c_noise, labels), return_logvar)
-
-    @torch.no_grad()
-    def init_from_teacher(self, net: Precond) -> PrecondCondition:
-        """Copy the teacher's weights, so that the output equals the teacher's whatever y; logvar stays fresh."""
-        copy_part(self.ctrl, net.unet)
-        copy_part(self.enc, net.unet)
-        copy_part(self.dec, net.unet, except_for=("additional_x_weight", "additional_skips_weight"))
-        return self
 
 
 class Discriminator(PreconditionedNet):
@@ -198,15 +167,14 @@ class Discriminator(PreconditionedNet):
         """`head` is "linear" as published, "joint" or "local", see `DiscriminatorHead`."""
         super().__init__(*args, **kwargs)
         self.local = head == "local"
-        self.ctrl = self.encoder_class(self._unet_config)
-        self.enc = self.encoder_class(self._unet_config)
+        self.ctrl, self.enc = self.encoder_class(self._unet_config), self.encoder_class(self._unet_config)
         channels = 2 * self._unet_config.skip_channels[-1]
         self.out_conv = MPConv(channels, 1) if head == "linear" else DiscriminatorHead(channels, local=self.local)
         for module in self.modules():
             if isinstance(module, MPConv):
                 module.forced = False
 
-    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Labels = None) -> Tensor:
         """Logits [N] for x and y [N,C,H,W] at their noise levels; with a local head [N,P], one for each of P places."""
         *_, features, control = self._encode(x, sigma, y, sigma_y, labels)
         joined = mp_cat(control[-1], features[-1])
@@ -214,85 +182,41 @@ class Discriminator(PreconditionedNet):
             return self.out_conv(joined.to(torch.float32))
         return self.out_conv(joined.mean(dim=(2, 3), dtype=torch.float32)).flatten()
 
-    @torch.no_grad()
-    def init_from_teacher(self, net: Precond) -> Discriminator:
-        """Copy the teacher's encoder into both branches; the output layer stays fresh."""
-        copy_part(self.ctrl, net.unet)
-        copy_part(self.enc, net.unet)
-        return self
-
-
-def copy_part(target: nn.Module, source: nn.Module, except_for: Sequence[str] = ()) -> None:
-    """Copy into `target` the tensors of the same names in `source`. Raises ValueError where they do not fit."""
-    weights = source.state_dict()
-    for name, tensor in target.state_dict().items():
-        if name in except_for:
-            continue
-        if name not in weights or weights[name].shape != tensor.shape:
-            found = list(weights[name].shape) if name in weights else "nothing"
-            raise ValueError(f"the teacher's architecture differs: {name} is {list(tensor.shape)}, teacher has {found}")
-        tensor.copy_(weights[name])
-
 
 class Wrapper(nn.Module):
     """What stands around a `PrecondCondition` called `model`, and answers for it."""
+
+    img_resolution, img_channels, label_dim, sigma_data, device = (
+        property(attrgetter(f"model.{name}"))
+        for name in ("img_resolution", "img_channels", "label_dim", "sigma_data", "device")
+    )
+    compute_dtype = property(attrgetter("model.compute_dtype"), lambda self, t: setattr(self.model, "compute_dtype", t))
 
     def __init__(self, model: PrecondCondition) -> None:
         super().__init__()
         self.model = model
 
-    @property
-    def img_resolution(self) -> int:
-        return self.model.img_resolution
-
-    @property
-    def img_channels(self) -> int:
-        return self.model.img_channels
-
-    @property
-    def label_dim(self) -> int:
-        return self.model.label_dim
-
-    @property
-    def sigma_data(self) -> float:
-        return self.model.sigma_data
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Precision of the U-Net's activations, see `PreconditionedNet.compute_dtype`."""
-        return self.model.compute_dtype
-
-    @compute_dtype.setter
-    def compute_dtype(self, dtype: torch.dtype | None) -> None:
-        self.model.compute_dtype = dtype
-
 
 class CombinedScore(Wrapper):
-    """A score network S(x_t, t | y, sigma) that works on the combined observation of y and x_t.
-
-    The published one is preconditioned for x_t alone. Where y is much the better observation, its output is then a
-    small difference of large terms; here the error shrinks with sigma, and it starts as the true posterior's score.
+    """A score network S(x_t, t | y, sigma) on the combined observation of y and x_t. The published one is
+    preconditioned for x_t alone: where y is much the better observation, its output is a small difference of large
+    terms. Here the error shrinks with sigma, and it starts as the true posterior's score.
     """
 
-    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Tensor | None = None, **options: Any):
+    def forward(self, x: Tensor, sigma: Sigma, y: Tensor, sigma_y: Sigma, labels: Labels = None, **options: Any):
         """As `PrecondCondition`: denoised [N,C,H,W], with return_logvar also [N,1,1,1]."""
         return self.model(*combine_observations(y, sigma_y, x, sigma), y, sigma_y, labels, **options)
 
 
 class DiscriminatorHead(nn.Module):
     """Logits from the features of x and y together, through two hidden layers: [N,1], or [N,H·W] one for each place.
-
     The published head is linear: a term of x plus a term of y. It sees whether x looks real, not whether x goes with y.
     """
 
     def __init__(self, channels: int, *, local: bool = False) -> None:
         super().__init__()
         kernel = (1, 1) if local else ()
-        self.layers = nn.ModuleList([MPConv(channels, channels, kernel), MPConv(channels, channels, kernel)])
+        self.layers = nn.ModuleList(MPConv(channels, channels, kernel) for _ in range(2))
         self.output = MPConv(channels, 1, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -302,21 +226,19 @@ class DiscriminatorHead(nn.Module):
 
 
 class GenerativeDenoiser(Wrapper):
-    """G(y, sigma): a sample of p(x0 | y) for y = x0 + sigma·n, in one network evaluation (NCVSD, Section 4).
-
-    y is first noised a little further, to (1 + gamma)·sigma: that noise is the sample's source of randomness.
+    """G(y, sigma): a sample of p(x0 | y) for y = x0 + sigma·n, in one network evaluation (NCVSD, Section 4). y is first
+    noised a little further, to (1 + gamma)·sigma: that noise is the sample's source of randomness.
     """
 
     def __init__(self, model: PrecondCondition, gamma: float = 0.414, init_sigma: float = 80.0) -> None:
         super().__init__(model)
-        self.gamma = gamma
-        self.init_sigma = init_sigma
+        self.gamma, self.init_sigma = gamma, init_sigma
 
     def forward(
         self,
         y: Tensor,  # noisy images [N,C,H,W]
         sigma: Sigma,  # their noise level
-        labels: Tensor | None = None,  # class weights [N,label_dim]
+        labels: Labels = None,
         *,
         ts: Sequence[int] | None = None,  # grid indices of a few-step draw; None = one evaluation
         zeta: float = 1.0,  # share of fresh noise between steps
@@ -328,10 +250,7 @@ class GenerativeDenoiser(Wrapper):
             if return_logvar:
                 raise ValueError("the log variance belongs to a one-step draw: leave out ts")
             levels = few_step_sigmas(ts, sigma_max=self.init_sigma, device=y.device)
-
-            def one_step(y_eff: Tensor, sigma_eff: Tensor) -> Tensor:
-                return self(y_eff, sigma_eff, labels, randn_like=randn_like)
-
+            one_step = partial(self, labels=labels, randn_like=randn_like)
             return few_step_posterior(one_step, y, sigma, levels, zeta=zeta, randn_like=randn_like)
 
         y = y.to(torch.float32)

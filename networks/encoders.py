@@ -6,7 +6,7 @@ standard deviation of the autoencoder's posterior. Latents are float32 with stan
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,29 +18,18 @@ from dnnlib.text import first_line, printable
 from sampling.posterior import RandnLike
 
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of an autoencoder
-_MAX_LAYERS = 16
 
 
 class RGBEncoder:
-    """Pixels as latents: x = px/127.5 - 1, any number of channels; px = x·127.5 + 128, clipped to [0, 255], truncated.
-
-    The EDM2 convention for networks in pixel space (arXiv 2312.02696); stateless.
-    """
+    """Pixels as latents, as in EDM2: x = px/127.5 - 1; px = x·127.5 + 128, clipped to [0, 255] and truncated."""
 
     name = "rgb"
 
     def to(self, device: torch.device | str) -> "RGBEncoder":
         return self
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw form of uint8 pixels [N,C,H,W]: the pixels themselves."""
-        return pixels
-
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels [N,C,H,W]. Draws no noise.
-
-        Raises ValueError for another dtype, such as that of stored latents.
-        """
+        """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels; no noise. Raises ValueError for another dtype."""
         if raw.dtype != torch.uint8:
             raise ValueError(f"rgb encoder: needs uint8 pixels, got {raw.dtype} {list(raw.shape)}")
         return raw.to(torch.float32) / 127.5 - 1
@@ -50,7 +39,7 @@ class RGBEncoder:
         return (latents.to(torch.float32) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
     def latent_channels(self, raw_channels: int) -> int:
-        """Channels of the latents of a data set with `raw_channels` channels."""
+        """Of the latents of a data set with `raw_channels` channels."""
         return raw_channels
 
     def to_config(self) -> dict[str, Any]:
@@ -59,52 +48,36 @@ class RGBEncoder:
 
 
 class StabilityVAEEncoder:
-    """Latents of Stable Diffusion's autoencoder, rescaled to a given mean and standard deviation per channel.
-
-    The autoencoder sees pixels in [0, 1]; its posterior (mean, std) is stored, and a draw from it becomes
-    latents = scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696). The weights are read, from safetensors only, on
-    the first operation on pixels: training on stored posteriors never needs them.
-
-    Args:
-        vae_name: local folder in the layout of diffusers, or a Hugging Face Hub id.
-        raw_mean, raw_std: statistics of the raw latents, per channel.
-        final_mean, final_std: statistics of the latents that the network sees.
-        scale, bias: per channel; given directly they replace the four statistics.
-        batch_size: images per pass of the autoencoder.
-
-    Raises ValueError for scale and bias that do not fit together; `encode_pixels` and `decode` raise ValueError
-    where the autoencoder cannot be found.
+    """Latents of Stable Diffusion's autoencoder, rescaled per channel. It sees pixels in [0, 1]; its posterior
+    (mean, std) is stored, and a draw from it becomes latents = scale·(mean + std·n) + bias (EDM2, arXiv 2312.02696).
+    The weights are read, from safetensors only, on the first operation on pixels, which raises ValueError where they
+    cannot be found; training on stored posteriors never needs them. Raises ValueError for unfit scale and bias.
     """
 
     name = "sd-vae"
 
     def __init__(
         self,
-        vae_name: str = "stabilityai/sd-vae-ft-mse",
-        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
-        raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
-        final_mean: float | Sequence[float] = 0.0,
-        final_std: float | Sequence[float] = 0.5,
-        scale: Sequence[float] | None = None,
+        vae_name: str = "stabilityai/sd-vae-ft-mse",  # a folder in the layout of diffusers, or an id of the Hub
+        scale: Sequence[float] | None = None,  # per channel; None = to mean 0 and standard deviation 0.5, as in EDM2
         bias: Sequence[float] | None = None,
-        batch_size: int = 8,
+        batch_size: int = 8,  # images per pass of the autoencoder
     ):
         if (scale is None) != (bias is None):
             raise ValueError("sd-vae encoder: give both scale and bias, or neither")
         if scale is None:
-            scale, bias = rescaling(raw_mean, raw_std, final_mean, final_std)
-        self.vae_name = str(vae_name)
-        self.scale = np.array(scale, dtype=np.float32)
-        self.bias = np.array(bias, dtype=np.float32)
-        self.batch_size = int(batch_size)
+            mean, std = np.float32((5.81, 3.25, 0.12, -2.15)), np.float32((4.17, 4.62, 3.71, 3.28))  # of its latents
+            scale = np.float32(0.5) / std
+            bias = -scale * mean
+        self.vae_name, self.batch_size = str(vae_name), int(batch_size)
+        self.scale, self.bias = np.array(scale, dtype=np.float32), np.array(bias, dtype=np.float32)
         if self.scale.ndim != 1 or self.scale.shape != self.bias.shape or not self.scale.size:
             raise ValueError("sd-vae encoder: scale and bias must be two lists of one length, the latent channels")
         if not (np.isfinite(self.scale).all() and np.isfinite(self.bias).all() and (self.scale > 0).all()):
             raise ValueError("sd-vae encoder: scale must be positive and bias finite")
         if not 1 <= self.batch_size <= 4096:
             raise ValueError("sd-vae encoder: batch_size must be from 1 to 4096")
-        self.device = torch.device("cpu")
-        self._vae: torch.nn.Module | None = None
+        self.device, self._vae = torch.device("cpu"), None
 
     def to(self, device: torch.device | str) -> "StabilityVAEEncoder":
         """Move the autoencoder, now or once it is loaded, to `device`."""
@@ -118,24 +91,18 @@ class StabilityVAEEncoder:
 
     def _autoencoder(self) -> torch.nn.Module:
         if self._vae is None:
-            self._vae = load_autoencoder(self.vae_name).to(self.device)
-            channels = self._vae.config.latent_channels
-            if channels != self.scale.size:
-                self._vae = None
+            vae = load_autoencoder(self.vae_name).to(self.device)
+            if (channels := vae.config.latent_channels) != self.scale.size:
                 raise ValueError(f"autoencoder {self.vae_name}: {channels} latent channels, not {self.scale.size}")
+            self._vae = vae
         return self._vae
 
-    def _affine(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, bias = (torch.from_numpy(v).to(like.device).reshape(1, -1, 1, 1) for v in (self.scale, self.bias))
-        return scale, bias
+    def _affine(self, like: torch.Tensor) -> Iterator[torch.Tensor]:
+        return (torch.from_numpy(v).to(like.device).reshape(1, -1, 1, 1) for v in (self.scale, self.bias))
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W], on the encoder's device.
-
-        Raises ValueError for pixels of another dtype, channel count or indivisible size, and where the autoencoder
-        cannot be found.
-        """
+        """Posterior, float32 [N,8,h,w] (mean, std), of uint8 pixels [N,3,H,W]. Raises ValueError for any others."""
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"sd-vae encoder: needs uint8 pixels [N,3,H,W], got {pixels.dtype} {list(pixels.shape)}")
         vae = self._autoencoder()
@@ -149,10 +116,7 @@ class StabilityVAEEncoder:
         return torch.cat(parts)
 
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        """Latents, float32 [N,4,h,w], drawn from stored posteriors [N,8,h,w], or from uint8 pixels [N,3,H,W].
-
-        Draws one noise tensor like the mean. Raises ValueError for another number of channels.
-        """
+        """Latents, float32 [N,4,h,w], drawn from posteriors [N,8,h,w] or uint8 pixels. Raises ValueError for others."""
         if raw.dtype == torch.uint8:
             raw = self.encode_pixels(raw)
         if raw.ndim != 4 or raw.shape[1] != 2 * self.scale.size:
@@ -163,10 +127,7 @@ class StabilityVAEEncoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels, uint8 [N,3,H,W], of latents [N,4,h,w], on the encoder's device.
-
-        Raises ValueError where the autoencoder cannot be found.
-        """
+        """Pixels, uint8 [N,3,H,W], of latents [N,4,h,w], on the encoder's device."""
         scale, bias = self._affine(latents)
         return self.decode_raw((latents.to(torch.float32) - bias) / scale)
 
@@ -178,76 +139,47 @@ class StabilityVAEEncoder:
         return (torch.cat(parts).clamp(0, 1) * 255).to(torch.uint8)
 
     def latent_channels(self, raw_channels: int) -> int:
-        """Channels of the latents of a data set with `raw_channels` channels: 8 stored, or 3 of pixels, give 4.
-
-        Raises ValueError for any other number.
-        """
+        """4 for a data set with 8 channels, of posteriors, or 3, of pixels. Raises ValueError for any other number."""
         if raw_channels not in (3, 2 * self.scale.size):
-            raise ValueError(
-                f"sd-vae encoder: the data has {raw_channels} channels, but needs {2 * self.scale.size} (mean and std "
-                "of latents; see dataset_tool.py encode) or 3 (pixels)"
-            )
+            needs = f"{2 * self.scale.size} (mean and std of latents; see dataset_tool.py encode) or 3 (pixels)"
+            raise ValueError(f"sd-vae encoder: the data has {raw_channels} channels, but needs {needs}")
         return int(self.scale.size)
 
     def to_config(self) -> dict[str, Any]:
         """JSON-able description, see `encoder_from_config`."""
-        return {
-            "type": self.name,
-            "vae_name": self.vae_name,
-            "scale": self.scale.tolist(),
-            "bias": self.bias.tolist(),
-            "batch_size": self.batch_size,
-        }
-
-
-def rescaling(mean: Any, std: Any, new_mean: Any, new_std: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and bias, float32, of the map that carries numbers of one mean and deviation to another, per channel."""
-    scale = np.divide(new_std, std, dtype=np.float32)
-    return scale, np.subtract(new_mean, scale * np.float32(mean), dtype=np.float32)
+        scale, bias = self.scale.tolist(), self.bias.tolist()
+        return dict(type=self.name, vae_name=self.vae_name, scale=scale, bias=bias, batch_size=self.batch_size)
 
 
 Encoder: TypeAlias = RGBEncoder | StabilityVAEEncoder
 
 
 def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
-    """Rebuild an encoder from its `to_config()`: {"type": "rgb"} or {"type": "sd-vae", "vae_name": ..., ...}.
-
-    Raises ValueError for an unknown type or unknown entries.
-    """
+    """Rebuild an encoder from its `to_config()`. Raises ValueError for an unknown type, entries unknown or unfit."""
     options = dict(config)
     kind = options.pop("type", None)
-    allowed = {"rgb": set(), "sd-vae": {"vae_name", "scale", "bias", "batch_size"}}
-    if not isinstance(kind, str) or kind not in allowed:
+    if kind not in ("rgb", "sd-vae"):
         raise ValueError(f"unknown encoder type {kind!r}; known are 'rgb' and 'sd-vae'")
-    unknown = sorted(map(str, options.keys() - allowed[kind]))
-    if unknown:
+    allowed = {"vae_name", "scale", "bias", "batch_size"} if kind == "sd-vae" else set()
+    if unknown := sorted(map(str, options.keys() - allowed)):
         raise ValueError(f"unknown entries of the {kind} encoder: {', '.join(unknown)}")
-    if kind == "rgb":
-        return RGBEncoder()
     try:
-        return StabilityVAEEncoder(**options)
+        return StabilityVAEEncoder(**options) if kind == "sd-vae" else RGBEncoder()
     except TypeError as error:
         raise ValueError(f"sd-vae encoder: bad entry ({error})") from None
 
 
 def load_autoencoder(vae_name: str) -> torch.nn.Module:
-    """diffusers' `AutoencoderKL`, float32 and in eval mode, from a local folder or the Hub; safetensors weights only.
+    """diffusers' `AutoencoderKL`, float32, in eval mode, of a folder or the Hub. Raises ValueError with advice."""
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+    from huggingface_hub import snapshot_download
 
-    Raises ValueError, with how to get the files, where it is neither local nor reachable.
-    """
-    try:
-        from diffusers import AutoencoderKL
-        from diffusers.utils import logging
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError("the Stable-Diffusion autoencoder needs diffusers: pip install diffusers") from None
     looks_local = vae_name.startswith((".", "/", "~")) or vae_name.count("/") != 1
-    advice = (
-        f"put {' and '.join(_FILES)} into a folder (hf download "
-        f"{'stabilityai/sd-vae-ft-mse' if looks_local else vae_name} --local-dir FOLDER) and name that"
-    )
-    if not os.path.isdir(vae_name) and looks_local:
-        raise ValueError(f"autoencoder {vae_name}: no such folder; {advice}")
+    fetch = f"hf download {'stabilityai/sd-vae-ft-mse' if looks_local else vae_name} --local-dir FOLDER"
+    advice = f"put {' and '.join(_FILES)} into a folder ({fetch}) and name that"
+    if looks_local and not os.path.isdir(vae_name):
+        raise ValueError(f"autoencoder {vae_name or repr(vae_name)}: no such folder; {advice}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # the one-line error below says it all
     try:
@@ -270,13 +202,11 @@ def load_autoencoder(vae_name: str) -> torch.nn.Module:
 
 
 def _check_folder(folder: Path, kind: Any) -> None:
-    """Compare the description of an autoencoder with what one can be, and with the size of its weights.
-
-    Raises ValueError before diffusers acts on it: it takes memory, other packages or files of the Hub as it is told to.
+    """Compare the description of an autoencoder with what one can be, and with the size of its weights. Raises
+    ValueError before diffusers acts on it: it takes memory, other packages or files of the Hub as it is told to.
     """
-    for name in _FILES:
-        if not (folder / name).is_file():
-            raise ValueError(f"no file named {name} in it")
+    if missing := [name for name in _FILES if not (folder / name).is_file()]:
+        raise ValueError(f"no file named {missing[0]} in it")
     config = read_json(folder / _FILES[0], 1 << 16)
     if config.get("_class_name") != kind.__name__:
         raise ValueError(f"its config.json is not that of an {kind.__name__}")
@@ -285,7 +215,7 @@ def _check_folder(folder: Path, kind: Any) -> None:
         if name not in known and not name.startswith("_"):
             raise ValueError(f"unknown entry {printable(name)[:60]!r} in config.json")
         values = value if isinstance(value, list) else [value]
-        limit = _MAX_LAYERS if name == "layers_per_block" else 8192
+        limit = 16 if name == "layers_per_block" else 8192
         numbers = [v for v in values if isinstance(v, (int, float))]
         if len(values) > 32 or not all(abs(v) <= limit and (v >= 0 or type(v) is float) for v in numbers):
             raise ValueError(f"{name} in config.json has a value that no autoencoder uses")
@@ -300,10 +230,7 @@ def _check_folder(folder: Path, kind: Any) -> None:
 
 
 def nonfinite_weights(net: torch.nn.Module) -> list[str]:
-    """Names of the weights and buffers that hold NaN or infinities: both show in the extremes.
-
-    One pass, and one exchange with the device.
-    """
+    """Names of weights and buffers that hold NaN or infinities; one pass (both show in the extremes), one exchange."""
     state = {key: tensor for key, tensor in net.state_dict().items() if tensor.numel()}
     finite = torch.stack([torch.stack(tensor.aminmax()) for tensor in state.values()]).isfinite().all(dim=1).tolist()
     return [key for key, good in zip(state, finite, strict=True) if not good]

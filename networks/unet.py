@@ -1,18 +1,27 @@
-"""The EDM2 U-Net in parts: embedding, encoder, decoder, and the whole network."""
+"""The EDM2 U-Net in parts: block, embedding, encoder, decoder, and the whole network."""
 
-from __future__ import annotations
-
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from networks.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum
+from networks.layers import (
+    MP_SILU_GAIN,
+    MPConv,
+    MPFourier,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    mp_sum_weights,
+    normalize,
+    resample,
+)
 
 _MAX_ATTENTION = 128  # pixels in each direction; EDM2 has 16
 _MAX_FEATURES = 1 << 28  # numbers that a layer holds of one image; EDM2 needs a fiftieth
@@ -36,24 +45,21 @@ class UNetConfig:
     channels_per_head: int = 64
     dropout: float = 0.0
     resample_filter: Sequence[float] = (1, 1)
-    res_balance: float = 0.3
-    attn_balance: float = 0.3
-    clip_act: float | None = 256
+    res_balance: float = 0.3  # share of the residual branch
+    attn_balance: float = 0.3  # share of the attention branch
+    clip_act: float | None = 256  # bound on a block's output; None = unbounded
 
     def __post_init__(self) -> None:
-        positive = ("img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head")
-        for name in positive:
+        for name in ("img_resolution", "img_channels", "model_channels", "num_blocks", "channels_per_head"):
             if int(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.label_dim < 0:
             raise ValueError(f"label_dim must be 0 (unconditional) or a number of classes, got {self.label_dim}")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"channel_mult must list one positive width per level, got {self.channel_mult}")
-        if self.img_resolution % 2 ** (len(self.channel_mult) - 1):
-            raise ValueError(
-                f"img_resolution {self.img_resolution} cannot be halved {len(self.channel_mult) - 1} times, "
-                f"once for each level of channel_mult after the first"
-            )
+        if self.img_resolution % 2 ** (halvings := len(self.channel_mult) - 1):
+            told = f"img_resolution {self.img_resolution} cannot be halved {halvings} times"
+            raise ValueError(f"{told}, once for each level of channel_mult after the first")
         if any(res * res * max(width, self.img_channels) > _MAX_FEATURES for res, width in self.levels):
             raise ValueError(f"{self.img_resolution} pixels in {self.model_channels} channels would fill any memory")
         taps = self.resample_filter
@@ -64,10 +70,8 @@ class UNetConfig:
             if heads and res > _MAX_ATTENTION:
                 raise ValueError(f"attention between {res}x{res} pixels, and at most {_MAX_ATTENTION} are possible")
             if heads and width % heads:
-                raise ValueError(
-                    f"the {width} channels at {res}x{res} do not divide into {heads} attention heads "
-                    f"({width} // {self.channels_per_head}): change channels_per_head"
-                )
+                told = f"the {width} channels at {res}x{res} do not divide into {heads} attention heads"
+                raise ValueError(f"{told} ({width} // {self.channels_per_head}): change channels_per_head")
 
     @property
     def levels(self) -> list[tuple[int, int]]:
@@ -90,74 +94,82 @@ class UNetConfig:
             widths += [widths[-1]] * (i > 0) + [channels] * self.num_blocks
         return widths
 
-    def block(self, in_channels: int, out_channels: int, flavor: str, **kwargs) -> Block:
-        """A block of this network."""
-        return Block(
-            in_channels,
-            out_channels,
-            self.emb_channels,
-            flavor=flavor,
-            resample_filter=self.resample_filter,
-            channels_per_head=self.channels_per_head,
-            dropout=self.dropout,
-            res_balance=self.res_balance,
-            attn_balance=self.attn_balance,
-            clip_act=self.clip_act,
-            **kwargs,
-        )
 
-
-def build_encoder(config: UNetConfig) -> nn.ModuleDict:
-    """Layers from the image (with its channel of ones) down to the lowest level, keyed as in EDM2's checkpoints."""
-    layers = nn.ModuleDict()
-    above = None  # width of the finer level
-    for res, width in config.levels:
-        if above is None:
-            layers[f"{res}x{res}_conv"] = MPConv(config.img_channels + 1, width, (3, 3))
-        else:
-            layers[f"{res}x{res}_down"] = config.block(above, above, "enc", resample_mode="down")
-        inputs = [above or width] + [width] * (config.num_blocks - 1)
-        for i, channels in enumerate(inputs):
-            attention = res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = config.block(channels, width, "enc", attention=attention)
-        above = width
-    return layers
-
-
-def build_decoder(config: UNetConfig) -> nn.ModuleDict:
-    """Layers from the lowest level up to full resolution, keyed as in EDM2's checkpoints."""
-    layers = nn.ModuleDict()
-    skips = iter(reversed(config.skip_channels))
-    below = None  # width of the coarser level
-    for res, width in reversed(config.levels):
-        if below is None:
-            layers[f"{res}x{res}_in0"] = config.block(width, width, "dec", attention=True)
-            layers[f"{res}x{res}_in1"] = config.block(width, width, "dec")
-        else:
-            layers[f"{res}x{res}_up"] = config.block(below, below, "dec", resample_mode="up")
-        inputs = [below or width] + [width] * config.num_blocks
-        for i, (channels, skip) in enumerate(zip(inputs, skips, strict=False)):
-            attention = res in config.attn_resolutions
-            layers[f"{res}x{res}_block{i}"] = config.block(channels + skip, width, "dec", attention=attention)
-        below = width
-    return layers
-
-
-def run_block(block: Block, x: Tensor, emb: Tensor) -> Tensor:
-    """Output of a block. Where `block.recompute` is set and gradients are wanted, only its inputs are kept; the
-    backward pass computes the rest again, with the weights as they are: their forced normalisation is not repeated.
+class Block(nn.Module):
+    """One U-Net block of EDM2 config G (EDM2, Fig. 21): [N,in_channels,H,W] and embedding to [N,out_channels,H',W'].
+    Where `recompute` is set and gradients are wanted, only the inputs are kept; the backward pass computes the rest
+    again, with the weights as they are: their forced normalisation is not repeated.
     """
-    if not (block.recompute and torch.is_grad_enabled()):
-        return block(x, emb)
-    calls = itertools.count()
 
-    def run(x: Tensor, emb: Tensor) -> Tensor:
-        if next(calls) == 0:
-            return block(x, emb)
-        with block.weights_kept():
-            return block(x, emb)
+    def __init__(
+        self,
+        config: UNetConfig,
+        in_channels: int,
+        out_channels: int,
+        flavor: str,  # "enc" normalises its input per pixel, "dec" does not
+        mode: str = "keep",  # of the resolution: "keep", "up" or "down"
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.flavor, self.mode, self.recompute = config, flavor, mode, False
+        self.num_heads = out_channels // config.channels_per_head if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, (3, 3))
+        self.emb_linear = MPConv(config.emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
+        self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if self.num_heads else None
+        self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.num_heads else None
 
-    return checkpoint(run, x, emb, use_reentrant=False)
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._run(x, emb)
+        return checkpoint(self._run, x, emb, use_reentrant=False, context_fn=lambda: (nullcontext(), self._unforced()))
+
+    @contextmanager
+    def _unforced(self) -> Iterator[None]:
+        """Context in which no forward pass of this block replaces its weights."""
+        forced = [m for m in self.modules() if isinstance(m, MPConv) and m.forced]
+        for module in forced:
+            module.forced = False
+        try:
+            yield
+        finally:
+            for module in forced:
+                module.forced = True
+
+    def _run(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = resample(x, self.mode, self.config.resample_filter)
+        main = x if self.conv_skip is None else self.conv_skip(x)
+        if self.flavor == "enc":
+            main = x = normalize(main, dims=(1,))
+        keep, take = mp_sum_weights(self.config.res_balance)
+        main = torch.add(self._residual(x, emb, take), main, alpha=keep)
+        if self.num_heads:
+            keep, take = mp_sum_weights(self.config.attn_balance)
+            main = torch.add(self._attention(main, take), main, alpha=keep)
+        bound = self.config.clip_act
+        return main if bound is None else F.hardtanh(main, -bound, bound)
+
+    def _residual(self, x: Tensor, emb: Tensor, gain: float) -> Tensor:
+        """Convolutions, between them a gain per channel; the factors of mp_silu and mp_sum ride on the weights."""
+        h = self.conv_res0(F.silu(x), gain=MP_SILU_GAIN)
+        channel_gain = 1 + self.emb_linear(emb, gain=self.emb_gain)
+        h = F.silu(h * channel_gain[..., None, None].to(h.dtype))
+        h = F.dropout(h, self.config.dropout, training=self.training)
+        return self.conv_res1(h, gain=MP_SILU_GAIN * gain)
+
+    def _attention(self, x: Tensor, gain: float) -> Tensor:
+        """Self-attention over pixels with normalised queries, keys and values (EDM2, Section 2.3)."""
+        n, c, height, width = x.shape
+        qkv = self.attn_qkv(x).reshape(n, self.num_heads, c // self.num_heads, 3, height * width)
+        qkv = qkv.permute(3, 0, 1, 4, 2).contiguous()  # channels last, as the fused attention kernels need
+        q, k, v = normalize(qkv, dims=(4,)).unbind(0)
+        training_on_cpu = q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
+        # The fused backward pass costs more than it saves on the CPU.
+        with sdpa_kernel(SDPBackend.MATH) if training_on_cpu else nullcontext():
+            h = F.scaled_dot_product_attention(q, k, v)
+        return self.attn_proj(h.transpose(2, 3).reshape(n, c, height, width), gain=gain)
 
 
 def set_recompute(net: nn.Module, recompute: bool) -> None:
@@ -167,29 +179,8 @@ def set_recompute(net: nn.Module, recompute: bool) -> None:
             module.recompute = recompute
 
 
-def run_encoder(layers: nn.ModuleDict, x: Tensor, emb: Tensor) -> list[Tensor]:
-    """Every output of the encoder for image [N,C,H,W] and embedding [N,emb_channels], finest first."""
-    entry, *blocks = layers.values()
-    outputs = [entry(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))]  # a channel of ones stands for the bias
-    for block in blocks:
-        outputs.append(run_block(block, outputs[-1], emb))
-    return outputs
-
-
-def run_decoder(
-    layers: nn.ModuleDict, x: Tensor, skips: Sequence[Tensor], emb: Tensor, concat_balance: float
-) -> Tensor:
-    """Features [N,C,H,W] at full resolution, from the lowest features and the skips in the encoder's order."""
-    skips = list(skips)
-    for name, layer in layers.items():
-        if "_block" in name:
-            x = mp_cat(x, skips.pop(), concat_balance)
-        x = run_block(layer, x, emb)
-    return x
-
-
 class EmbeddedNet(nn.Module):
-    """A network with an embedding of the noise level and, for conditional ones, of the class."""
+    """A network with an embedding of noise level and, where conditional, class; layers are keyed as in EDM2's files."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -202,9 +193,51 @@ class EmbeddedNet(nn.Module):
         """Embedding [N,emb_channels] in float32 of c_noise [N] and class weights [N,label_dim]."""
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None:
-            class_emb = self.emb_label(labels * math.sqrt(self.config.label_dim))
-            emb = mp_sum(emb, class_emb, self.config.label_balance)
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.config.label_dim)), self.config.label_balance)
         return mp_silu(emb)
+
+    def add_encoder(self) -> None:
+        """Layers from the image (with its channel of ones) down to the lowest level."""
+        self.enc, config, above = nn.ModuleDict(), self.config, None  # the width of the finer level
+        for res, width in config.levels:
+            if above is None:
+                self.enc[f"{res}x{res}_conv"] = MPConv(config.img_channels + 1, width, (3, 3))
+            else:
+                self.enc[f"{res}x{res}_down"] = Block(config, above, above, "enc", mode="down")
+            for i in range(config.num_blocks):
+                channels, attention = width if i else above or width, res in config.attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = Block(config, channels, width, "enc", attention=attention)
+            above = width
+
+    def add_decoder(self) -> None:
+        """Layers from the lowest level up to the image."""
+        self.dec, config, below, skips = nn.ModuleDict(), self.config, None, self.config.skip_channels
+        for res, width in reversed(config.levels):
+            if below is None:  # the width of the coarser level
+                self.dec[f"{res}x{res}_in0"] = Block(config, width, width, "dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = Block(config, width, width, "dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = Block(config, below, below, "dec", mode="up")
+            for i in range(config.num_blocks + 1):
+                channels, attention = (width if i else below or width) + skips.pop(), res in config.attn_resolutions
+                self.dec[f"{res}x{res}_block{i}"] = Block(config, channels, width, "dec", attention=attention)
+            below = width
+        self.out_conv = MPConv(config.model_channels * config.channel_mult[0], config.img_channels, (3, 3))
+        self.out_gain = nn.Parameter(torch.zeros([]))
+
+    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+        """Every output of the encoder for image [N,C,H,W] and embedding [N,emb_channels], finest first."""
+        entry, *blocks = self.enc.values()
+        outputs = [entry(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))]  # a channel of ones stands for the bias
+        for block in blocks:
+            outputs.append(block(outputs[-1], emb))
+        return outputs
+
+    def decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+        """Output [N,C,H,W] from the lowest features and the skips in the encoder's order, which are used up."""
+        for name, layer in self.dec.items():
+            x = layer(mp_cat(x, skips.pop(), self.config.concat_balance) if "_block" in name else x, emb)
+        return self.out_conv(x, gain=self.out_gain)
 
 
 class Encoder(EmbeddedNet):
@@ -212,38 +245,32 @@ class Encoder(EmbeddedNet):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.enc = build_encoder(config)
+        self.add_encoder()
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> list[Tensor]:
-        return run_encoder(self.enc, x, self.embed(c_noise, labels))
+        return self.encode(x, self.embed(c_noise, labels))
 
 
 class Decoder(EmbeddedNet):
-    """A U-Net's decoder with an embedding of its own, which blends a control encoder's features into the encoder's.
-
-    The blend weights start at 0, where the control branch has no effect, and are kept within [0, 1].
+    """A U-Net's decoder with an embedding of its own, which blends a control encoder's features into the encoder's. The
+    blend weights start at 0, where the control branch has no effect, and are kept within [0, 1].
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.dec = build_decoder(config)
-        self.out_conv = MPConv(config.levels[0][1], config.img_channels, (3, 3))
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.add_decoder()
         self.additional_x_weight = nn.Parameter(torch.zeros(1))
         self.additional_skips_weight = nn.Parameter(torch.zeros(len(config.skip_channels)))
 
     def forward(self, skips: list[Tensor], control: list[Tensor], c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.additional_x_weight.clamp_(0, 1)
-                self.additional_skips_weight.clamp_(0, 1)
-        dtype = skips[0].dtype
-        x_weight = self.additional_x_weight.clamp(0, 1).to(dtype)
-        skip_weights = self.additional_skips_weight.clamp(0, 1).to(dtype)
+        blends = (self.additional_x_weight, self.additional_skips_weight)
+        with torch.no_grad():
+            for weight in blends if self.training else ():
+                weight.clamp_(0, 1)
+        x_weight, skip_weights = (weight.clamp(0, 1).to(skips[0].dtype) for weight in blends)
         x = mp_sum(skips[-1], control[-1], x_weight)
         blended = [mp_sum(a, b, w) for a, b, w in zip(skips, control, skip_weights, strict=True)]
-        x = run_decoder(self.dec, x, blended, self.embed(c_noise, labels), self.config.concat_balance)
-        return self.out_conv(x, gain=self.out_gain)
+        return self.decode(x, blended, self.embed(c_noise, labels))
 
 
 class UNet(EmbeddedNet):
@@ -251,13 +278,10 @@ class UNet(EmbeddedNet):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
-        self.enc = build_encoder(config)
-        self.dec = build_decoder(config)
-        self.out_conv = MPConv(config.levels[0][1], config.img_channels, (3, 3))
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.add_encoder()
+        self.add_decoder()
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.embed(c_noise, labels)
-        skips = run_encoder(self.enc, x, emb)
-        x = run_decoder(self.dec, skips[-1], skips, emb, self.config.concat_balance)
-        return self.out_conv(x, gain=self.out_gain)
+        skips = self.encode(x, emb)
+        return self.decode(skips[-1], skips, emb)

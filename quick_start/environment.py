@@ -1,44 +1,34 @@
-"""The interpreter that has what the project needs: the active one where that is the case, else one in .venv.
-
-Needs the standard library of Python 3.10 alone: on a bare machine there is nothing else.
-"""
+"""The active interpreter where it has what the project needs, else one in .venv. Needs the standard library alone."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[1]
-EXTRAS = {
-    "run": (),
-    "dev": ("plot", "dev"),
-}  # extras of pyproject.toml by kind of environment
-FILES = {"run": "requirements.txt", "dev": "requirements-dev.txt"}  # what .venv gets
 
 
 def requirements(kind: str, text: str) -> dict[str, str]:
     """Least versions by package, from the text of pyproject.toml."""
-    lists = [re.search(rf"^{name} = \[(.*?)\]", text, re.S | re.M) for name in ("dependencies", *EXTRAS[kind])]
+    names = ("dependencies", "plot", "dev") if kind == "dev" else ("dependencies",)
+    lists = [re.search(rf"^{name} = \[(.*?)\]", text, re.S | re.M) for name in names]
     return {name: least for found in lists for name, least in re.findall(r'"([\w-]+)>=([\d.]+)"', found[1])}
 
 
 def lacking(kind: str) -> list[str]:
     """Packages that this interpreter has not, or older than needed; none is imported."""
-
-    def leading(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text)[:2]]
-
-    def suffices(name: str, least: str) -> bool:
-        try:
-            return leading(version(name)) >= leading(least)
-        except PackageNotFoundError:
-            return False
-
-    needed = requirements(kind, (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return [name for name, least in needed.items() if not suffices(name, least)]
+    absent = []
+    for name, least in requirements(kind, (ROOT / "pyproject.toml").read_text(encoding="utf-8")).items():
+        with suppress(PackageNotFoundError):
+            found, needed = ([int(part) for part in re.findall(r"\d+", text)[:2]] for text in (version(name), least))
+            if found >= needed:
+                continue
+        absent.append(name)
+    return absent
 
 
 def runs(*command: str | Path) -> bool:
@@ -50,15 +40,12 @@ def runs(*command: str | Path) -> bool:
 
 
 def use_environment(kind: str) -> str:
-    """Path of the interpreter for `kind`, "run" or "dev"; says which, and makes one where none is suitable.
-
-    Raises SystemExit where that fails.
-    """
+    """Path of the interpreter for "run" or "dev"; says which, makes one where none suits, or raises SystemExit."""
     for path in filter(None, map(shutil.which, ("python", "python3"))):
         if runs(path, "-m", "quick_start.environment", kind, "check"):
             print(f"environment: {path}", flush=True)
             return os.path.abspath(path)
-    venv, file = ROOT / ".venv", FILES[kind]
+    venv, file = ROOT / ".venv", "requirements-dev.txt" if kind == "dev" else "requirements.txt"
     python, marker = venv / "bin" / "python", venv / f"installed-{kind}.txt"
     wanted = (ROOT / "requirements.txt").read_text() + (ROOT / file).read_text()
     finished = marker.is_file() and marker.read_text() == wanted  # of the same files, and to the end
@@ -66,9 +53,8 @@ def use_environment(kind: str) -> str:
         print("environment: .venv", flush=True)
         return str(python)
     recent = runs(python, "-c", "import sys; sys.exit(sys.version_info < (3, 10))")
-    if not (recent and runs(python, "-m", "pip", "--version")) and not runs(
-        sys.executable, "-m", "venv", "--clear", venv
-    ):
+    usable = recent and runs(python, "-m", "pip", "--version")
+    if not usable and not runs(sys.executable, "-m", "venv", "--clear", venv):
         install = "install Python's venv module (package python3-venv on Debian and Ubuntu) and run this again"
         sys.exit(f"error: '{sys.executable} -m venv' failed: {install}")
     marker.unlink(missing_ok=True)

@@ -26,24 +26,27 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
     with user_errors():
         if "://" not in url:
             raise DownloadError(f"{url!r} is no http:// or https:// URL")
-        if not dest.name:
+        if not (name := dest.name):
             raise DownloadError("the destination is empty or a folder: name a file")
         if os.path.lexists(dest) and not dest.is_file():
             raise DownloadError(f"{dest}: exists and is no file: name another place, or remove it")
         if not re.fullmatch("-|[0-9]{1,18}", size):
-            raise DownloadError(f"{dest.name}: its length must be a number of bytes, or - where unknown, not {size!r}")
+            raise DownloadError(f"{name}: its length must be a number of bytes, or - where unknown, not {size!r}")
         if not re.fullmatch("-|[0-9a-fA-F]{64}", sha256):
-            raise DownloadError(f"{dest.name}: its SHA-256 must be 64 hexadecimal digits, or - where unknown")
-        note = dest.with_name(dest.name + ".sha256")
-        noted = noted_hash(note) if sha256 == "-" else None
+            raise DownloadError(f"{name}: its SHA-256 must be 64 hexadecimal digits, or - where unknown")
+        note = dest.with_name(f"{name}.sha256")
+        noted = None  # by an earlier download
+        if sha256 == "-" and note.is_file():
+            if not (match := re.match(rb"([0-9a-fA-F]{64})\s", note.read_bytes()[:100])):
+                raise DownloadError(f"{note}: holds no SHA-256; remove it, and the file is compared with the server's")
+            noted = match[1].decode()
         expected, unknown = noted if sha256 == "-" else sha256, "the server tells neither"
         present = dest.is_file()
         if expected is None:
             try:
-                remote = ask(url)
-                expected = remote.sha256
-                if present and size == "-" and remote.size:  # a new download is as long as the server says
-                    size = str(remote.size)
+                length, expected = ask(url)
+                if present and size == "-" and length:  # a new download is as long as the server says
+                    size = str(length)
             except DownloadError as error:
                 unknown = str(error)
         path, parts = dest, dest.parent / ".parts"
@@ -63,10 +66,10 @@ def main(url: str, dest: Path, size: str, sha256: str) -> None:
         facts = f"{dest}: {format_bytes(dest.stat().st_size)}, SHA-256 {found}"
         if present and expected is None and size == "-":  # without a note, so that it is compared the next time
             click.echo(f"{facts}; neither length nor hash could be compared ({unknown})")
-            return
-        with atomic_write(note, "w") as file:
-            file.write(f"{found}  {dest.name}\n")
-        click.echo(f"{facts} (none to compare with)" if expected is None else facts)
+        else:
+            with atomic_write(note, "w") as file:
+                file.write(f"{found}  {name}\n")
+            click.echo(f"{facts} (none to compare with)" if expected is None else facts)
 
 
 def remove_if_empty(parts: Path) -> None:
@@ -75,16 +78,6 @@ def remove_if_empty(parts: Path) -> None:
         for lock in parts.glob("*.lock"):
             lock.unlink()
         parts.rmdir()
-
-
-def noted_hash(note: Path) -> str | None:
-    """SHA-256 that an earlier download left in `note`; None without one. Raises DownloadError for other content."""
-    if not note.is_file():
-        return None
-    match = re.match(rb"([0-9a-fA-F]{64})\s", note.read_bytes()[:100])
-    if match is None:
-        raise DownloadError(f"{note}: holds no SHA-256; remove it, and the file is compared with the server's")
-    return match[1].decode()
 
 
 def check(path: Path, size: str, expected: str | None) -> str:

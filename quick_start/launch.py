@@ -1,7 +1,5 @@
 """What the scripts beside it start, after every check. Needs the standard library alone; --help tells of a command."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -92,10 +90,9 @@ def become(command: list[str]) -> None:
 
 
 def launcher(gpus: int, device: str, zero: str, *nodes: object, ts: str | None = None) -> list[str]:
-    """The words to put before a script and its options, for so many processes; 0 is one without torchrun.
-
-    `zero` says in a message what the caller makes of 0, `nodes` are torchrun's options where there are several nodes,
-    and the schedule `ts` is checked here, before there are several processes to complain of it.
+    """The words to put before a script and its options, for so many processes; 0 is one without torchrun. `zero` says
+    in a message what the caller makes of 0, `nodes` are torchrun's options where there are several nodes, and the
+    schedule `ts` is checked here, before there are several processes to complain of it.
     """
     python = use_environment("run")
     if gpus == 0:
@@ -141,10 +138,7 @@ def train(preset: str, teacher: str, data: str, *words: str) -> None:
 
 
 def newest_snapshot(runs: Path, preset: str) -> str:
-    """Network with the most images, of the narrowest average where there are several, from the run that wrote last.
-
-    Runs whose path below `runs` names the preset go first; empty where there is none.
-    """
+    """Network with most images and narrowest average of the run that wrote last; runs named as the preset go first."""
     files = [p for p in sorted(runs.rglob("network-snapshot-*.safetensors")) if p.is_file() and p.parent != runs]
     files = [p for p in files if preset in str(p.parent.relative_to(runs))] or files
     newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
@@ -190,23 +184,16 @@ def posterior(*words: str) -> None:
     task, options = words[0], list(words[1:])
     need(task in tasks, f"there is no task '{task}': use {known}")
     gpus = count("NUM_GPUS", variable("NUM_GPUS", 0), 0, 99999, "a number, 0 for one process")
-    if variable("DEMO") == "1":
-        net, data = variable("NET", ROOT / "assets/demo/student.safetensors"), ROOT / "assets/fashion16-test.zip"
-        data, preset, batch, num, options = (
-            variable("DATA", data),
-            f"demo/{task}",
-            64,
-            16,
-            ["--class", "data", *options],
-        )
-    else:
-        net = variable("NET", ROOT / "../model_zoo/ncvsd/ncvsd-ffhq256-xs.pkl")
-        data, preset, batch, num = variable("DATA", ROOT / "../data/test/ffhq_val"), task, 25, 100
-        demo = f"DEMO=1 {script} {task} runs the task on the embedded model and images"
-        put = "put the authors' ncvsd-ffhq256-xs.pkl there (their repository links it)"
-        need(found(net), f"no network {net}: {put}, or name {ANYWHERE} in NET; {demo}")
-        put = "put validation images of FFHQ at 256x256 there (100 in the published tables)"
-        need(os.path.exists(data), f"no images {data}: {put}, or name a folder or ZIP in DATA; {demo}")
+    preset, batch, num, place, known = task, 25, 100, "../model_zoo/ncvsd/ncvsd-ffhq256-xs.pkl", "../data/test/ffhq_val"
+    if demo := variable("DEMO") == "1":
+        preset, batch, num, options = f"demo/{task}", 64, 16, ["--class", "data", *options]
+        place, known = "assets/demo/student.safetensors", "assets/fashion16-test.zip"
+    net, data = variable("NET", ROOT / place), variable("DATA", ROOT / known)
+    instead = f"DEMO=1 {script} {task} runs the task on the embedded model and images"
+    put = "put the authors' ncvsd-ffhq256-xs.pkl there (their repository links it)"
+    need(demo or found(net), f"no network {net}: {put}, or name {ANYWHERE} in NET; {instead}")
+    put = "put validation images of FFHQ at 256x256 there (100 in the published tables)"
+    need(demo or os.path.exists(data), f"no images {data}: {put}, or name a folder or ZIP in DATA; {instead}")
     out = variable("OUT", ROOT / "out/posterior" / preset.replace("/", "-"))
     command = launcher(gpus, "cuda", "is one process")
     command += [str(ROOT / "posterior_sample.py"), "--net", net, "--data", data, "--task", preset, "--outdir", out]
@@ -270,10 +257,8 @@ def prepare(*words: str) -> None:
 
 def main(name: str, *words: str) -> None:
     """Run a command; with --help first, or anywhere where no script gets the options, show README's section of it."""
-    command, given, all_own = {
-        "train": (train, 3, False), "evaluate": (evaluate, 2, False), "posterior": (posterior, 0, False),
-        "download": (download, 0, True), "prepare": (prepare, 0, True),
-    }[name]  # fmt: skip
+    command = {f.__name__: f for f in (train, evaluate, posterior, download, prepare)}[name]
+    given, all_own = {"train": 3, "evaluate": 2}.get(name, 0), name in ("download", "prepare")
     try:
         if {"--help", "-h"}.intersection(words if all_own else words[given : given + 1]):
             text = (ROOT / "quick_start/README.md").read_text(encoding="utf-8")

@@ -11,10 +11,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run torchrun with this script's arguments; return the exit code of the process that failed first.
-
-    What that process said is enough: torchrun's own report is left out.
-    """
+    """Run torchrun, without its report of failures; return the exit code of the process that failed first."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -48,13 +45,11 @@ def children(pid: int) -> list[int]:
 
 def supervise(command: list[str], *, repeat: float = 1.0) -> int:
     """Run torchrun and hand requests to stop on to the processes that train: they finish their step, save and end with
-    code 0. Returns the exit code; 130 after Ctrl-C, however they were told. A second Ctrl-C ends them at once.
-
-    torchrun itself, sent a signal, would end them with an error, after 30 seconds by force. A request is repeated every
-    `repeat` seconds, since those processes may not have started yet, and SIGUSR1 is ignored until they handle it.
+    code 0. Returns the exit code; 130 after Ctrl-C, however they were told. A second Ctrl-C ends them at once. torchrun
+    itself, sent a signal, would end them with an error, after 30 seconds by force. A request is repeated every `repeat`
+    seconds, since those processes may not have started yet, and SIGUSR1 is ignored until they handle it.
     """
-    requests: list[int] = []
-    child: subprocess.Popen | None = None
+    requests, child = [], None
 
     def tell() -> None:
         for pid in children(child.pid) if child else ():

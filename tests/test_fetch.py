@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from dnnlib import download
-from dnnlib.download import RemoteFile, ask
+from dnnlib.download import ask
 from quick_start import fetch
 from tests.servers import QuietHandler, serving
 
@@ -71,14 +71,14 @@ def put(dest, content=CONTENT):
 
 
 def test_what_servers_say(server):
-    assert ask(f"{server.url}/file") == ask(f"{server.url}/redirect") == RemoteFile(len(CONTENT), None)
+    assert ask(f"{server.url}/file") == ask(f"{server.url}/redirect") == (len(CONTENT), None)
     assert {method for method, _ in server.requests} == {"HEAD"}
     server.requests.clear()
-    assert ask(f"{server.url}/hub") == RemoteFile(len(CONTENT), HASH)
+    assert ask(f"{server.url}/hub") == (len(CONTENT), HASH)
     assert server.requests == [("HEAD", "/hub")]
     server.linked = "0123456789abcdef0123456789abcdef01234567"  # of a small file: that of git
-    assert ask(f"{server.url}/hub") == RemoteFile(len(CONTENT), None)
-    assert ask(f"{server.url}/silent") == RemoteFile(None, None)
+    assert ask(f"{server.url}/hub") == (len(CONTENT), None)
+    assert ask(f"{server.url}/silent") == (None, None)
     with pytest.raises(download.DownloadError, match="/missing: the server answers 404"):
         ask(f"{server.url}/missing")
     for url in ("http://127.0.0.1:9/x", "http://[x/", "file:///etc/hostname"):

@@ -1,14 +1,11 @@
-"""Process groups under torchrun, and the same calls in a single process.
-
-All state is torch.distributed's own: without `init`, every function answers for one process.
-"""
-
-from __future__ import annotations
+"""Process groups under torchrun; without `init`, every function answers for a single process."""
 
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,56 +13,45 @@ import torch.distributed as dist
 from torch_utils.errors import MainProcessError
 
 T = TypeVar("T")
-_ADVICE = "unset RANK and WORLD_SIZE, or start with torchrun"
 
 
 def launched_by_torchrun() -> bool:
-    """Return whether the environment describes a process group (torchrun sets RANK and WORLD_SIZE).
-
-    Raises ValueError, naming the variable, where it describes none that can be.
-    """
+    """Whether the environment describes a process group. Raises ValueError, naming the variable, where none can be."""
     if "RANK" not in os.environ or not _number("WORLD_SIZE"):
         return False
     if _number("RANK") >= _number("WORLD_SIZE"):
-        raise ValueError(f"{_variable('RANK')}, and WORLD_SIZE is {os.environ['WORLD_SIZE']!r}: {_ADVICE}")
+        _refuse("RANK", f"and WORLD_SIZE is {os.environ['WORLD_SIZE']!r}")
     _number("MASTER_PORT")
     return True
-
-
-def local_rank() -> int:
-    """Return this process's index on its machine (0 without torchrun)."""
-    return _number("LOCAL_RANK")
 
 
 def _number(name: str) -> int:
     """Value of a variable of torchrun's, 0 where it is not set. Raises ValueError for what is no whole number."""
     text = os.environ.get(name, "0")
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ValueError(f"{_variable(name)}, not a whole number: {_ADVICE}")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        _refuse(name, "not a whole number")
     return int(text)
 
 
-def _variable(name: str) -> str:
-    return f"the environment variable {name} is {os.environ[name]!r}"
+def _refuse(name: str, reason: str) -> NoReturn:
+    advice = "unset RANK and WORLD_SIZE, or start with torchrun"
+    raise ValueError(f"the environment variable {name} is {os.environ[name]!r}, {reason}: {advice}")
 
 
-def device_for(name: str | torch.device = "auto") -> torch.device:
+def device_for(device: str | torch.device = "auto") -> torch.device:
     """Resolve a device name: 'auto' is CUDA if there is one, else MPS, else the CPU; under torchrun 'cuda' and 'auto'
     become this process's own GPU. Raises ValueError for an unknown or absent device.
     """
-    if str(name) == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device {name!r} is not known: use auto, cpu, cuda, cuda:N or mps")
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with suppress(RuntimeError):
+        device = torch.device(device)
+    if getattr(device, "type", None) not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {str(device)!r} is not known: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index
+        count, index = torch.cuda.device_count() if torch.cuda.is_available() else 0, device.index
         if index is None:
-            index = local_rank() if launched_by_torchrun() else torch.cuda.current_device() if count else 0
+            index = _number("LOCAL_RANK") if launched_by_torchrun() else torch.cuda.current_device() if count else 0
         if index >= count:
             raise ValueError(f"device cuda:{index} does not exist: PyTorch sees {count} CUDA device(s) on this machine")
         device = torch.device("cuda", index)
@@ -74,21 +60,18 @@ def device_for(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def init(device: str | torch.device = "auto", *, timeout_minutes: float = 30.0) -> torch.device:
-    """Resolve the device and, under torchrun, join the process group (NCCL on CUDA, gloo otherwise).
-
-    Safe to call twice. Raises ValueError for an unknown or absent device.
-    """
+def init(device: str | torch.device = "auto") -> torch.device:
+    """Resolve the device and, under torchrun, join the process group, once. Raises ValueError as `device_for`."""
     device = device_for(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launched_by_torchrun() and not dist.is_initialized():
-        # Imported later, it would take the group as a default argument and keep its threads alive past `destroy`, which
-        # can abort the process when it exits.
+        # Imported later, it would take the group as a default argument and keep its threads alive past the group's end,
+        # which can abort the process when it exits.
         from torch.distributed import nn  # noqa: F401
 
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return device
 
 
@@ -99,22 +82,22 @@ def destroy() -> None:
 
 
 def rank() -> int:
-    """Return this process's index in the group (0 without one)."""
+    """This process's index in the group (0 without one)."""
     return dist.get_rank() if in_group() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes in the group (1 without one)."""
+    """The number of processes in the group (1 without one)."""
     return dist.get_world_size() if in_group() else 1
 
 
 def is_main() -> bool:
-    """Return whether this is the process that prints and writes shared files."""
+    """Whether this is the process that prints and writes shared files."""
     return rank() == 0
 
 
 def collective_device() -> torch.device:
-    """Return where the tensors of a collective must be: this process's GPU with NCCL, the CPU otherwise."""
+    """Where the tensors of a collective must be: this process's GPU with NCCL, the CPU otherwise."""
     if in_group() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -128,24 +111,22 @@ def barrier() -> None:
 
 
 def main_first(function: Callable[[], T]) -> T:
-    """Return function() of every process: the main process calls it first (and downloads, say), then the others.
-
-    What it raises in the main process is raised there, and as a MainProcessError with its text in the others.
+    """function() of every process, the main one (which downloads, say) first; the others raise MainProcessError with
+    the text of what it raises.
     """
     if not in_group():
         return function()
-    result, error = None, None
-    if is_main():
-        try:
-            result = function()
-        except Exception as caught:  # of any kind: the others are waiting to hear of it
-            error = caught
-    told = from_main(None if error is None else str(error))
-    if error is not None:
-        raise error
-    if told is not None:
-        raise MainProcessError(told)
-    return result if is_main() else function()
+    if not is_main():
+        if (told := from_main(None)) is not None:
+            raise MainProcessError(told)
+        return function()
+    try:
+        result = function()
+    except Exception as error:  # of any kind: the others are waiting to hear of it
+        from_main(str(error))
+        raise
+    from_main(None)
+    return result
 
 
 def from_main(value: T) -> T:
@@ -163,15 +144,12 @@ def print0(*args: object, **kwargs: object) -> None:
 
 
 def in_group() -> bool:
-    """Return whether this process has joined a process group."""
+    """Whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """Torch dtype of a --dtype choice: auto (None, the network's own), float32, bf16 or fp16.
-
-    Raises ValueError for fp16 anywhere but on CUDA.
-    """
+    """Torch dtype of a --dtype choice, None for auto, the network's own. Raises ValueError for fp16 without CUDA."""
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--dtype fp16 needs a CUDA device, and this run is on {device.type}: use bf16 or float32")
     return {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -1,7 +1,5 @@
 """From exceptions to what a script says about them. Imports no PyTorch, so that scripts still answer --help at once."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -22,26 +20,20 @@ class MainProcessError(ValueError):
     """The main process failed, and has said or will say why; raised in the others, so that they end too."""
 
 
-class _Stopped(BaseException):
-    """A signal asks this process to end."""
-
-
 @contextmanager
 def user_errors(batch_option: str = "--batch") -> Iterator[None]:
-    """Turn errors that the user can mend into one line and exit code 1, and leave the process group at the end.
-
-    Bad input (ValueError, OSError) is told in its own words; where memory runs out, on the GPU or not, the advice names
-    `batch_option`. Any other exception is a defect and passes. Raises click.ClickException, or SystemExit in processes
-    that failed only because the main one did. Where several processes meet the same mistake one of them tells it.
-    Ctrl-C, SIGTERM and SIGHUP end in one line and exit code 128 + number, after temporary files have been removed.
+    """Turn errors that the user can mend into one line and exit code 1, and leave the process group at the end. Bad
+    input (ValueError, OSError) is told in its own words; where memory runs out the advice names `batch_option`; any
+    other exception is a defect and passes. Raises click.ClickException, or SystemExit where the main process failed; of
+    several with the same mistake one tells it. Ctrl-C, SIGTERM and SIGHUP: one line, exit code 128 + number.
     """
     failed = True
     try:
         with lasting_streams() as output, _stopped_by_signals():
             yield
+        if isinstance(output.error, BrokenPipeError):
+            sys.exit(1)  # who closed it knows
         if output.error is not None:  # all else is done, but the exit code must tell
-            if isinstance(output.error, BrokenPipeError):
-                sys.exit(1)  # who closed it knows
             reason = output.error.strerror or output.error
             raise click.ClickException(f"standard output cannot be written ({reason}); all files are complete")
         failed = False
@@ -56,7 +48,9 @@ def user_errors(batch_option: str = "--batch") -> Iterator[None]:
         if _process_group() and re.search(r"[Cc]onnection (closed|reset)|Broken pipe|ncclRemoteError", str(error)):
             _let_others_speak()
             raise click.ClickException("lost the connection to another process") from error
-        if not _out_of_memory(error):
+        import torch
+
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise click.ClickException(f"out of memory: try a smaller {batch_option} ({first_line(error)})") from error
     finally:
@@ -73,7 +67,7 @@ def _stopped_by_signals() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
         if os.getpid() == owner:
-            raise _Stopped(number)
+            raise KeyboardInterrupt(number)
         os.kill(os.getpid(), number)  # of a child, which inherited this
 
     if threading.current_thread() is threading.main_thread():
@@ -82,8 +76,8 @@ def _stopped_by_signals() -> Iterator[None]:
                 before[number] = signal.signal(number, stop)
     try:
         yield
-    except (KeyboardInterrupt, _Stopped) as error:
-        number = signal.Signals(error.args[0] if isinstance(error, _Stopped) else signal.SIGINT)
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         if _rank() == 0:
             line = f"Error: stopped by {number.name}"
             print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr)
@@ -98,9 +92,7 @@ def _text(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OverflowError):
         return f"a number is too large to compute with ({error})"
-    if isinstance(error, RecursionError):
-        return "something is nested too deeply"
-    return str(error)
+    return "something is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _rank(variable: str = "RANK") -> int:
@@ -117,9 +109,3 @@ def _process_group() -> Any:
     """torch.distributed, where this process has joined a group; None otherwise."""
     group = sys.modules.get("torch.distributed")
     return group if group is not None and group.is_available() and group.is_initialized() else None
-
-
-def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

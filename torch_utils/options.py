@@ -1,7 +1,5 @@
 """Command-line options that several scripts have. Imports no PyTorch: scripts answer --help at once."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -14,10 +14,8 @@ MAX_STEPS = 1_000_000  # instructions and entries looked at; the largest publish
 _MAX_KEY = 1 << 16
 
 _MARK = object()
-_LITERALS = frozenset(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
-    " BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
-)
+_LITERALS = "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+_LITERALS += ["BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"]
 _PUSHES: dict[str, Callable[["Machine", Any], Any]] = {  # what an instruction of the machine, with its argument, pushes
     "NONE": lambda m, _: None, "NEWTRUE": lambda m, _: True, "NEWFALSE": lambda m, _: False,
     "EMPTY_DICT": lambda m, _: {}, "EMPTY_LIST": lambda m, _: [], "EMPTY_SET": lambda m, _: set(),
@@ -50,16 +48,13 @@ class Name:
         return ascii(f"{self.module}.{self.name}")[1:-1][:100]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class Record:
     """An object of a class that is not imported: the names it was stored under and its attributes."""
 
     module: str  # module named by the file; "torch_utils.persistence" for objects of persistent classes
     qualname: str  # class name
-    state: dict[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"<record of {self.module}.{self.qualname}>"
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -67,47 +62,29 @@ class Vocabulary:
     """What the names in a pickle stand for."""
 
     functions: Mapping[Name, Callable[..., Any]] = field(default_factory=dict)  # f(machine, *arguments), checks them
-    record_classes: frozenset[Name] = frozenset()  # whose objects become `Record`s
-    dict_classes: frozenset[Name] = frozenset()  # whose objects become plain dicts
+    classes: Mapping[Name, Callable[[], Any]] = field(default_factory=dict)  # f() is what an object of it becomes
     words: frozenset[Name] = frozenset()  # may be mentioned, cannot be called
     builders: Mapping[type, Callable[..., None]] = field(default_factory=dict)  # f(machine, object, its state)
-
-    def __contains__(self, name: Name) -> bool:
-        return any(name in part for part in (self.functions, self.record_classes, self.dict_classes, self.words))
 
 
 class BoundedReader:
     """The stream that pickletools reads from: clamps each length to what is left, before memory is set aside."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._left = file, size
+        self._file, self._size, self.tell = file, size, file.tell
 
     def read(self, count: int) -> bytes:
-        return self._taken(self._file.read(max(min(count, self._left), 0)))
+        return self._file.read(max(min(count, self._size - self.tell()), 0))
 
     def readline(self) -> bytes:
-        return self._taken(self._file.readline(min(self._left, 1024)))
-
-    def _taken(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        return data
-
-    def tell(self) -> int:
-        return self._file.tell()
+        return self._file.readline(max(min(1024, self._size - self.tell()), 0))
 
 
 class Machine:
-    """Executes one pickle. Persistent ids are refused unless `persistent` resolves them.
+    """Executes one pickle. Raises UnsafeCheckpointError for what is not allowed, anything for damaged input."""
 
-    Raises UnsafeCheckpointError for what is not allowed; damaged input raises whatever exception it leads to.
-    """
-
-    def __init__(
-        self, reader: Any, size: int, vocabulary: Vocabulary, persistent: Callable[[Any], Any] | None = None
-    ) -> None:
-        self.reader = reader
-        self.vocabulary = vocabulary
-        self.persistent = persistent
+    def __init__(self, file: BinaryIO, size: int, vocabulary: Vocabulary, persistent: Callable | None = None) -> None:
+        self.reader, self.vocabulary, self.persistent = BoundedReader(file, size), vocabulary, persistent
         self.position = 0  # byte at which the current instruction stands
         self._budget = 4 * size + (1 << 16)  # bytes that functions may still allocate
         self._stack: list[Any] = []
@@ -152,7 +129,10 @@ class Machine:
         elif opcode in ("PROTO", "FRAME"):
             pass
         elif opcode in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self._memoize(len(self.memo) if argument is None else argument)
+            index = len(self.memo) if argument is None else argument
+            if index > len(self.memo):
+                raise ValueError("values are not numbered in order")
+            self.memo[index : index + 1] = [self._top()]
         elif opcode in ("APPEND", "APPENDS"):
             items = self.pop(1) if opcode == "APPEND" else self.pop_mark()
             self._top(list).extend(items)
@@ -168,11 +148,6 @@ class Machine:
             push(self.persistent(*self.pop(1)))
         else:
             raise UnsafeCheckpointError(f"uses the instruction {opcode}, which no known checkpoint needs")
-
-    def _memoize(self, index: int) -> None:
-        if index > len(self.memo):
-            raise ValueError("values are not numbered in order")
-        self.memo[index : index + 1] = [self._top()]
 
     def _top(self, kind: type = object) -> Any:
         top = self._stack[-1]
@@ -198,8 +173,8 @@ class Machine:
     def name(self, module: Any, name: Any) -> Name:
         if type(module) is not str or type(name) is not str:
             raise UnsafeCheckpointError("names a global by something other than text")
-        found = Name(module, name)
-        if found not in self.vocabulary:
+        found, known = Name(module, name), self.vocabulary
+        if not (found in known.functions or found in known.classes or found in known.words):
             raise UnsafeCheckpointError(f"names {found}, which is not on the list of what a checkpoint may use")
         return found
 
@@ -211,17 +186,14 @@ class Machine:
         return self.vocabulary.functions[function](self, *arguments)
 
     def create(self, cls: Any, arguments: Any) -> Any:
-        if type(cls) is Name and type(arguments) is tuple and not arguments:
-            if cls in self.vocabulary.dict_classes:
-                return {}
-            if cls in self.vocabulary.record_classes:
-                return Record(cls.module, cls.name)
-        raise UnsafeCheckpointError(f"creates an object of {_describe(cls)}")
+        if type(cls) is not Name or cls not in self.vocabulary.classes or type(arguments) is not tuple or arguments:
+            raise UnsafeCheckpointError(f"creates an object of {_describe(cls)}")
+        return self.vocabulary.classes[cls]()
 
     def _build(self, state: Any) -> None:
         target = self._top()
-        if type(target) in self.vocabulary.builders:
-            self.vocabulary.builders[type(target)](self, target, state)
+        if build := self.vocabulary.builders.get(type(target)):
+            build(self, target, state)
         elif type(target) is Record:
             if target.state:
                 raise UnsafeCheckpointError(f"sets the state of {target} twice")
@@ -239,10 +211,8 @@ def attributes(machine: Machine, state: Any) -> dict[str, Any]:
 
 
 def scalar_key(key: Any) -> Any:
-    """A dictionary key or set member.
-
-    Only text, truth values, None and small numbers: the hash of nested tuples can take exponential time, and numbers
-    can be chosen such that a dictionary of them takes quadratic time.
+    """A dictionary key or set member: text, a truth value, None or a small number. The hash of nested tuples can take
+    exponential time, and numbers can be chosen such that a dictionary of them takes quadratic time.
     """
     if type(key) not in (str, bool, type(None)) and not (type(key) is int and 0 <= key < _MAX_KEY):
         raise ValueError(f"a {type(key).__name__} as dictionary key or set member that no checkpoint uses")

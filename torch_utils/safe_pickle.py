@@ -10,6 +10,7 @@ import io
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,8 @@ import numpy as np
 import torch
 
 from dnnlib.files import open_regular
-from torch_utils.pickle_machine import (
-    BoundedReader,
-    CheckpointError,
-    Machine,
-    Name,
-    Record,
-    UnsafeCheckpointError,
-    Vocabulary,
-    attributes,
-    scalar_key,
-)
+from torch_utils import pickle_machine
+from torch_utils.pickle_machine import CheckpointError, Machine, Name, Record, UnsafeCheckpointError, Vocabulary
 
 __all__ = ["MAX_BYTES", "CheckpointError", "Record", "UnsafeCheckpointError", "load"]
 
@@ -35,25 +27,23 @@ MAX_BYTES = 16 * 2**30  # largest file read by default
 
 
 def load(source: str | os.PathLike[str] | bytes, *, max_bytes: int = MAX_BYTES) -> Any:
-    """Reads a pickle (protocols 2 to 5) from a path, or out of bytes.
-
-    Returns dicts, lists, tuples, sets, strings, numbers, numpy arrays, CPU torch tensors (parameters become tensors)
-    and `Record`s. Objects may be shared within the result and may contain themselves: walk it with care.
-    Memory stays within a small multiple of the file's size. Raises UnsafeCheckpointError, naming the offending item,
-    for anything outside the allowed set, and CheckpointError for damaged, truncated or too large input.
+    """Reads a pickle (protocols 2 to 5) from a path, or out of bytes. Returns dicts, lists, tuples, sets, strings,
+    numbers, numpy arrays, CPU torch tensors (parameters become tensors) and `Record`s. Objects may be shared within the
+    result and may contain themselves: walk it with care. Memory stays within a small multiple of the file's size.
+    Raises UnsafeCheckpointError, naming the offending item, for anything outside the allowed set, and CheckpointError
+    for damaged, truncated or too large input.
     """
-    is_path = not isinstance(source, bytes)
-    name = str(Path(source)) if is_path else "pickle"
+    name = "pickle" if isinstance(source, bytes) else str(Path(source))
     try:
-        file = open_regular(name) if is_path else io.BytesIO(source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(name)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise CheckpointError(f"{name}: {reason}") from None
     with file:
-        size = os.fstat(file.fileno()).st_size if is_path else len(source)
+        size = len(source) if isinstance(source, bytes) else os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise CheckpointError(f"{name}: larger than the limit of {max_bytes} bytes")
-        machine = Machine(BoundedReader(file, size), size, _VOCABULARY)
+        machine = Machine(file, size, _VOCABULARY)
         try:
             return machine.run()
         except UnsafeCheckpointError as error:
@@ -67,17 +57,17 @@ def _persistent_object(machine: Machine, meta: Any) -> Record:
     """Object of a class whose source travels in the file: its name and attributes are kept, the source is dropped."""
     if type(meta) is not dict or meta.get("type") != "class" or type(meta.get("class_name")) is not str:
         raise ValueError("a persistent object is not described as one")
-    return Record(_PERSISTENT.module, meta["class_name"], attributes(machine, meta.get("state")))
+    return Record(_PERSISTENT.module, meta["class_name"], pickle_machine.attributes(machine, meta.get("state")))
 
 
 def _ordered_dict(machine: Machine, items: Any = ()) -> dict[Any, Any]:
     if not all(type(item) in (list, tuple) and len(item) == 2 for item in _listed(machine, items)):
         raise ValueError("an OrderedDict is not made of pairs")
-    return {scalar_key(key): value for key, value in items}
+    return {pickle_machine.scalar_key(key): value for key, value in items}
 
 
 def _set(machine: Machine, items: Any = ()) -> set[Any]:
-    return {scalar_key(item) for item in _listed(machine, items)}
+    return {pickle_machine.scalar_key(item) for item in _listed(machine, items)}
 
 
 def _listed(machine: Machine, items: Any) -> Any:
@@ -147,21 +137,13 @@ def _frombuffer(machine: Machine, data: Any, dtype: Any, shape: Any, order: Any)
     return _array_values(machine, dtype, shape, data).reshape(shape, order=order)
 
 
-def _scalar(machine: Machine, dtype: Any, data: Any) -> Any:
-    return _array_values(machine, dtype, (), data)[0]
-
-
 def _counts(values: Any) -> tuple[int, ...]:
     """A shape or strides, checked to be a short tuple of natural numbers."""
     if type(values) is not tuple or len(values) > 16:
         raise ValueError("a shape is not a short tuple")
-    return tuple(_count(value) for value in values)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**48:
+    if not all(type(value) is int and 0 <= value < 2**48 for value in values):
         raise ValueError("a size, stride or offset is not a sensible number")
-    return value
+    return values
 
 
 @dataclass(eq=False)
@@ -174,7 +156,7 @@ class _Storage:
 def _rebuild_tensor(
     machine: Machine, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any
 ) -> torch.Tensor:
-    size, stride, offset = _counts(size), _counts(stride), _count(offset)
+    size, stride, (offset,) = _counts(size), _counts(stride), _counts((offset,))
     if type(storage) is not _Storage or len(size) != len(stride) or type(hooks) is not dict or hooks:
         raise UnsafeCheckpointError("rebuilds a tensor from something other than a storage, a shape and strides")
     available, wanted = storage.values.numel(), math.prod(size)
@@ -208,7 +190,7 @@ def _load_storage(machine: Machine, data: Any) -> _Storage:
             raise UnsafeCheckpointError("a nested file holds something other than one torch storage")
         if type(item[1]) is not Name or item[1] not in _STORAGE_TYPES:
             raise UnsafeCheckpointError("a nested file holds a storage of an unknown type")
-        described.append((_STORAGE_TYPES[item[1]], _count(item[4]), item[2]))
+        described.append((_STORAGE_TYPES[item[1]], *_counts((item[4],)), item[2]))
         return described
 
     machine.spend(len(data))
@@ -230,14 +212,9 @@ def _load_storage(machine: Machine, data: Any) -> _Storage:
 
 _PERSISTENT = Name("torch_utils.persistence", "_reconstruct_persistent_obj")
 _NUMPY_CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())
-_STORAGE_TYPES = {
-    Name("torch", f"{name}Storage"): dtype
-    for name, dtype in {
-        "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
-        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
-}  # fmt: skip
+_STORAGES = "Float:float32 Half:float16 BFloat16:bfloat16 Double:float64 Long:int64 Int:int32 Short:int16 Char:int8"
+_STORAGES = [pair.split(":") for pair in f"{_STORAGES} Byte:uint8 Bool:bool".split()]
+_STORAGE_TYPES = {Name("torch", f"{name}Storage"): getattr(torch, dtype) for name, dtype in _STORAGES}
 _VOCABULARY = Vocabulary(
     functions={
         _PERSISTENT: _persistent_object,
@@ -248,18 +225,16 @@ _VOCABULARY = Vocabulary(
         Name("_codecs", "encode"): _encode,
         Name("numpy", "dtype"): _dtype,
         **{Name(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
-        **{Name(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+        **{Name(f"numpy.{core}.multiarray", "scalar"): lambda m, kind, data: _array_values(m, kind, (), data)[0]
+           for core in ("core", "_core")},
         **{Name(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
         Name("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         Name("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
         Name("torch.storage", "_load_from_bytes"): _load_storage,
     },
-    record_classes=frozenset({
-        Name("torch.nn.modules.container", "ModuleDict"),
-        Name("training.networks_edm2", "GenerativeDenoiser"),
-        Name("training.training_loop", "LogNormalNoiseSampler"),
-    }),
-    dict_classes=frozenset({Name("dnnlib.util", "EasyDict")}),
+    classes={Name("dnnlib.util", "EasyDict"): dict} | {Name(*names): partial(Record, *names) for names in (
+        ("torch.nn.modules.container", "ModuleDict"), ("training.networks_edm2", "GenerativeDenoiser"),
+        ("training.training_loop", "LogNormalNoiseSampler"))},
     words=frozenset({Name("numpy", "ndarray")}),
     builders={_DType: _set_byte_order, np.ndarray: _fill_array},
 )  # fmt: skip

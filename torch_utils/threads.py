@@ -4,9 +4,5 @@ import os
 
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait for one another, unless the user has set OMP_WAIT_POLICY.
-
-    They spin otherwise, and where another process holds one of the cores, that is most of the time. Scripts call it
-    before anything imports PyTorch; importing them changes nothing.
-    """
+    """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY is set. Call it before importing PyTorch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from dnnlib.files import (
-    OutputError,
     atomic_path,
     atomic_write,
     check_output,
@@ -139,7 +138,7 @@ def test_outputs_that_would_destroy_something_are_refused(tmp_path, name, suffix
     (tmp_path / "network.safetensors").write_text("a long text without a header")
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(OutputError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_output(f"{tmp_path}/{name}" if name else "", suffix, [None, "https://host/x", tmp_path / "input.json"])
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from dnnlib.files import FolderInUseError
 from inverse.evaluation import evaluate, format_summary
 from inverse.operators import get_operator
 from inverse.results import ResultsError, ResultsFolder, coverage
@@ -165,7 +164,7 @@ def test_a_folder_that_another_process_writes_to_is_refused(tmp_path):
     ) as other:
         assert other.stdout.readline() == "1\n"
         operator = get_operator("inpainting", fraction=0.5)
-        with pytest.raises(FolderInUseError, match=f"is in use by another run .process {other.pid} "):
+        with pytest.raises(ValueError, match=f"is in use by another run .process {other.pid} "):
             ResultsFolder(tmp_path).begin({"task": 1, "net_sha256": 2}, operator, (8, 8))
         assert not (tmp_path / "options.json").exists()
         other.communicate("\n")

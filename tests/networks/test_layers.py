@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from networks import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
-from networks.layers import Block, MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize, resample
-from networks.unet import UNetConfig
+from networks.layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize, resample
+from networks.unet import Block, UNetConfig
 from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name
 
@@ -187,7 +187,8 @@ def test_blend_weights_are_clipped_when_used_and_when_stored_in_training():
 def test_attention_against_explicit_softmax(heads):
     channels = 8 * heads
     balances = dict(res_balance=0.0, attn_balance=1.0)  # the output is the attention branch of the input
-    block = Block(channels, channels, 16, flavor="dec", attention=True, channels_per_head=8, **balances)
+    config = UNetConfig(8, 1, 0, model_channels=16, channel_mult=[1], channels_per_head=8, **balances)
+    block = Block(config, channels, channels, flavor="dec", attention=True)
     fill_by_name(block, 4).eval()
     assert block.num_heads == heads
     x = unit_noise(2, channels, 3, 5)
@@ -203,7 +204,8 @@ def test_attention_against_explicit_softmax(heads):
 
 
 def test_activations_are_clipped_and_no_heads_means_no_attention():
-    block = Block(8, 8, 4, flavor="dec", attention=True, channels_per_head=64, clip_act=0.5)
+    config = UNetConfig(8, 1, 0, model_channels=4, channel_mult=[1], channels_per_head=64, clip_act=0.5)
+    block = Block(config, 8, 8, flavor="dec", attention=True)
     fill_by_name(block, 1).eval()
     assert block.num_heads == 0 and not any("attn" in key for key in block.state_dict())
     out = block(3 * unit_noise(1, 8, 4, 4), unit_noise(1, 4))
@@ -211,7 +213,8 @@ def test_activations_are_clipped_and_no_heads_means_no_attention():
 
 
 def test_dropout_acts_in_training_mode_only():
-    block = fill_by_name(Block(8, 8, 4, flavor="enc", dropout=0.5), 1)
+    config = UNetConfig(8, 1, 0, model_channels=4, channel_mult=[1], dropout=0.5)
+    block = fill_by_name(Block(config, 8, 8, flavor="enc"), 1)
     x, emb = unit_noise(2, 8, 4, 4), unit_noise(2, 4)
     block.eval()
     assert torch.equal(block(x, emb), block(x, emb))

@@ -38,7 +38,7 @@ def settings(config: TrainingConfig) -> Identity:
 def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
     """Keep other runs out of a folder, by a lock that ends with the main process at the latest. Collective.
 
-    Raises FolderInUseError where another run holds it; without `create`, a folder without lock is free.
+    Raises ValueError where another run holds it; without `create`, a folder without lock is free.
     """
     wanted = distributed.is_main() and (create or (run_dir / ".lock").exists())
     held = distributed.main_first(lambda: lock_folder(run_dir) if wanted else None)
