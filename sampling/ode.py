@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from sampling.grids import karras_sigmas
 
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [N,C,H,W], sigma []) -> E[x0 | x], [N,C,H,W]
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x [N,C,H,W], sigma []) -> E[x0 | x], [N,C,H,W]
 
 
 def heun_sampler(
     denoiser: Denoiser,
-    noise: torch.Tensor,  # standard normal [N,C,H,W]; scaled to sigma_max here
+    noise: Tensor,  # standard normal [N,C,H,W]; scaled to sigma_max here
     *,
     num_steps: int = 32,  # noise levels; 2·num_steps - 1 denoiser evaluations with Heun, num_steps with Euler
     sigma_min: float = 0.002,
@@ -21,7 +22,7 @@ def heun_sampler(
     rho: float = 7.0,
     second_order: bool = True,  # False = Euler steps only
     dtype: torch.dtype = torch.float32,  # of the state between steps
-) -> torch.Tensor:
+) -> Tensor:
     """Integrate the probability-flow ODE from noise to images [N,C,H,W] on a Karras grid ending in 0.
 
     Heun's second-order method with a first-order last step (EDM, arXiv 2206.00364, Algorithm 1). Nothing is drawn.
@@ -29,14 +30,13 @@ def heun_sampler(
     """
     levels = karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64, device="cpu").tolist() + [0.0]
 
-    def slope(x: torch.Tensor, level: float) -> torch.Tensor:
+    def slope(x: Tensor, level: float) -> Tensor:
         sigma = torch.as_tensor(level, dtype=torch.float32, device=x.device)
         return (x - denoiser(x.to(noise.dtype), sigma).to(dtype)) / level
 
     x = noise.to(dtype) * levels[0]
     for current, following in zip(levels, levels[1:], strict=False):
-        step = following - current
-        d = slope(x, current)
+        step, d = following - current, slope(x, current)
         x_next = x + step * d
         if second_order and following > 0:
             x_next = x + step * 0.5 * (d + slope(x_next, following))
@@ -45,10 +45,10 @@ def heun_sampler(
 
 
 def guided_denoiser(
-    net: Callable[..., torch.Tensor],  # net(x, sigma, labels)
-    gnet: Callable[..., torch.Tensor] | None = None,  # guiding network; None = net itself
+    net: Callable[..., Tensor],  # net(x, sigma, labels)
+    gnet: Callable[..., Tensor] | None = None,  # guiding network; None = net itself
     guidance: float = 1.0,  # 1 = net alone, 0 = gnet alone, above 1 = away from gnet
-    labels: torch.Tensor | None = None,  # one-hot [N, label_dim]
+    labels: Tensor | None = None,  # one-hot [N, label_dim]
     *,
     gnet_labels: bool = True,  # False = gnet is evaluated without labels (classifier-free guidance)
 ) -> Denoiser:
@@ -63,7 +63,7 @@ def guided_denoiser(
     gnet = net if gnet is None else gnet
     guide_labels = labels if gnet_labels and getattr(gnet, "label_dim", 0) > 0 else None
 
-    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         guide = gnet(x, sigma, guide_labels)
         return guide + guidance * (net(x, sigma, labels) - guide)
 
