@@ -177,7 +177,7 @@ def _sampler(
     if gnet is not None:
         if not isinstance(gnet, Precond):
             raise ValueError(f"the guiding network must be a teacher (Precond), not a {type(gnet).__name__}")
-        drawn, wanted = ("{0.img_channels}x{0.img_resolution}x{0.img_resolution}".format(n) for n in (gnet, net))
+        drawn, wanted = (f"{n.img_channels}x{n.img_resolution}x{n.img_resolution}" for n in (gnet, net))
         if drawn != wanted:
             raise ValueError(f"the guiding network draws {drawn} and the network {wanted}")
         if gnet_labels and gnet.label_dim not in (0, net.label_dim):

@@ -7,8 +7,7 @@ deviation rho, and Gaussian measurement noise of standard deviation sqrt(beta/2)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from sampling.seeds import SeededNoise
 if TYPE_CHECKING:
     from inverse.operators.base import Operator
 
-
 RETRY_SHRINK = 0.25  # each retry of a diverged chain takes this fraction of the previous step size
 ENERGY_PER_DIMENSION = 10.0  # excess energy of a diverged chain; at equilibrium it is 1/2, plus discretisation error
 
@@ -28,8 +26,7 @@ class LangevinDivergenceError(ValueError):
     """Langevin chains diverged although the step size was reduced repeatedly."""
 
 
-@dataclass(frozen=True)
-class LangevinResult:
+class LangevinResult(NamedTuple):
     """Draws of one Langevin likelihood step, and which chains had to be repeated with a smaller step size."""
 
     sample: Tensor  # [N,C,H,W]
@@ -37,10 +34,7 @@ class LangevinResult:
 
 
 def likelihood_std(beta: float) -> float:
-    """Return the standard deviation of the measurement noise that `beta` stands for: beta = 2·std².
-
-    Raises ValueError unless beta is a positive number.
-    """
+    """Return the noise's standard deviation, beta = 2·std²; raises ValueError unless beta is a positive number."""
     return math.sqrt(check_positive(beta, "beta") / 2)
 
 
@@ -51,12 +45,9 @@ def check_positive(value: float, name: str) -> float:
     return float(value)
 
 
-def gaussian_conditional(
-    a: Tensor,  # eigen- or singular values of the operator, real or complex, any shape
-    noise_std: float,  # standard deviation of the measurement noise
-    rho: float,  # standard deviation of the prior
-) -> tuple[Tensor, Tensor]:
-    """Return (gain, std) of u given x and y = a·u + noise, u ~ N(x, rho²), for each eigenvalue on its own.
+def gaussian_conditional(a: Tensor, noise_std: float, rho: float) -> tuple[Tensor, Tensor]:
+    """Return (gain, std) of u given x and y = a·u + noise_std·n, u ~ N(x, rho²), for each eigen- or singular value `a` of
+    the operator, real or complex, on its own.
 
     The conditional is N(x + gain·(y - a·x), std²), with gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and
     std = rho·noise_std/sqrt(|a|²·rho² + noise_std²). Where a = 0 nothing is measured: gain 0, std rho.
@@ -93,8 +84,7 @@ def langevin_step(
     """
     if steps < 1 or max_retries < 0:
         raise ValueError(f"Langevin needs steps >= 1 and max_retries >= 0, not {steps} and {max_retries}")
-    check_positive(beta, "beta")
-    check_positive(rho_sigma, "rho_sigma")
+    beta, rho_sigma = check_positive(beta, "beta"), check_positive(rho_sigma, "rho_sigma")
     operator.check_pair(x, y)
     lr = check_positive(c1, "c1") / (check_positive(c2, "c2") / beta + rho_sigma**-2)
 
@@ -102,42 +92,35 @@ def langevin_step(
         misfit = (operator.forward(u) - y).flatten(1).square().sum(1) / beta
         return misfit + (u - x).flatten(1).square().sum(1) / (2 * rho_sigma**2)
 
+    def chain(x: Tensor, y: Tensor, randn_like: RandnLike) -> Tensor:
+        u = x
+        for _ in range(steps):
+            gradient = operator.misfit_gradient(u, y) / beta + (u - x) / rho_sigma**2
+            u = u - lr * gradient + math.sqrt(2 * lr) * randn_like(u)
+        return u
+
     limit = energy(x) + ENERGY_PER_DIMENSION * x[0].numel()
     if not limit.isfinite().all():
-        raise ValueError(_cannot_start(operator.forward(x), x, y, beta))
+        given = {"x": x, "A(x)": operator.forward(x), "y": y}.items()
+        reached = ", ".join(f"{name} {values.abs().max().item():.3g}" for name, values in given)
+        raise ValueError(
+            f"Langevin cannot start: |A(x) - y|²/beta is not finite in {x.dtype}, with values up to: {reached}, beta "
+            f"{beta:g}; check the measurements' scale, beta and the operator"
+        )
     seeds = randn_like(x[:, :1, :1, :1]).float().cpu().flatten().view(torch.int32).tolist()
-    u = _langevin_chain(operator, x, y, beta, rho_sigma, lr, steps, randn_like)
+    u = chain(x, y, randn_like)
     retries = torch.zeros(len(x), dtype=torch.int64)
     for attempt in range(max_retries + 1):
-        diverged = ~(energy(u) <= limit)
-        if not diverged.any():
+        again = (~(energy(u) <= limit)).nonzero().flatten()
+        if not len(again):
             return LangevinResult(u, retries)
         if attempt == max_retries:
             break
         lr *= RETRY_SHRINK
-        again = diverged.nonzero().flatten()
         noise = SeededNoise([(seeds[i] & 0xFFFFFFFF) + (attempt << 32) for i in again.tolist()], x.device)
-        u[again] = _langevin_chain(operator, x[again], y[again], beta, rho_sigma, lr, steps, noise.randn_like)
+        u[again] = chain(x[again], y[again], noise.randn_like)
         retries[again.cpu()] += 1
     raise LangevinDivergenceError(
-        f"Langevin diverged for {int(diverged.sum())} of {len(x)} images at noise level {rho_sigma:.4g}, even with the "
+        f"Langevin diverged for {len(again)} of {len(x)} images at noise level {rho_sigma:.4g}, even with the "
         f"step size reduced to {lr:.3g}: make c1 smaller than {c1:g} or c2 larger than {c2:g}"
     )
-
-
-def _cannot_start(ax: Tensor, x: Tensor, y: Tensor, beta: float) -> str:
-    reached = ", ".join(f"{n} {v.abs().max().item():.3g}" for n, v in (("x", x), ("A(x)", ax), ("y", y)))
-    return (
-        f"Langevin cannot start: |A(x) - y|²/beta is not finite in {x.dtype}, with values up to: {reached}, beta "
-        f"{beta:g}; check the measurements' scale, beta and the operator"
-    )
-
-
-def _langevin_chain(
-    operator: Operator, x: Tensor, y: Tensor, beta: float, rho: float, lr: float, steps: int, randn_like: RandnLike
-) -> Tensor:
-    u = x
-    for _ in range(steps):
-        gradient = operator.misfit_gradient(u, y) / beta + (u - x) / rho**2
-        u = u - lr * gradient + math.sqrt(2 * lr) * randn_like(u)
-    return u

@@ -1,7 +1,6 @@
 """Measurement operators A of the inverse problems y = A(x) + noise, by name.
 
-Every operator works for any number of channels, on any device and at any image size (`phase_retrieval`: any size at
-which its padding is whole).
+Each works for any number of channels, on any device, at any size (`phase_retrieval`: where its padding is whole).
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ def get_operator(name: str, **params: Any) -> Operator:
     if name not in OPERATORS:
         raise ValueError(f"there is no operator {name!r}: use one of {', '.join(OPERATORS)}")
     known = inspect.signature(OPERATORS[name]).parameters
-    unknown = [key for key in params if key not in known]
-    if unknown:
+    if unknown := [key for key in params if key not in known]:
         raise ValueError(f"operator {name} has no parameter {', '.join(unknown)}: it takes {', '.join(known)}")
     try:
         return OPERATORS[name](**params)

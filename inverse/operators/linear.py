@@ -1,12 +1,12 @@
 """Linear operators, each with its adjoint and its exact likelihood step.
 
-Matrices and transfer functions are computed on first use at a size and kept.
+What they need at a size (masks, transfer functions, matrices) is computed on first use and kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
@@ -39,52 +39,40 @@ class Inpainting(LinearOperator):
         if mask is not None:
             mask = _as_tensor(mask, torch.float32, "inpainting mask (an image is named with --mask)")
             if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all():
-                raise ValueError(
-                    f"inpainting mask must be [H,W] of 0 (removed) and 1 (measured), this one is {list(mask.shape)}"
-                    + (" with other values" if mask.ndim == 2 else "")
-                )
+                found = f"{list(mask.shape)}{' with other values' if mask.ndim == 2 else ''}"
+                raise ValueError(f"inpainting mask must be [H,W] of 0 (removed) and 1 (measured), this one is {found}")
         if box is not None:
             if not isinstance(box, list | tuple) or len(box) != 4:
                 raise ValueError(f"inpainting box must be top, left, height, width in pixels, not {box!r:.60}")
-            box = [
-                check_whole(v, "inpainting box: every entry", least) for v, least in zip(box, (0, 0, 1, 1), strict=True)
-            ]
+            box = [check_whole(box[i], "inpainting box: every entry", least) for i, least in enumerate((0, 0, 1, 1))]
         if fraction is not None and not (is_number(fraction) and 0 <= fraction < 1):
             raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction!r}")
         self._given, self._box, self._fraction = mask, box, fraction
         self._seed = check_whole(seed, "seed", 0, MAX_SEED)
-        self._masks: dict[Any, Tensor] = {}
+        self._mask_at = cache(lambda height, width, dtype, device: self.mask(height, width).to(device, dtype))
 
     def describe(self) -> str:
         if self._box is not None:
             return f"A box of {self._box[2]} × {self._box[3]} pixels was removed from each image."
         if self._fraction is not None:
-            share = f"{self._fraction:.0%} of the pixels"
-            return f"{share}, drawn at random, were removed, the same ones in every image."
+            return f"{self._fraction:.0%} of the pixels, drawn at random, were removed, the same ones in every image."
         return "The pixels outside a mask were removed from each image."
 
     def mask(self, height: int, width: int) -> Tensor:
-        """Return the mask [H,W] at an image size, float32 on the CPU.
-
-        Raises ValueError if it does not fit, or removes every pixel.
-        """
-        mask = self._given if self._given is not None else self._make_mask(height, width)
+        """Return the mask [H,W], float32 on the CPU; raises ValueError if it does not fit or removes every pixel."""
+        mask = torch.ones(height, width) if self._given is None else self._given
         if tuple(mask.shape) != (height, width):
             raise ValueError(f"inpainting mask is {list(mask.shape)} and the images are {[height, width]}")
-        if not mask.any():
-            raise ValueError(f"inpainting removes every pixel of images of {height}x{width}: nothing is measured")
-        return mask
-
-    def _make_mask(self, height: int, width: int) -> Tensor:
-        mask = torch.ones(height, width)
         if self._box is not None:
             top, left, rows, columns = self._box
             if top + rows > height or left + columns > width:
                 raise ValueError(f"inpainting box {self._box} reaches beyond images of {height}x{width} pixels")
             mask[top : top + rows, left : left + columns] = 0
-        else:
-            order = np.random.RandomState(self._seed).permutation(height * width)
-            mask.view(-1)[torch.from_numpy(order[: round(self._fraction * height * width)])] = 0
+        if self._fraction is not None:
+            order = np.random.RandomState(self._seed).permutation(mask.numel())
+            mask.view(-1)[torch.from_numpy(order[: round(self._fraction * mask.numel())])] = 0
+        if not mask.any():
+            raise ValueError(f"inpainting removes every pixel of images of {height}x{width}: nothing is measured")
         return mask
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,11 +97,7 @@ class Inpainting(LinearOperator):
         return x + gain * (y - mask * x) + std * randn_like(x)
 
     def _mask_for(self, x: Tensor) -> Tensor:
-        *_, height, width = check_image_shape(x.shape)
-        key = (height, width, x.dtype, x.device)
-        if key not in self._masks:
-            self._masks[key] = self.mask(height, width).to(x.device, x.dtype)
-        return self._masks[key]
+        return self._mask_at(*check_image_shape(x.shape)[2:], x.dtype, x.device)
 
 
 class CircularBlur(LinearOperator):
@@ -123,9 +107,11 @@ class CircularBlur(LinearOperator):
     """
 
     def __init__(self, kernel: Kernel, cause: str = "a given kernel, wrapping") -> None:
-        self.kernel = check_kernel(kernel)  # [h,w] float64 on the CPU
+        self.kernel = kernel = _as_tensor(kernel, torch.float64, "a blur kernel")  # [h,w] float64 on the CPU
+        if kernel.ndim != 2 or not kernel.numel() or not kernel.isfinite().all():
+            raise ValueError(f"a blur kernel must be [h,w] of finite numbers, not of shape {list(kernel.shape)}")
         self._cause = cause  # in words, for `describe`
-        self._transfers: dict[Any, Tensor] = {}
+        self._transfer_at = cache(self._make_transfer)
 
     def describe(self) -> str:
         return f"Each image was blurred by {self._cause} at the border."
@@ -148,16 +134,13 @@ class CircularBlur(LinearOperator):
         return torch.fft.irfft2(spectrum, s=x.shape[-2:])
 
     def _transfer(self, x: Tensor) -> Tensor:
-        *_, height, width = check_image_shape(x.shape)
-        key = (height, width, x.dtype, x.device)
-        if key not in self._transfers:
-            rows, columns = (
-                (torch.arange(n) - n // 2) % size for n, size in zip(self.kernel.shape, (height, width), strict=True)
-            )
-            placed = torch.zeros(height, width, dtype=torch.float64)
-            placed.index_put_((rows[:, None], columns[None]), self.kernel, accumulate=True)
-            self._transfers[key] = torch.fft.rfft2(placed).to(x.dtype.to_complex()).to(x.device)
-        return self._transfers[key]
+        return self._transfer_at(tuple(check_image_shape(x.shape)[2:]), x.dtype, x.device)
+
+    def _make_transfer(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        rows, columns = ((torch.arange(n) - n // 2) % m for n, m in zip(self.kernel.shape, size, strict=True))
+        placed = torch.zeros(size, dtype=torch.float64)
+        placed.index_put_((rows[:, None], columns[None]), self.kernel, accumulate=True)
+        return torch.fft.rfft2(placed).to(dtype.to_complex()).to(device)
 
 
 class SuperResolution(LinearOperator):
@@ -171,11 +154,10 @@ class SuperResolution(LinearOperator):
     def __init__(self, *, factor: int = 4) -> None:
         self.factor = check_whole(factor, "super_resolution factor", 1, 1024)
         self.ratio = f"×{self.factor}"
-        self._matrices: dict[Any, tuple[Tensor, ...]] = {}
+        self._matrices = cache(self._make_matrices)
 
     def describe(self) -> str:
-        how = "by antialiased bicubic interpolation"
-        return f"Each image was shrunk {self.factor} times in height and width {how}."
+        return f"Each image was shrunk {self.factor} times in height and width by antialiased bicubic interpolation."
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
@@ -205,13 +187,13 @@ class SuperResolution(LinearOperator):
         return x + rho * noise + _separable(v_h, inside, v_w)
 
     def _resize(self, size: int, x: Tensor) -> tuple[Tensor, ...]:
+        return self._matrices(size, x.dtype, x.device)
+
+    def _make_matrices(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """The matrix R [h,H] of one dimension and its thin SVD: U [h,h], singular values [h], V [H,h]."""
-        key = (size, x.dtype, x.device)
-        if key not in self._matrices:
-            matrix = bicubic_matrix(size, self.factor)
-            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-            self._matrices[key] = tuple(torch.from_numpy(m).to(x.dtype).to(x.device) for m in (matrix, u, s, vt.T))
-        return self._matrices[key]
+        matrix = bicubic_matrix(size, self.factor)
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        return tuple(torch.from_numpy(m).to(dtype).to(device) for m in (matrix, u, s, vt.T))
 
 
 def gaussian_blur_circ(*, kernel_size: int = 61, std: float = 3.0, kernel: Kernel | None = None) -> CircularBlur:
@@ -228,14 +210,6 @@ def motion_blur_circ(
     if kernel is not None:
         return CircularBlur(kernel)
     return CircularBlur(motion_kernel(kernel_size, intensity, seed), "random camera shake, wrapping around")
-
-
-def check_kernel(kernel: Kernel) -> Tensor:
-    """Return a blur kernel as [h,w] float64 on the CPU; raises ValueError for another rank or non-finite weights."""
-    kernel = _as_tensor(kernel, torch.float64, "a blur kernel")
-    if kernel.ndim != 2 or not kernel.numel() or not kernel.isfinite().all():
-        raise ValueError(f"a blur kernel must be [h,w] of finite numbers, not of shape {list(kernel.shape)}")
-    return kernel
 
 
 def _as_tensor(values: Kernel, dtype: torch.dtype, what: str) -> Tensor:

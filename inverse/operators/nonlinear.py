@@ -15,8 +15,7 @@ from inverse.operators.linear import CircularBlur, Kernel
 class PhaseRetrieval(Operator):
     """Magnitude of the oversampled, centred, orthonormal Fourier transform of the image scaled to [0, 1].
 
-    Each side is padded with zeros by oversample/8 of the image's height and width, so that oversample 4 doubles the
-    size. Setting of DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521).
+    Each side is padded with zeros by oversample/8 of the image's size, as in DPS (arXiv 2209.14687): 4 doubles it.
     """
 
     measures_images = False
@@ -27,19 +26,19 @@ class PhaseRetrieval(Operator):
         self.oversample = oversample
 
     def describe(self) -> str:
+        lost = (
+            "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An image"
+        )
         return (
-            "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An "
-            "image and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
+            f"{lost} and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
         )
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
         pads = [self.oversample / 8 * size for size in (height, width)]
         if any(pad != int(pad) for pad in pads):
-            raise ValueError(
-                f"phase_retrieval: oversample {self.oversample:g} pads {height}x{width} images by oversample/8 of "
-                f"their size, {pads[0]:g} and {pads[1]:g} pixels, which must be whole"
-            )
+            made = f"phase_retrieval: oversample {self.oversample:g} pads {height}x{width} images by oversample/8 of"
+            raise ValueError(f"{made} their size, {pads[0]:g} and {pads[1]:g} pixels, which must be whole")
         return n, c, height + 2 * int(pads[0]), width + 2 * int(pads[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,15 +74,13 @@ class NonlinearBlur(Operator):
 
     Images in [-1, 1] are scaled to [0, 1] for the sRGB transfer curve (IEC 61966-2-1: exponent 2.4 with a linear toe,
     continued below 0 and above 1, which keeps all slopes finite), and back. The kernel is camera shake unless given.
-    This is not the nonlinear blur of the DPS and DAPS tables: that one is a pretrained kernel network (GOPRO-trained,
-    Tran et al., CVPR 2021), whose weights are not part of this project, so figures cannot be compared with theirs.
+    Not comparable with the nonlinear blur of the DPS and DAPS tables, a pretrained network (Tran et al., CVPR 2021).
     """
 
     def __init__(
         self, *, kernel_size: int = 61, intensity: float = 0.5, seed: int = 0, kernel: Kernel | None = None
     ) -> None:
         self._blur = CircularBlur(motion_kernel(kernel_size, intensity, seed) if kernel is None else kernel)
-
         self.kernel = self._blur.kernel  # [h,w] float64 on the CPU
 
     def describe(self) -> str:
