@@ -46,8 +46,8 @@ def check_positive(value: float, name: str) -> float:
 
 
 def gaussian_conditional(a: Tensor, noise_std: float, rho: float) -> tuple[Tensor, Tensor]:
-    """Return (gain, std) of u given x and y = a·u + noise_std·n, u ~ N(x, rho²), for each eigen- or singular value `a` of
-    the operator, real or complex, on its own.
+    """Return (gain, std) of u given x and y = a·u + noise_std·n, u ~ N(x, rho²), for each of an operator's eigen- or
+    singular values `a`, real or complex, on its own.
 
     The conditional is N(x + gain·(y - a·x), std²), with gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and
     std = rho·noise_std/sqrt(|a|²·rho² + noise_std²). Where a = 0 nothing is measured: gain 0, std rho.

@@ -29,7 +29,7 @@ class PnPResult(NamedTuple):
 
 
 def resolve_likelihood(operator: Operator, likelihood: str) -> str:
-    """Return "exact" or "langevin": "auto" is exact where the operator allows it. Raises ValueError where it cannot be."""
+    """Return "exact" or "langevin": "auto" is exact where the operator allows it. Raises ValueError where none is."""
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}")
     if likelihood == "exact" and not operator.has_exact_step:

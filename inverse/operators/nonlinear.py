@@ -26,12 +26,9 @@ class PhaseRetrieval(Operator):
         self.oversample = oversample
 
     def describe(self) -> str:
-        lost = (
-            "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An image"
-        )
-        return (
-            f"{lost} and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
-        )
+        lost = "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost."
+        twins = "An image and its copy turned by 180 degrees have the same magnitude"
+        return f"{lost} {twins}, which is drawn on a logarithmic scale."
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
