@@ -27,8 +27,8 @@ _MEASURES = {  # key: title, direction, format
     "residual": ("Residual", "close to the noise is best", "{:.4f}"),
 }
 
-# Stops of the colour map for errors and deviations: lightness, in equal steps, hence also when printed in grey, and a and
-# b of OKLab, whose hue runs from violet over red to yellow.
+# Stops of the colour map for errors and deviations in OKLab: L in equal steps, also when printed in grey, then a and b,
+# whose hue runs from violet over red to yellow.
 _STOPS = ([0.16, 0.36, 0.56, 0.76, 0.96], [0.02, 0.10, 0.18, 0.08, -0.02], [-0.06, -0.10, 0.01, 0.12, 0.08])
 _LAB_TO_CONES = np.array(  # Ottosson, "A perceptual color space for image processing", 2020
     [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
@@ -73,9 +73,7 @@ def write_report(
 
     Raises ResultsError, naming the file, for pictures that are missing or damaged; an older report then stays.
     """
-    shown = [
-        _load_pictures(outdir, image, results.has_truth, samples_per_image) for image in results.images[:max_images]
-    ]
+    shown = [_load_pictures(outdir, r, results.has_truth, samples_per_image) for r in results.images[:max_images]]
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
