@@ -16,6 +16,7 @@ from tqdm import tqdm
 import networks
 from dnnlib.files import file_sha256
 from dnnlib.text import redact
+from generation.command import load_networks
 from inverse.evaluation import evaluate, format_summary, write_metrics
 from inverse.inputs import ImageFolder, InputError, MeasurementFolder, read_mask
 from inverse.operators import Operator, get_operator
@@ -96,23 +97,24 @@ def prepare(request: Request, device: torch.device) -> Job:
     net, path = _load_net(request, device)
     scorer, note = (None, None) if request.data is None else _load_lpips(request, net.img_resolution, device)
     shape = (1, net.img_channels, net.img_resolution, net.img_resolution)
-    y_shape = operator.measurement_shape(shape)[1:]
     operator.forward(torch.zeros(shape))  # a mask or box that does not fit is told before anything is written
     source: ImageFolder | MeasurementFolder
     if request.data is not None:
         size = {"resolution": net.img_resolution, "channels": net.img_channels}
         source = ImageFolder(request.data, **size, resize=request.resize, num=request.num)
     else:
-        pictures = operator.measures_images
-        source = MeasurementFolder(request.measurements, shape=y_shape, pictures=pictures, num=request.num)
+        kind = {"shape": operator.measurement_shape(shape)[1:], "pictures": operator.measures_images}
+        source = MeasurementFolder(request.measurements, **kind, num=request.num)
     inputs, outdir = Path(request.data or request.measurements).resolve(), request.outdir
     if inputs.is_dir() and Path(outdir).resolve().is_relative_to(inputs):
         raise InputError(f"{outdir} lies in {inputs}, and results would be taken for input: use another --outdir")
     classes = _classes(request, net.label_dim, source)
-    folder, options = ResultsFolder(request.outdir, request.task.runs), {}
+    folder, options = ResultsFolder(outdir, request.task.runs), {}
     if distributed.is_main():
         source.check()
-        options = _options(request, device, path)
+        kept = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
+        options = {"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": file_sha256(path)}
+        options |= {name.removesuffix("_idx"): getattr(request, name) for name in kept} | {"device": str(device)}
         folder.begin(options, operator, shape[2:])
     return Job(request, device, net, operator, source, classes, folder, options, scorer, note)
 
@@ -131,7 +133,7 @@ def _load_operator(request: Request) -> Operator:
 
 def _load_net(request: Request, device: torch.device) -> tuple[networks.GenerativeDenoiser, Path]:
     """The network, ready to run, and its file."""
-    loaded = networks.load(request.net, device=device)
+    loaded, _ = load_networks(request.net, None, device)
     net = loaded.net
     if not isinstance(net, networks.GenerativeDenoiser):
         raise ValueError(f"{request.net}: a {type(net).__name__}; inverse problems need a generative denoiser")
@@ -140,8 +142,6 @@ def _load_net(request: Request, device: torch.device) -> tuple[networks.Generati
     if request.task.ts is not None:
         few_step_sigmas(request.task.ts, sigma_max=net.init_sigma)
     net.compute_dtype = distributed.compute_dtype(request.dtype, device)
-    if device.type == "cpu":
-        net.to(memory_format=torch.channels_last)
     return net, loaded.path
 
 
@@ -163,59 +163,43 @@ def _load_lpips(request: Request, resolution: int, device: torch.device) -> tupl
 def _classes(request: Request, label_dim: int, source: ImageFolder | MeasurementFolder) -> dict[str, int | None]:
     """The class of every image by name. Raises ValueError where the network and the request do not fit."""
     class_idx, has_images = request.class_idx, isinstance(source, ImageFolder)
-    if label_dim == 0:
-        if class_idx is not None:
-            raise ValueError(f"{request.net} has no classes: leave out --class")
-        return dict.fromkeys(source.names)
+    if label_dim == 0 and class_idx is not None:
+        raise ValueError(f"{request.net} has no classes: leave out --class")
     known = f"{request.net} has classes 0 to {label_dim - 1}"
-    if class_idx is None:
-        raise ValueError(f"{known}: give one with --class" + (", or --class data" if has_images else ""))
+    if label_dim and class_idx is None:
+        raise ValueError(f"{known}: give one with --class" + ", or --class data" * has_images)
     if class_idx == "data" and not has_images:
         raise ValueError("--class data needs --data: measurements carry no classes")
     classes = source.labels() if class_idx == "data" else dict.fromkeys(source.names, class_idx)
-    wrong = [c for c in classes.values() if c >= label_dim]
-    if wrong:
+    if wrong := [c for c in classes.values() if c is not None and c >= label_dim]:
         raise ValueError(f"{known}, and not {wrong[0]}")
     return classes
 
 
-def _options(request: Request, device: torch.device, path: Path) -> dict[str, Any]:
-    """What options.json keeps of a request."""
-    names = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
-    return {
-        **{"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": file_sha256(path)},
-        **{name.removesuffix("_idx"): getattr(request, name) for name in names},
-        "device": str(device),
-    }
-
-
 def sample(job: Job) -> None:
     """Draw and write what this process's share of the images lacks."""
-    task, names = job.request.task, job.source.names
+    request, task, names = job.request, job.request.task, job.source.names
     todo = [name for name in names if job.folder.record(name) is None]
     distributed.barrier()  # all have looked before anyone writes
-    distributed.print0(
-        f"{task.name}: {task.runs} sample(s) each of {len(names)} images, {task.steps} noise levels"
-        + (f"; {len(names) - len(todo)} were finished before" if len(todo) < len(names) else ""),
-        file=sys.stderr,
-    )
+    finished = f"; {len(names) - len(todo)} were finished before" if len(todo) < len(names) else ""
+    work = f"{task.runs} sample(s) each of {len(names)} images, {task.steps} noise levels"
+    distributed.print0(f"{task.name}: {work}{finished}", file=sys.stderr)
     mine = todo[distributed.rank() :: distributed.world_size()]
     total = len(mine) * task.runs
+
+    def problems() -> Iterator[Problem]:
+        for name in mine:
+            y, truth = job.source.read(name), None
+            if request.data is not None:
+                y, truth = simulate(job.operator, y, task.noise, seed=request.seed, name=name), y
+            yield Problem(name, y, truth, job.classes[name])
+
     layout = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-    disable = job.request.quiet or not total or not distributed.is_main()
+    disable = request.quiet or not total or not distributed.is_main()
     bar = tqdm(total=total, unit="sample", bar_format=layout, disable=disable)
     with warnings.catch_warnings(), bar:
         warnings.simplefilter("ignore", LangevinWarning)  # recorded with each image, and told at the end
-        how = {"seed": job.request.seed, "batch": job.request.batch, "device": job.device}
+        how = {"seed": request.seed, "batch": request.batch, "device": job.device}
         how["progress"] = lambda samples: bar.update(min(samples, total - bar.n))
-        for solution in solve(job.net, job.operator, task, _problems(job, mine), **how):
+        for solution in solve(job.net, job.operator, task, problems(), **how):
             job.folder.write(solution, job.operator)
-
-
-def _problems(job: Job, names: list[str]) -> Iterator[Problem]:
-    for name in names:
-        found, truth = job.source.read(name), None
-        if job.request.data is not None:
-            truth = found
-            found = simulate(job.operator, truth, job.request.task.noise, seed=job.request.seed, name=name)
-        yield Problem(name, found, truth, job.classes[name])
