@@ -49,8 +49,7 @@ def evaluate(
     names: Sequence[str],  # of the images, all finished
     task_name: str,
     has_truth: bool,
-    lpips: LPIPS | None = None,  # None = not computed
-    lpips_note: str | None = None,  # why not
+    lpips: LPIPS | str | None = None,  # or why it is not computed
 ) -> Results:
     """Judge the images of a results folder.
 
@@ -60,7 +59,7 @@ def evaluate(
     `summary` averages over the images: "sample" first over the runs of each; std is that over the images.
     Raises ResultsError for records and pictures that are missing or damaged.
     """
-    images = []
+    images, scorer = [], None if isinstance(lpips, str) else lpips
     for name in names:
         images.append(image := folder.record(name))
         if image is None:
@@ -68,12 +67,13 @@ def evaluate(
         if len(image.runs) > 1:
             image.chosen_run = min(range(len(image.runs)), key=lambda run: image.runs[run]["residual"])
         if has_truth:
-            _compare(folder.path, image, lpips)
+            _compare(folder.path, image, scorer)
     runs, calibration = len(images[0].runs), None
     if covered := [image for image in images if image.coverage is not None]:
         found, interval = statistics.fmean(image.coverage for image in covered), covered[0].interval
         calibration = {"interval": interval, "expected": interval, "coverage": found, "runs": runs}
-    about_lpips = {"computed": lpips is not None, "name": getattr(lpips, "name", None), "note": lpips_note}
+    about_lpips = {"computed": scorer is not None, "name": getattr(scorer, "name", None)}
+    about_lpips["note"] = lpips if scorer is None else None
     retries, summary = sum(image.retries for image in images), _summarise(images)
     return Results(task_name, len(images), runs, has_truth, about_lpips, retries, summary, calibration, images)
 
