@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
@@ -10,21 +10,16 @@ from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER, batch_option, device_option, dtype_option, quiet_option
 from torch_utils.threads import wait_passively
 
-if TYPE_CHECKING:
-    from generation.images import generate_images
-
-__all__ = ["generate_images", "main"]
-
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """`generate_images`, loaded on first use: --help needs no PyTorch."""
-    if name == "generate_images":
-        from generation.images import generate_images
+    if name != "generate_images":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from generation.images import generate_images
 
-        return generate_images
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return generate_images
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})

@@ -1,7 +1,6 @@
-"""Images by seed, batch by batch, from a teacher or from a distilled network.
-
-Per image, everything random comes from the stream of its own seed, in this order: starting noise [C,H,W]; the class of
-a conditional network (also when one is asked for, so that the rest does not shift); what the sampler draws.
+"""Images by seed, batch by batch, from a teacher or from a distilled network. Per image, everything random comes from
+the stream of its own seed, in this order: starting noise [C,H,W]; the class of a conditional network (also when one is
+asked for, so that the rest does not shift); what the sampler draws.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ def image_path(outdir: str | Path, seed: int, *, subdirs: bool = False) -> Path:
 
 def split_seeds(seeds: Sequence[int], batch: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Return the batches of one process: nearly equal ones of at most `batch`, dealt out to the processes in turn.
-
     Which seeds share a batch does not depend on the number of processes, unless there are fewer batches than those.
     """
     count = max(math.ceil(len(seeds) / batch), min(world_size, len(seeds)))

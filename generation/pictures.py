@@ -14,10 +14,7 @@ from dnnlib.files import atomic_write, open_regular
 
 
 def save_image(path: str | Path, image: np.ndarray | torch.Tensor) -> None:
-    """Write one uint8 image [C,H,W] as PNG, grey for one channel and RGB for three; the file appears whole or not.
-
-    Raises ValueError for another shape or type.
-    """
+    """Write uint8 [C,H,W], C = 1 or 3, as PNG; it appears whole or not. Raises ValueError for another shape or type."""
     array = _as_uint8(image)
     if array.ndim != 3 or array.shape[0] not in (1, 3):
         raise ValueError(f"{path}: a PNG needs 1 or 3 channels, not an array of shape {list(array.shape)}")

@@ -55,10 +55,7 @@ class Request:
 
 
 def run(request: Request) -> None:
-    """Solve the inverse problems of a request, under torchrun with other processes, and print the averages.
-
-    Raises ValueError, OSError or click.UsageError, as one line, for what cannot be done.
-    """
+    """Do what is asked, in all processes of torchrun. Raises ValueError, OSError or click.UsageError of one line."""
     device = distributed.init(request.device)
     job = distributed.main_first(lambda: Job(request, device))
     job.sample()

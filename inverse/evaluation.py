@@ -1,7 +1,4 @@
-"""Image quality of posterior samples, from the files of a finished run: PSNR, SSIM and LPIPS, per image and averaged.
-
-Everything is measured on the 8-bit images that were written, so that the numbers belong to the files.
-"""
+"""Image quality of posterior samples, per image and averaged, from the 8-bit files that a finished run has written."""
 
 from __future__ import annotations
 

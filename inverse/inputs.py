@@ -54,10 +54,9 @@ class Inputs(ABC):
 
 
 class ImageFolder(Inputs):
-    """Images of any format as [C,H,W] in [-1, 1]: `channels` 1 or 3, `resolution` pixels high and wide.
-
-    `resize` crops the centre of other sizes and resizes it; without it they are an error.
-    Raises InputError or DatasetError where there are no images or fewer than `num`.
+    """Images of any format as [C,H,W] in [-1, 1]: `channels` 1 or 3, `resolution` pixels high and wide. `resize` crops
+    the centre of other sizes and resizes it; without it they are an error. Raises InputError or DatasetError where
+    there are no images or fewer than `num`.
     """
 
     def __init__(
@@ -96,9 +95,8 @@ class ImageFolder(Inputs):
 
 class MeasurementFolder(Inputs):
     """Real measurements of `shape` [C,h,w]: .npz (array y) or .npy files, or, if there are none and `pictures` can be
-    measurements, images that stand for [-1, 1].
-
-    Raises InputError or DatasetError where there are no measurements or fewer than `num`.
+    measurements, images that stand for [-1, 1]. Raises InputError or DatasetError where there are no measurements or
+    fewer than `num`.
     """
 
     def __init__(
@@ -123,9 +121,8 @@ class MeasurementFolder(Inputs):
 
 
 def name_files(files: list[str], where: str) -> dict[str, str]:
-    """Return {name: file}: a/b.png becomes a-b, and so do backslashes, colons and what cannot be printed.
-
-    Raises InputError where two files would share a name, and for names that leave no room for an extension.
+    """Return {name: file}: a/b.png becomes a-b, and so do backslashes, colons and what cannot be printed. Raises
+    InputError where two files would share a name, and for names that leave no room for an extension.
     """
     named: dict[str, str] = {}
     for file in files:

@@ -1,7 +1,6 @@
-"""Draws from the likelihood step p(u | x, y): the exact Gaussian formula, and unadjusted Langevin for the rest.
-
-The target is proportional to exp(-|A(u) - y|²/beta - |u - x|²/(2·rho²)): a Gaussian prior of mean x and standard
-deviation rho, and Gaussian measurement noise of standard deviation sqrt(beta/2).
+"""Draws from the likelihood step p(u | x, y): the exact Gaussian formula, and unadjusted Langevin for the rest. The
+target is proportional to exp(-|A(u) - y|²/beta - |u - x|²/(2·rho²)): a Gaussian prior of mean x and standard deviation
+rho, and Gaussian measurement noise of standard deviation sqrt(beta/2).
 """
 
 from __future__ import annotations
@@ -47,10 +46,8 @@ def check_positive(value: float, name: str) -> float:
 
 def gaussian_conditional(a: Tensor, noise_std: float, rho: float) -> tuple[Tensor, Tensor]:
     """Return (gain, std) of u given x and y = a·u + noise_std·n, u ~ N(x, rho²), for each of an operator's eigen- or
-    singular values `a`, real or complex, on its own.
-
-    The conditional is N(x + gain·(y - a·x), std²), with gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and
-    std = rho·noise_std/sqrt(|a|²·rho² + noise_std²). Where a = 0 nothing is measured: gain 0, std rho.
+    singular values `a`, real or complex, on its own: the conditional is N(x + gain·(y - a·x), std²), with
+    gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and std = rho·noise_std/sqrt(|a|²·rho² + noise_std²).
     Raises ValueError unless noise_std and rho are positive numbers.
     """
     noise_std, rho = check_positive(noise_std, "likelihood_std"), check_positive(rho, "rho")
@@ -75,12 +72,11 @@ def langevin_step(
 
     Iterates u ← u - lr·∇[|A(u) - y|²/beta + |u - x|²/(2·rho_sigma²)] + sqrt(2·lr)·n with the step size
     lr = c1/(c2/beta + 1/rho_sigma²) (NCVSD, arXiv 2506.09416). Noise: one number per image, then one image per step.
-
-    A chain has diverged if its end is not finite, or if its energy (the bracket above) exceeds that of the start by
-    more than 10 per pixel. It is run again from x at a quarter of the step size, each image with its own stream seeded
-    by the number drawn first, so that an image's result never depends on the others in the batch.
-    Raises LangevinDivergenceError if chains still diverge after `max_retries`, ValueError for settings that are not
-    positive and for x or y that are not finite or do not fit.
+    A chain has diverged if its end is not finite, or its energy (the bracket) exceeds that of the start by more than 10
+    per pixel. It is run again from x at a quarter of the step size, each image with its own stream seeded by the number
+    drawn first, so that its result does not depend on the others. Raises LangevinDivergenceError if chains still
+    diverge after `max_retries`, ValueError for settings that are not positive and for x or y that are not finite or do
+    not fit.
     """
     if steps < 1 or max_retries < 0:
         raise ValueError(f"Langevin needs steps >= 1 and max_retries >= 0, not {steps} and {max_retries}")

@@ -69,9 +69,8 @@ def write_report(
     max_images: int = 24,  # the first ones are shown
     samples_per_image: int = 3,  # the chosen run and the oracle's come first, if shown at all
 ) -> Path:
-    """Write OUTDIR/report.html, one self-contained page, and return its path.
-
-    Raises ResultsError, naming the file, for pictures that are missing or damaged; an older report then stays.
+    """Write OUTDIR/report.html, one self-contained page, and return its path. Raises ResultsError, naming the file, for
+    pictures that are missing or damaged; an older report then stays.
     """
     shown = [_load_pictures(outdir, r, results.has_truth, samples_per_image) for r in results.images[:max_images]]
     loader = jinja2.FileSystemLoader(_TEMPLATES)

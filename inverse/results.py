@@ -65,9 +65,8 @@ class ResultsFolder:
 
     def begin(self, options: dict[str, Any], operator: Operator, size: tuple[int, int]) -> None:
         """Create the folder, or check that it holds results of the same options, or none yet; keep other processes out
-        as long as this object lives.
-
-        Raises ResultsError, naming what differs, where it does not, and FolderInUseError where another process does so.
+        as long as this object lives. Raises ResultsError, naming what differs, where it does not, and FolderInUseError
+        where another process does so.
         """
         options = json.loads(json.dumps(options))
         self._check(options)
@@ -100,10 +99,7 @@ class ResultsFolder:
         return any((self.path / name).exists() for name in names)
 
     def record(self, name: str) -> ImageResult | None:
-        """Return what was recorded of a finished image, or None, also where one of its pictures is gone.
-
-        Raises ResultsError for a damaged record.
-        """
+        """A finished image, or None, also where a picture of it is gone. Raises ResultsError for a damaged record."""
         path, advice = self.path / "records" / f"{name}.json", "remove it, and the image is drawn again"
         if not path.exists():
             return None
@@ -163,9 +159,7 @@ class ResultsFolder:
 
 
 def read_picture(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """A picture of a finished image, uint8 [C,H,W]. Users may have changed it: raises ResultsError if it is missing,
-    damaged or not of this shape.
-    """
+    """A picture of a finished image, uint8 [C,H,W]. Raises ResultsError if missing, damaged or not of this shape."""
     try:
         image = read_image(path)
     except FileNotFoundError:

@@ -38,10 +38,7 @@ class Solution:
 
 
 def stream(seed: int, name: str, run: int | None = None) -> int:
-    """Return the number that seeds one image's noise: of its measurement, or of one of its runs.
-
-    It depends on nothing else, neither on the other images nor on the batch.
-    """
+    """Return the number that seeds an image's noise, of its measurement or of one run, and depends on nothing else."""
     text = f"{seed}/{'measurement' if run is None else run}/{name}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -64,10 +61,9 @@ def solve(
     device: torch.device | str = "cpu",
     progress: Callable[[float], Any] | None = None,  # told how many samples' worth of work was done
 ) -> Iterator[Solution]:
-    """Yield the `task.runs` posterior samples of each problem, in order, as soon as its last sample is drawn.
-
-    A sample depends on `seed`, the problem's name and the run alone: bit for bit with `batch` 1, else up to the
-    network's rounding, which Langevin chains can amplify (README.md). Raises ValueError as `inverse.pnp_sample` does.
+    """Yield the `task.runs` posterior samples of each problem, in order, as soon as its last sample is drawn. A sample
+    depends on `seed`, the problem's name and the run alone: bit for bit with `batch` 1, else up to the network's
+    rounding, which Langevin chains can amplify (README.md). Raises ValueError as `inverse.pnp_sample` does.
     """
     levels = karras_sigmas(task.steps, task.sigma_min, task.sigma_max, task.rho, dtype=torch.float64).tolist()
     todo = ((problem, run) for problem in problems for run in range(task.runs))

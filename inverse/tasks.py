@@ -1,7 +1,4 @@
-"""Tasks: a measurement operator with the settings of its sampler, from YAML files and command-line options.
-
-Imports no torch, so that scripts show their help at once.
-"""
+"""Tasks: an operator and the settings of its sampler, from YAML files and options. Imports no torch, for --help."""
 
 from __future__ import annotations
 
@@ -144,11 +141,9 @@ def task_names() -> list[str]:
 
 
 def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> Task:
-    """Return the task of a YAML file, or of a bare name from `task_names`, with some settings replaced.
-
-    `overrides` are fields of `Task` and, as langevin_steps, langevin_c1 and langevin_c2, of LangevinSettings.
-    Raises TaskError for what cannot be read and for settings that do not exist or make no sense, naming the file where
-    they are its own.
+    """Return the task of a YAML file, or of a name from `task_names`, with some fields replaced: `overrides` of `Task`
+    and, as langevin_steps, langevin_c1 and langevin_c2, of its LangevinSettings. Raises TaskError for what cannot be
+    read and for settings that do not exist or make no sense, naming the file where they are its own.
     """
     known, path = task_names(), Path(task)
     if not path.is_file():

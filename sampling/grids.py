@@ -21,7 +21,6 @@ def karras_sigmas(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Return `num` decreasing noise levels [num] from `sigma_max` to `sigma_min` (EDM, arXiv 2206.00364, equation 5).
-
     Raises ValueError if there are fewer than two levels or the range is not 0 <= sigma_min < sigma_max.
     """
     if num < 2:
@@ -35,10 +34,9 @@ def karras_sigmas(
 
 
 def few_step_sigmas(ts: Sequence[int], *, sigma_max: float = 80.0, device: torch.device | str | None = None) -> Tensor:
-    """Return the noise levels [n+1] of grid indices t_0 < … < t_n; index 0 has `sigma_max`, in data units.
-
-    They mean n network evaluations: the last level is where the result would be re-noised to.
-    Raises ValueError unless the indices are at least two, integers in 0..39, and strictly increasing.
+    """Return the noise levels [n+1] of grid indices t_0 < … < t_n; index 0 has `sigma_max`, in data units. They mean n
+    network evaluations: the last level is where the result would be re-noised to. Raises ValueError unless the indices
+    are at least two, integers in 0..39, and strictly increasing.
     """
     ts, shown = list(ts), ",".join(map(str, ts))
     if any(isinstance(t, bool) or int(t) != t or not 0 <= t < TS_GRID_SIZE for t in ts):
@@ -58,10 +56,9 @@ class ParsedSchedule(NamedTuple):
 
 
 def parse_ts(text: str | Sequence[int]) -> ParsedSchedule:
-    """Read a few-step schedule such as '10,22,39': indices of the 40-point Karras grid, 0 (80) to 39 (0.002).
-
-    n+1 indices are n network evaluations; the last, 39, ends the schedule and is added where it is missing.
-    Raises ValueError unless the entries are strictly increasing integers in 0..39 with at least one below 39.
+    """Read a few-step schedule such as '10,22,39': indices of the 40-point Karras grid, 0 (80) to 39 (0.002). n+1
+    indices are n network evaluations; the last, 39, ends the schedule and is added where it is missing. Raises
+    ValueError unless the entries are strictly increasing integers in 0..39 with at least one below 39.
     """
     parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
     try:

@@ -23,10 +23,8 @@ def heun_sampler(
     second_order: bool = True,  # False = Euler steps only
     dtype: torch.dtype = torch.float32,  # of the state between steps
 ) -> Tensor:
-    """Integrate the probability-flow ODE from noise to images [N,C,H,W] on a Karras grid ending in 0.
-
-    Heun's second-order method with a first-order last step (EDM, arXiv 2206.00364, Algorithm 1). Nothing is drawn.
-    Raises ValueError for a grid of fewer than two levels or an impossible range.
+    """Integrate the probability-flow ODE from noise to images [N,C,H,W] on a Karras grid ending in 0, by Heun's method
+    with a first-order last step (EDM, arXiv 2206.00364, Algorithm 1). Raises ValueError for an impossible grid.
     """
     levels = karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64, device="cpu").tolist() + [0.0]
 
@@ -52,11 +50,9 @@ def guided_denoiser(
     *,
     gnet_labels: bool = True,  # False = gnet is evaluated without labels (classifier-free guidance)
 ) -> Denoiser:
-    """Return the denoiser gnet + guidance·(net - gnet) for fixed labels.
-
-    A guiding network that is a worse version of `net` makes this autoguidance (arXiv 2406.02507, equation 3); one
-    that sees no labels, because it has `label_dim` 0 or by `gnet_labels=False`, makes it classifier-free guidance.
-    With guidance 1 only `net` is evaluated.
+    """Return the denoiser gnet + guidance·(net - gnet) for fixed labels; with guidance 1 only `net` is evaluated. A
+    `gnet` that is a worse `net` makes this autoguidance (arXiv 2406.02507, equation 3), one that sees no labels
+    classifier-free guidance.
     """
     if guidance == 1:
         return lambda x, sigma: net(x, sigma, labels)

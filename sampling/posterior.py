@@ -12,7 +12,6 @@ RandnLike = Callable[[Tensor], Tensor]  # standard normal noise in a tensor's sh
 
 def expand_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
     """Return a noise level per sample as [N,1,1,1] on x's device, for x [N,C,H,W]; float64 for such x, else float32.
-
     `sigma` is a number, or a tensor of 1 or N elements shaped [], [N] or [N,1,1,1]; raises ValueError otherwise.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

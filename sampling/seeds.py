@@ -12,9 +12,8 @@ _MASK32 = (1 << 32) - 1
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Parse a list of seeds such as '0-49999' or '1,2,5-10'; order and repeats are kept.
-
-    Raises ValueError for anything else, for a range that runs backwards, and for more than 10 million seeds.
+    """Parse a list of seeds such as '0-49999' or '1,2,5-10'; order and repeats are kept. Raises ValueError for anything
+    else, for a range that runs backwards, and for more than 10 million seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -33,19 +32,17 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def stream_seed(seed: int) -> int:
-    """Map any integer to a 32-bit generator seed, such that neighbouring seeds give unrelated streams.
-
-    PyTorch's CPU generator keeps 32 bits of its seed, so the map is a bijection on 0..2^32-1 (the finaliser of
-    MurmurHash3): no two of those seeds ever share a stream. Higher and negative integers are folded in modulo 2^64.
+    """Map any integer to a 32-bit generator seed, such that neighbouring seeds give unrelated streams. PyTorch's CPU
+    generator keeps 32 bits of its seed, so the map is a bijection on 0..2^32-1 (the finaliser of MurmurHash3): no two
+    of those seeds ever share a stream. Higher and negative integers are folded in modulo 2^64.
     """
     return _mix32((seed & _MASK32) ^ _mix32(seed >> 32 & _MASK32))
 
 
 class SeededNoise:
-    """Draws for a batch in which image i only ever consumes the stream of `seeds[i]`.
-
-    Numbers are drawn in float32 on the CPU, one image after the other, then moved to `device`: they depend neither on
-    the batch's composition nor on the device. The first dimension of whatever is drawn must be len(seeds).
+    """Draws for a batch in which image i only ever consumes the stream of `seeds[i]`. Numbers are drawn in float32 on
+    the CPU, one image after the other, then moved to `device`: they depend neither on the batch's composition nor on
+    the device. The first dimension of whatever is drawn must be len(seeds).
     """
 
     def __init__(self, seeds: Iterable[int], device: torch.device | str = "cpu") -> None:

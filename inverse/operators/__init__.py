@@ -1,7 +1,4 @@
-"""Measurement operators A of the inverse problems y = A(x) + noise, by name.
-
-Each works for any number of channels, on any device, at any size (`phase_retrieval`: where its padding is whole).
-"""
+"""Measurement operators A of y = A(x) + noise, by name: for any number of channels, device and size (of whole pads)."""
 
 from __future__ import annotations
 
@@ -25,9 +22,8 @@ OPERATORS: dict[str, Callable[..., Operator]] = {
 
 
 def get_operator(name: str, **params: Any) -> Operator:
-    """Return the operator `name` of OPERATORS with its parameters; those left out take the published values.
-
-    Raises ValueError for a name or parameter that does not exist, and for values that make no sense.
+    """Return the operator `name` of OPERATORS with its parameters; those left out take the published values. Raises
+    ValueError for a name or parameter that does not exist, and for values that make no sense.
     """
     if name not in OPERATORS:
         raise ValueError(f"there is no operator {name!r}: use one of {', '.join(OPERATORS)}")

@@ -69,10 +69,9 @@ class LinearOperator(Operator):
     def sample_conditional(
         self, x: Tensor, y: Tensor, likelihood_std: float, rho: float, randn_like: RandnLike = torch.randn_like
     ) -> Tensor:
-        """Draw u [N,C,H,W] exactly from its conditional: prior N(x, rho²), y = A(u) + likelihood_std·n.
-
-        One call of `randn_like` on x. Affine in that noise: zeros give the conditional mean.
-        Raises ValueError where x or y do not fit the operator or a standard deviation is not positive.
+        """Draw u [N,C,H,W] exactly from its conditional: prior N(x, rho²), y = A(u) + likelihood_std·n. One call of
+        `randn_like` on x. Affine in that noise: zeros give the conditional mean. Raises ValueError where x or y do not
+        fit the operator or a standard deviation is not positive.
         """
 
     def misfit_gradient(self, x: Tensor, y: Tensor) -> Tensor:

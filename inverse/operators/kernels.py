@@ -15,7 +15,6 @@ _MAX_SIZE = 2048  # of a kernel, in pixels
 
 def gaussian_kernel(size: int, std: float) -> np.ndarray:
     """Return a Gaussian kernel [size, size] of sum 1, float64: an impulse at size//2 after a filter of `std` pixels.
-
     Cut at 4 of them and mirrored at the borders. Raises ValueError for a size below 1 or a std that is not positive.
     """
     size = check_whole(size, "kernel_size", 1, _MAX_SIZE)
@@ -57,8 +56,7 @@ def bicubic_matrix(size: int, factor: int) -> np.ndarray:
     """Return the float64 matrix [ceil(size/factor), size] that downsamples a row of pixels by an integer factor.
 
     Output pixel i is centred at input factor·i + (factor - 1)/2, Keys' cubic kernel (1981) of a = -0.5 is stretched by
-    `factor` against aliasing, borders are mirrored, and the weights of each output pixel sum to 1. Factor 1 is the
-    identity. No library at hand mirrors the borders.
+    `factor`, borders are mirrored (which no library at hand does), and the weights of each output pixel sum to 1.
     """
     margin = 5 * factor
     mirrored = np.pad(np.arange(size), margin, mode="symmetric")

@@ -1,7 +1,4 @@
-"""Linear operators, each with its adjoint and its exact likelihood step.
-
-What they need at a size (masks, transfer functions, matrices) is computed on first use and kept.
-"""
+"""Linear operators, each with its adjoint and exact step; what a size needs is computed on first use and kept."""
 
 from __future__ import annotations
 
@@ -20,10 +17,8 @@ Kernel = Tensor | np.ndarray | Sequence[Sequence[float]]
 
 
 class Inpainting(LinearOperator):
-    """Pixels removed, by a mask, a box or at random: y = mask·x, zero where removed, same for all channels.
-
-    The exact step is diagonal. Give one of `mask`, `box` or `fraction`.
-    Settings of DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521).
+    """Pixels removed, by one of a mask, a box or a share at random: y = mask·x, zero where removed, same for all
+    channels. The exact step is diagonal. Settings of DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521).
     """
 
     def __init__(
@@ -101,9 +96,8 @@ class Inpainting(LinearOperator):
 
 
 class CircularBlur(LinearOperator):
-    """Circular convolution with a centred kernel [h,w]: a unit impulse at (h//2, w//2) leaves the image unmoved.
-
-    The exact step is diagonal in the Fourier basis. A kernel larger than the image wraps around.
+    """Circular convolution with a centred kernel [h,w]: a unit impulse at (h//2, w//2) leaves the image unmoved, a
+    larger kernel than the image wraps around. The exact step is diagonal in the Fourier basis.
     """
 
     def __init__(self, kernel: Kernel, cause: str = "a given kernel, wrapping") -> None:
@@ -144,11 +138,10 @@ class CircularBlur(LinearOperator):
 
 
 class SuperResolution(LinearOperator):
-    """Antialiased bicubic downsampling (a = -0.5) by an integer factor: [N,C,H,W] to [N,C,ceil(H/f),ceil(W/f)].
+    """Antialiased bicubic downsampling (`bicubic_matrix`) by an integer factor: [N,C,H,W] to [N,C,ceil(H/f),ceil(W/f)].
 
-    See `kernels.bicubic_matrix`. Separable, y = R_h x R_wᵀ, so that the singular vectors of A are products of those of
-    the two small matrices and the exact step takes no iteration: inside their span u is drawn singular value by
-    singular value, and in the null space from the prior.
+    Separable, y = R_h x R_wᵀ: the singular vectors of A are products of those of two small matrices, so that the exact
+    step draws u singular value by singular value inside their span and from the prior in the null space.
     """
 
     def __init__(self, *, factor: int = 4) -> None:

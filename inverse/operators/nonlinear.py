@@ -13,9 +13,8 @@ from inverse.operators.linear import CircularBlur, Kernel
 
 
 class PhaseRetrieval(Operator):
-    """Magnitude of the oversampled, centred, orthonormal Fourier transform of the image scaled to [0, 1].
-
-    Each side is padded with zeros by oversample/8 of the image's size, as in DPS (arXiv 2209.14687): 4 doubles it.
+    """Magnitude of the oversampled, centred, orthonormal Fourier transform of the image scaled to [0, 1]. Each side is
+    padded with zeros by oversample/8 of the image's size, as in DPS (arXiv 2209.14687): 4 doubles it.
     """
 
     measures_images = False
@@ -47,10 +46,8 @@ class PhaseRetrieval(Operator):
 
 
 class HighDynamicRange(Operator):
-    """Overexposure: y = clip(scale·x, -1, 1), as in DAPS (arXiv 2407.01521).
-
-    The slope is `scale` and drops to 0 beyond the clip, so Langevin steps that overshoot get stuck there: keep
-    c1/c2 <= 1/(2·scale²), as c1 0.0125 with c2 0.1.
+    """Overexposure: y = clip(scale·x, -1, 1), as in DAPS (arXiv 2407.01521). Beyond the clip the slope is 0, where
+    Langevin steps that overshoot get stuck: keep c1/c2 <= 1/(2·scale²), as c1 0.0125 with c2 0.1.
     """
 
     def __init__(self, *, scale: float = 2.0) -> None:
@@ -67,11 +64,9 @@ class HighDynamicRange(Operator):
 
 
 class NonlinearBlur(Operator):
-    """A camera's blur: pixel values are decoded to linear light, blurred circularly, and encoded again.
-
-    Images in [-1, 1] are scaled to [0, 1] for the sRGB transfer curve (IEC 61966-2-1: exponent 2.4 with a linear toe,
-    continued below 0 and above 1, which keeps all slopes finite), and back. The kernel is camera shake unless given.
-    Not comparable with the nonlinear blur of the DPS and DAPS tables, a pretrained network (Tran et al., CVPR 2021).
+    """A camera's blur: pixels are decoded to linear light by the sRGB curve on [0, 1] (IEC 61966-2-1, continued
+    beyond), blurred circularly, by camera shake unless a kernel is given, and encoded again. Not comparable with the
+    nonlinear blur of the DPS and DAPS tables, a pretrained network (Tran et al., CVPR 2021).
     """
 
     def __init__(
