@@ -12,6 +12,7 @@ from torch_utils.threads import wait_passively
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 BATCH = """Samples at once, per process. With 1 an image is the same, bit for bit, whatever else is drawn; more round
 otherwise: float32 by less than a grey level (more where beta is far below 2·noise²), bf16 and fp16 by several."""
+LPIPS = "auto computes it where VGG-16's weights are at hand; download fetches them (528 MB)."
 
 
 def class_index(text: str) -> int | str:
@@ -37,12 +38,7 @@ def class_index(text: str) -> int | str:
 @click.option("--seed", type=SEED, default=0, help="Of measurement noise and samples.")
 @batch_option(16, BATCH)
 @task_options
-@click.option(
-    "--lpips",
-    type=click.Choice(["auto", "download", "off"]),
-    default="auto",
-    help="auto computes it where VGG-16's weights are at hand; download fetches them (528 MB).",
-)
+@click.option("--lpips", type=click.Choice(["auto", "download", "off"]), default="auto", help=LPIPS)
 @click.option("--lpips-path", metavar="FILE|DIR", help="VGG-16's weights, vgg16-397923af.pth.")
 @click.option(
     "--lpips-pooling",

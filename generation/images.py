@@ -106,7 +106,11 @@ def generate_images(
                     network.eval()
                 source = SeededNoise(part, device)
                 noise = source.randn([len(part), net.img_channels, net.img_resolution, net.img_resolution])
-                labels = _draw_labels(source, net.label_dim, class_idx)
+                labels = None
+                if net.label_dim:
+                    classes = source.randint(net.label_dim)
+                    classes = classes if class_idx is None else torch.full_like(classes, class_idx)
+                    labels = nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
                 latents = sample(noise, labels, source.randn_like)
                 images = encoder.decode(latents)
             paths = [] if outdir is None else [image_path(outdir, seed, subdirs=subdirs) for seed in part]
@@ -115,15 +119,6 @@ def generate_images(
             yield GeneratedBatch(part, images, latents, labels, paths)
 
     return draw()
-
-
-def _draw_labels(source: SeededNoise, label_dim: int, class_idx: int | None) -> Tensor | None:
-    if not label_dim:
-        return None
-    classes = source.randint(label_dim)
-    if class_idx is not None:
-        classes = torch.full_like(classes, class_idx)
-    return nn.functional.one_hot(classes, label_dim).to(torch.float32)
 
 
 def _check_images(

@@ -89,7 +89,8 @@ class Job:
         self.classes = _classes(request, net.label_dim, self.source)
         self.folder = ResultsFolder(outdir, request.task.runs)
         if distributed.is_main():
-            self.source.check()
+            for name in self.source.names:  # what cannot be used is told before anything is drawn
+                self.source.read(name)
             kept = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
             options = {"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": file_sha256(path)}
             options |= {name.removesuffix("_idx"): getattr(request, name) for name in kept} | {"device": str(device)}

@@ -42,13 +42,9 @@ class Results:
 
 
 def evaluate(
-    folder: ResultsFolder,
-    names: Sequence[str],  # of the images, all finished
-    task_name: str,
-    has_truth: bool,
-    lpips: LPIPS | str | None = None,  # or why it is not computed
+    folder: ResultsFolder, names: Sequence[str], task_name: str, has_truth: bool, lpips: LPIPS | str | None = None
 ) -> Results:
-    """Judge the images of a results folder.
+    """Judge finished images of a results folder; `lpips` may be the reason why it is not computed.
 
     Per image and run: PSNR in dB, SSIM and LPIPS against the truth where there is one, and the residual, the root mean
     square of A(x) - y. With several runs also the posterior mean; the run of the smallest residual, which a user can

@@ -47,11 +47,6 @@ class Inputs(ABC):
     def read(self, name: str) -> Tensor:
         """Return one of them, float32 [C,h,w]. Raises DatasetError or InputError."""
 
-    def check(self) -> None:
-        """Read every one once. Raises DatasetError or InputError for the first that cannot be used."""
-        for name in self.names:
-            self.read(name)
-
 
 class ImageFolder(Inputs):
     """Images of any format as [C,H,W] in [-1, 1]: `channels` 1 or 3, `resolution` pixels high and wide. `resize` crops

@@ -69,14 +69,17 @@ def solve(
     todo = ((problem, run) for problem in problems for run in range(task.runs))
     drawn: list[tuple[Problem, Tensor, int]] = []
     while units := list(islice(todo, batch)):
-        count = len(units)
+        count, labels = len(units), None
+        if net.label_dim:
+            classes = torch.tensor([problem.class_idx for problem, _ in units])
+            labels = torch.nn.functional.one_hot(classes, net.label_dim).to(device, torch.float32)
         result = pnp_sample(
             net,
             operator,
             torch.stack([problem.y for problem, _ in units]).to(device, torch.float32),
             levels,
             **task.sampler_options(),
-            labels=_one_hot([problem.class_idx for problem, _ in units], net.label_dim, device),
+            labels=labels,
             shape=(count, net.img_channels, net.img_resolution, net.img_resolution),
             randn_like=SeededNoise([stream(seed, problem.name, run) for problem, run in units], device).randn_like,
             progress=progress and (lambda _, levels, count=count: progress(count / levels)),
@@ -86,9 +89,3 @@ def solve(
             runs, drawn = drawn[: task.runs], drawn[task.runs :]
             of_problem, samples, retries = zip(*runs, strict=True)
             yield Solution(of_problem[0], torch.stack(samples), sum(retries))
-
-
-def _one_hot(classes: list[int | None], label_dim: int, device: torch.device | str) -> Tensor | None:
-    if not label_dim:
-        return None
-    return torch.nn.functional.one_hot(torch.tensor(classes), label_dim).to(device, torch.float32)

@@ -39,8 +39,20 @@ def motion_kernel(size: int, intensity: float, seed: int) -> np.ndarray:
         raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity!r}")
     rng = np.random.RandomState(check_whole(seed, "seed", 0, MAX_SEED))
     diagonal = np.hypot(2 * size, 2 * size)
-    steps = _step_lengths(rng, diagonal, intensity)
-    path = np.cumsum(steps * np.exp(1j * _step_angles(rng, len(steps), intensity)))
+    wanted = 0.75 * diagonal * (rng.uniform() + rng.uniform(0, intensity**2))
+    steps, total = [], 0.0
+    while total < wanted:
+        length = rng.beta(1, 30) * (1 - intensity + 0.1) * diagonal
+        if length < wanted:
+            steps.append(length)
+            total += length
+    largest, jitter = rng.uniform(0, intensity * np.pi), rng.beta(2, 20)
+    angles = [rng.uniform(-largest, largest)]
+    while len(angles) < len(steps):
+        angle = rng.triangular(0, intensity * largest, largest + 0.1)
+        sign = -1.0 if angles[-1] < 0 else 1.0
+        angles.append(angle * (-sign if rng.uniform() < jitter else sign))
+    path = np.cumsum(steps * np.exp(1j * np.asarray(angles)))
     path = (path - path.sum() / len(steps)) * np.exp(1j * rng.uniform(0, np.pi)) + (1 + 1j) * size
     canvas = Image.new("L", (2 * size, 2 * size))
     width = max(int(diagonal / 150), 1)  # Pillow's thinnest line, which its older versions draw for width 0
@@ -81,22 +93,3 @@ def check_whole(value: float, name: str, least: int, most: float = math.inf) -> 
         upto = "at least {}" if most == math.inf else "from {} to {}"
         raise ValueError(f"{name} must be a whole number {upto.format(least, most)}, not {value!r:.60}")
     return int(value)
-
-
-def _step_lengths(rng: np.random.RandomState, diagonal: float, intensity: float) -> np.ndarray:
-    wanted = 0.75 * diagonal * (rng.uniform() + rng.uniform(0, intensity**2))
-    lengths: list[float] = []
-    while sum(lengths) < wanted:
-        length = rng.beta(1, 30) * (1 - intensity + 0.1) * diagonal
-        lengths += [length] * (length < wanted)
-    return np.asarray(lengths)
-
-
-def _step_angles(rng: np.random.RandomState, count: int, intensity: float) -> np.ndarray:
-    largest, jitter = rng.uniform(0, intensity * np.pi), rng.beta(2, 20)
-    angles = [rng.uniform(-largest, largest)]
-    while len(angles) < count:
-        angle = rng.triangular(0, intensity * largest, largest + 0.1)
-        sign = -1.0 if angles[-1] < 0 else 1.0
-        angles.append(angle * (-sign if rng.uniform() < jitter else sign))
-    return np.asarray(angles)
