@@ -13,6 +13,7 @@ NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 BATCH = """Samples at once, per process. With 1 an image is the same, bit for bit, whatever else is drawn; more round
 otherwise: float32 by less than a grey level (more where beta is far below 2·noise²), bf16 and fp16 by several."""
 LPIPS = "auto computes it where VGG-16's weights are at hand; download fetches them (528 MB)."
+POOLING = "average: published tables; max: original."
 
 
 def class_index(text: str) -> int | str:
@@ -40,12 +41,7 @@ def class_index(text: str) -> int | str:
 @task_options
 @click.option("--lpips", type=click.Choice(["auto", "download", "off"]), default="auto", help=LPIPS)
 @click.option("--lpips-path", metavar="FILE|DIR", help="VGG-16's weights, vgg16-397923af.pth.")
-@click.option(
-    "--lpips-pooling",
-    type=click.Choice(["max", "average"]),
-    default="average",
-    help="average: published tables; max: original.",
-)
+@click.option("--lpips-pooling", type=click.Choice(["max", "average"]), default="average", help=POOLING)
 @device_option
 @dtype_option("Of the U-Net.")
 @quiet_option

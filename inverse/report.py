@@ -111,7 +111,7 @@ def describe_task(task: Task, operator: Operator) -> tuple[str, str]:
     title = task.name.removesuffix("_circ").replace("_", " ").strip() or str(task.operator["name"]).replace("_", " ")
     if operator.ratio and operator.ratio[1:] not in title:
         title = f"{title} {operator.ratio}"
-    return title[:1].upper() + title[1:], operator.describe() or task.description
+    return title[:1].upper() + title[1:], operator.description or task.description
 
 
 def _load_pictures(outdir: Path, result: ImageResult, has_truth: bool, count: int) -> Pictures:

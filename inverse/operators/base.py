@@ -18,10 +18,7 @@ class Operator(ABC):
     has_exact_step = False  # `sample_conditional` exists
     measures_images = True  # measurements are pictures in about [-1, 1]
     ratio = ""  # what the operator adds to the title of a report, as ×4
-
-    def describe(self) -> str:
-        """Return a sentence for a report on what was done to each image; empty = the task's own description."""
-        return ""
+    description = ""  # a sentence for a report on what was done to each image; empty = the task's own
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

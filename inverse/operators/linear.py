@@ -21,6 +21,8 @@ class Inpainting(LinearOperator):
     channels. The exact step is diagonal. Settings of DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521).
     """
 
+    description = "The pixels outside a mask were removed from each image."
+
     def __init__(
         self,
         *,
@@ -40,18 +42,14 @@ class Inpainting(LinearOperator):
             if not isinstance(box, list | tuple) or len(box) != 4:
                 raise ValueError(f"inpainting box must be top, left, height, width in pixels, not {box!r:.60}")
             box = [check_whole(box[i], "inpainting box: every entry", least) for i, least in enumerate((0, 0, 1, 1))]
-        if fraction is not None and not (is_number(fraction) and 0 <= fraction < 1):
-            raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction!r}")
+            self.description = f"A box of {box[2]} × {box[3]} pixels was removed from each image."
+        if fraction is not None:
+            if not is_number(fraction) or not 0 <= fraction < 1:
+                raise ValueError(f"inpainting fraction is the share of pixels removed, in [0, 1), not {fraction!r}")
+            self.description = f"{fraction:.0%} of the pixels, drawn at random, were removed, the same in every image."
         self._given, self._box, self._fraction = mask, box, fraction
         self._seed = check_whole(seed, "seed", 0, MAX_SEED)
         self._mask_at = cache(lambda height, width, dtype, device: self.mask(height, width).to(device, dtype))
-
-    def describe(self) -> str:
-        if self._box is not None:
-            return f"A box of {self._box[2]} × {self._box[3]} pixels was removed from each image."
-        if self._fraction is not None:
-            return f"{self._fraction:.0%} of the pixels, drawn at random, were removed, the same ones in every image."
-        return "The pixels outside a mask were removed from each image."
 
     def mask(self, height: int, width: int) -> Tensor:
         """Return the mask [H,W], float32 on the CPU; raises ValueError if it does not fit or removes every pixel."""
@@ -104,28 +102,21 @@ class CircularBlur(LinearOperator):
         self.kernel = kernel = _as_tensor(kernel, torch.float64, "a blur kernel")  # [h,w] float64 on the CPU
         if kernel.ndim != 2 or not kernel.numel() or not kernel.isfinite().all():
             raise ValueError(f"a blur kernel must be [h,w] of finite numbers, not of shape {list(kernel.shape)}")
-        self._cause = cause  # in words, for `describe`
+        self.description = f"Each image was blurred by {cause} at the border."
         self._transfer_at = cache(self._make_transfer)
 
-    def describe(self) -> str:
-        return f"Each image was blurred by {self._cause} at the border."
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._inverse(self._transfer(x) * torch.fft.rfft2(x), x)
+        return torch.fft.irfft2(self._transfer(x) * torch.fft.rfft2(x), s=x.shape[-2:])
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return self._inverse(self._transfer(y).conj() * torch.fft.rfft2(y), y)
+        return torch.fft.irfft2(self._transfer(y).conj() * torch.fft.rfft2(y), s=y.shape[-2:])
 
     def sample_conditional(self, x, y, likelihood_std, rho, randn_like=torch.randn_like):
         self.check_pair(x, y)
         transfer = self._transfer(x)
         gain, std = gaussian_conditional(transfer, likelihood_std, rho)
         innovation = torch.fft.rfft2(y) - transfer * torch.fft.rfft2(x)
-        return x + self._inverse(gain * innovation + std * torch.fft.rfft2(randn_like(x)), x)
-
-    @staticmethod
-    def _inverse(spectrum: Tensor, x: Tensor) -> Tensor:
-        return torch.fft.irfft2(spectrum, s=x.shape[-2:])
+        return x + torch.fft.irfft2(gain * innovation + std * torch.fft.rfft2(randn_like(x)), s=x.shape[-2:])
 
     def _transfer(self, x: Tensor) -> Tensor:
         return self._transfer_at(tuple(check_image_shape(x.shape)[2:]), x.dtype, x.device)
@@ -147,10 +138,9 @@ class SuperResolution(LinearOperator):
     def __init__(self, *, factor: int = 4) -> None:
         self.factor = check_whole(factor, "super_resolution factor", 1, 1024)
         self.ratio = f"×{self.factor}"
+        how = "in height and width by antialiased bicubic interpolation"
+        self.description = f"Each image was shrunk {self.factor} times {how}."
         self._matrices = cache(self._make_matrices)
-
-    def describe(self) -> str:
-        return f"Each image was shrunk {self.factor} times in height and width by antialiased bicubic interpolation."
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)

@@ -18,16 +18,15 @@ class PhaseRetrieval(Operator):
     """
 
     measures_images = False
+    description = (
+        "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An image "
+        "and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
+    )
 
     def __init__(self, *, oversample: float = 4.0) -> None:
         if not is_number(oversample) or not 0 <= oversample <= 64:
             raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample!r}")
         self.oversample = oversample
-
-    def describe(self) -> str:
-        lost = "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost."
-        twins = "An image and its copy turned by 180 degrees have the same magnitude"
-        return f"{lost} {twins}, which is drawn on a logarithmic scale."
 
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
@@ -54,9 +53,9 @@ class HighDynamicRange(Operator):
         if not is_number(scale) or not 0 < scale <= 1e6:
             raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale!r}")
         self.scale = scale
-
-    def describe(self) -> str:
-        return f"Each image was overexposed: pixel values were multiplied by {self.scale} and clipped to the range."
+        self.description = (
+            f"Each image was overexposed: its values were multiplied by {scale} and clipped to the range."
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_shape(x.shape)
@@ -69,14 +68,13 @@ class NonlinearBlur(Operator):
     nonlinear blur of the DPS and DAPS tables, a pretrained network (Tran et al., CVPR 2021).
     """
 
+    description = "Each image was blurred by camera shake in linear light, as in a camera, and encoded again."
+
     def __init__(
         self, *, kernel_size: int = 61, intensity: float = 0.5, seed: int = 0, kernel: Kernel | None = None
     ) -> None:
         self._blur = CircularBlur(motion_kernel(kernel_size, intensity, seed) if kernel is None else kernel)
         self.kernel = self._blur.kernel  # [h,w] float64 on the CPU
-
-    def describe(self) -> str:
-        return "Each image was blurred by camera shake in linear light, as in a camera, and encoded again."
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * _encode_srgb(self._blur.forward(_decode_srgb((x + 1) / 2))) - 1
