@@ -87,7 +87,7 @@ def generate_images(
     `device` and `dtype` stay with the networks. Raises ValueError for options that do not fit together.
     """
     sample = _sampler(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
-    _check_images(net, seeds, class_idx, batch, outdir)
+    _check(net, seeds, class_idx, batch, outdir)
     device = next(net.parameters()).device if device is None else torch.device(device)
     encoder = RGBEncoder() if encoder is None else encoder
     networks = [net] if gnet is None else [net, gnet]
@@ -121,9 +121,7 @@ def generate_images(
     return draw()
 
 
-def _check_images(
-    net: nn.Module, seeds: Sequence[int], class_idx: int | None, batch: int, outdir: str | Path | None
-) -> None:
+def _check(net: nn.Module, seeds: Sequence[int], class_idx: int | None, batch: int, outdir: str | Path | None) -> None:
     """Raise ValueError for images that the network or the folder cannot take."""
     if class_idx is not None and not 0 <= class_idx < net.label_dim:
         known = f"has classes 0 to {net.label_dim - 1}" if net.label_dim else "has no classes"

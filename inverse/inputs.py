@@ -99,7 +99,7 @@ class MeasurementFolder(Inputs):
     ) -> None:
         self._shape = tuple(shape)
         what = "measurements: .npz (array y), .npy" + ", images" * pictures
-        super().__init__(path, num, what, _is_array_name, *[is_image_name] * pictures)
+        super().__init__(path, num, what, lambda n: n.lower().endswith((".npz", ".npy")), *[is_image_name] * pictures)
 
     def read(self, name: str) -> Tensor:
         file = self._files[name]
@@ -155,10 +155,6 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{str(path) or 'no name'}: the mask cannot be read ({error.strerror})") from None
     return (decode_pixels(data, str(path)).mean(axis=0) > 127.5).astype(np.float32)
-
-
-def _is_array_name(name: str) -> bool:
-    return name.lower().endswith((".npz", ".npy"))
 
 
 def _read_array(data: bytes, where: str, elements: int) -> np.ndarray:

@@ -77,6 +77,8 @@ def write_report(
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= {"scores": _scores, "text": _format, "url": _data_url, "coloured": colour_map}
+    maps = [array.ravel() for pictures in shown for array in (pictures.std, pictures.error) if array is not None]
+    top = float(np.quantile(np.concatenate(maps), 0.995)) if maps else 0.0  # of the one scale, rounded up to 0.05
     title, sentence = describe_task(task, operator)
     files = {label: outdir / f"{label.split()[-1].lower()}.png" for label in ("Blur kernel", "Mask")}
     page = environment.get_template("report.html").render(
@@ -90,7 +92,7 @@ def write_report(
         measures={key: _MEASURES[key] for key in results.measures},
         of_operator={label: read_picture(file) for label, file in files.items() if file.exists()},
         shown=shown,
-        scale_top=_scale_top(shown),
+        scale_top=max(0.05, math.ceil(top * 20 - 1e-6) / 20) if maps else None,
         scale=np.linspace(0, 1, 256)[None],
     )
     with atomic_write(outdir / "report.html") as file:
@@ -136,12 +138,6 @@ def _load_pictures(outdir: Path, result: ImageResult, has_truth: bool, count: in
         difference = np.abs(estimate.astype(np.float32) - pictures.truth.astype(np.float32))
         pictures.error = difference.mean(axis=0) / np.float32(127.5)
     return pictures
-
-
-def _scale_top(shown: list[Pictures]) -> float | None:
-    """Upper end of the one scale of all errors and deviations: their 99.5 % quantile, rounded up to 0.05."""
-    maps = [array.ravel() for pictures in shown for array in (pictures.std, pictures.error) if array is not None]
-    return max(0.05, math.ceil(float(np.quantile(np.concatenate(maps), 0.995)) * 20 - 1e-6) / 20) if maps else None
 
 
 def _data_url(image: np.ndarray) -> str:

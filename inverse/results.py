@@ -32,7 +32,7 @@ _RESUMABLE = ("batch", "device", "num", "net")  # options that a restart may cha
 _OF_IMAGES = ("truth", "measurements", "samples", "mean", "std", "records", "metrics.json")
 _OF_OPERATORS = ("kernel.png", "mask.png")
 _MAX_BYTES = 1 << 28  # of a JSON file
-
+_to_pixels = RGBEncoder().decode
 Scores = dict[str, float]  # residual and, where there is a truth, psnr, ssim and lpips
 
 
@@ -210,10 +210,6 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in options.items():
         found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found
-
-
-def _to_pixels(images: Tensor) -> Tensor:
-    return RGBEncoder().decode(images)
 
 
 def _scaled(values: Tensor) -> Tensor:

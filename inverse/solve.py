@@ -73,17 +73,11 @@ def solve(
         if net.label_dim:
             classes = torch.tensor([problem.class_idx for problem, _ in units])
             labels = torch.nn.functional.one_hot(classes, net.label_dim).to(device, torch.float32)
-        result = pnp_sample(
-            net,
-            operator,
-            torch.stack([problem.y for problem, _ in units]).to(device, torch.float32),
-            levels,
-            **task.sampler_options(),
-            labels=labels,
-            shape=(count, net.img_channels, net.img_resolution, net.img_resolution),
-            randn_like=SeededNoise([stream(seed, problem.name, run) for problem, run in units], device).randn_like,
-            progress=progress and (lambda _, levels, count=count: progress(count / levels)),
-        )
+        y = torch.stack([problem.y for problem, _ in units]).to(device, torch.float32)
+        noise = SeededNoise([stream(seed, problem.name, run) for problem, run in units], device)
+        how = {"labels": labels, "randn_like": noise.randn_like, **task.sampler_options()}
+        how["progress"] = progress and (lambda _, levels, count=count: progress(count / levels))
+        result = pnp_sample(net, operator, y, levels, **how)
         drawn += zip((problem for problem, _ in units), result.images.cpu(), result.retries.tolist(), strict=True)
         while len(drawn) >= task.runs:
             runs, drawn = drawn[: task.runs], drawn[task.runs :]

@@ -38,9 +38,7 @@ def grid_indices(text: str) -> tuple[int, ...]:
 
 
 def setting(default: Any = MISSING, limits: tuple[float, float] | None = None, **option: Any) -> Any:
-    """A field of a task: in YAML under its name, a number within its limits, and an option of scripts if it has `help`;
-    `option` are arguments of click.option.
-    """
+    """A field of a task: a number within `limits`, and an option of scripts where there are arguments of click's."""
     return field(default=default, metadata={"limits": limits, "option": option})
 
 

@@ -148,7 +148,7 @@ class SuperResolution(LinearOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_shape(x.shape)
-        rows, columns = (self._resize(size, x)[0] for size in x.shape[-2:])
+        rows, columns = (self._matrices(n, x.dtype, x.device)[0] for n in x.shape[-2:])
         return _separable(rows, x, columns)
 
     def adjoint(self, y: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -156,21 +156,18 @@ class SuperResolution(LinearOperator):
         height, width = size or (self.factor * y.shape[-2], self.factor * y.shape[-1])
         if self.measurement_shape((*y.shape[:2], height, width)) != tuple(y.shape):
             raise ValueError(f"measurements {list(y.shape)} are not {self.factor}x fewer pixels than {height}x{width}")
-        rows, columns = (self._resize(n, y)[0] for n in (height, width))
+        rows, columns = (self._matrices(n, y.dtype, y.device)[0] for n in (height, width))
         return _separable(rows.T, y, columns.T)
 
     def sample_conditional(self, x, y, likelihood_std, rho, randn_like=torch.randn_like):
         self.check_pair(x, y)
-        (_, u_h, s_h, v_h), (_, u_w, s_w, v_w) = (self._resize(size, x) for size in x.shape[-2:])
+        (_, u_h, s_h, v_h), (_, u_w, s_w, v_w) = (self._matrices(n, x.dtype, x.device) for n in x.shape[-2:])
         singular = s_h[:, None] * s_w
         gain, std = gaussian_conditional(singular, likelihood_std, rho)
         noise = randn_like(x)
         innovation = _separable(u_h.T, y, u_w.T) - singular * _separable(v_h.T, x, v_w.T)
         inside = gain * innovation + (std - rho) * _separable(v_h.T, noise, v_w.T)
         return x + rho * noise + _separable(v_h, inside, v_w)
-
-    def _resize(self, size: int, x: Tensor) -> tuple[Tensor, ...]:
-        return self._matrices(size, x.dtype, x.device)
 
     def _make_matrices(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """The matrix R [h,H] of one dimension and its thin SVD: U [h,h], singular values [h], V [H,h]."""

@@ -53,9 +53,7 @@ class HighDynamicRange(Operator):
         if not is_number(scale) or not 0 < scale <= 1e6:
             raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale!r}")
         self.scale = scale
-        self.description = (
-            f"Each image was overexposed: its values were multiplied by {scale} and clipped to the range."
-        )
+        self.description = f"Each image was overexposed: pixels were multiplied by {scale} and clipped to the range."
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_shape(x.shape)
