@@ -72,11 +72,10 @@ def langevin_step(
 
     Iterates u ← u - lr·∇[|A(u) - y|²/beta + |u - x|²/(2·rho_sigma²)] + sqrt(2·lr)·n with the step size
     lr = c1/(c2/beta + 1/rho_sigma²) (NCVSD, arXiv 2506.09416). Noise: one number per image, then one image per step.
-    A chain has diverged if its end is not finite, or its energy (the bracket) exceeds that of the start by more than 10
-    per pixel. It is run again from x at a quarter of the step size, each image with its own stream seeded by the number
-    drawn first, so that its result does not depend on the others. Raises LangevinDivergenceError if chains still
-    diverge after `max_retries`, ValueError for settings that are not positive and for x or y that are not finite or do
-    not fit.
+    A chain has diverged if its end is not finite or its energy (the bracket) exceeds that of the start by more than 10
+    per pixel. It runs again from x at a quarter of the step size, from a stream that the number of its image seeds, so
+    that images do not depend on one another. Raises LangevinDivergenceError if that does not help `max_retries` times,
+    ValueError for settings that are not positive and for x or y that are not finite or do not fit.
     """
     if steps < 1 or max_retries < 0:
         raise ValueError(f"Langevin needs steps >= 1 and max_retries >= 0, not {steps} and {max_retries}")
@@ -104,19 +103,15 @@ def langevin_step(
             f"{beta:g}; check the measurements' scale, beta and the operator"
         )
     seeds = randn_like(x[:, :1, :1, :1]).float().cpu().flatten().view(torch.int32).tolist()
-    u = chain(x, y, randn_like)
-    retries = torch.zeros(len(x), dtype=torch.int64)
-    for attempt in range(max_retries + 1):
-        again = (~(energy(u) <= limit)).nonzero().flatten()
-        if not len(again):
-            return LangevinResult(u, retries)
+    u, retries = chain(x, y, randn_like), torch.zeros(len(x), dtype=torch.int64)
+    while len(again := (~(energy(u) <= limit)).nonzero().flatten()):
+        attempt = int(retries.max())
         if attempt == max_retries:
-            break
+            found = f"{len(again)} of {len(x)} images at noise level {rho_sigma:.4g}, even with the step size {lr:.3g}"
+            advice = f"make c1 smaller than {c1:g} or c2 larger than {c2:g}"
+            raise LangevinDivergenceError(f"Langevin diverged for {found}: {advice}")
         lr *= RETRY_SHRINK
         noise = SeededNoise([(seeds[i] & 0xFFFFFFFF) + (attempt << 32) for i in again.tolist()], x.device)
         u[again] = chain(x[again], y[again], noise.randn_like)
         retries[again.cpu()] += 1
-    raise LangevinDivergenceError(
-        f"Langevin diverged for {len(again)} of {len(x)} images at noise level {rho_sigma:.4g}, even with the "
-        f"step size reduced to {lr:.3g}: make c1 smaller than {c1:g} or c2 larger than {c2:g}"
-    )
+    return LangevinResult(u, retries)

@@ -61,10 +61,9 @@ def pnp_sample(
     From u = sigma_0·n, for each level i but the last: x ~ p(x0 | u) by the generative denoiser at sigma_i, averaged
     into a running estimate where sigma_i < ema_sigma; then u ~ p(u | x, y) at sigma_{i+1}, but after the last x. The
     estimate is returned. Noise is drawn on y's device in that order: start, then per level the network's own and the
-    likelihood step's. With a random stream per image (`sampling.seeds.SeededNoise`), an image does not depend on its
-    batch, up to rounding. Warns (LangevinWarning) where Langevin chains were repeated with a smaller step size. Raises
-    ValueError for settings or shapes that do not fit and for outputs that are not finite, LangevinDivergenceError if
-    repeating did not help.
+    likelihood step's. With a random stream per image (`SeededNoise`), an image does not depend on its batch, up to
+    rounding. Warns (LangevinWarning) where Langevin chains were repeated with a smaller step size. Raises ValueError
+    for settings, shapes and outputs that do not fit, LangevinDivergenceError if repeating did not help.
     """
     levels = torch.as_tensor(sigmas, dtype=torch.float64).flatten().tolist()
     if len(levels) < 2 or not all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False)):
