@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
@@ -10,21 +10,19 @@ from torch_utils.errors import user_errors
 from torch_utils.options import FOLDER, batch_option, device_option, dtype_option, quiet_option
 from torch_utils.threads import wait_passively
 
-if TYPE_CHECKING:
+NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
+TS = """Generative denoiser: increasing indices (0-39) of the 40-point Karras grid, n+1 for n steps. Published: 12,39 ·
+10,22,39 · 0,10,20,30,39.  [default: one direct step at the highest level]"""
+GNET_NO_LABELS = "Guide with no labels (classifier-free); without --gnet, by the network itself."
+
+
+def __getattr__(name: str) -> Any:
+    """`generate_images`, loaded on first use: --help needs no PyTorch."""
+    if name != "generate_images":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from generation.images import generate_images
 
-__all__ = ["generate_images", "main"]
-
-NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
-
-
-def __getattr__(name: str) -> object:
-    """`generate_images`, loaded on first use: --help needs no PyTorch."""
-    if name == "generate_images":
-        from generation.images import generate_images
-
-        return generate_images
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return generate_images
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -35,21 +33,12 @@ def __getattr__(name: str) -> object:
 @batch_option(32, "Largest batch per process.")
 @click.option("--subdirs", is_flag=True, help="One folder per 1000 seeds.")
 @click.option("--grid", is_flag=True, help="Also write grid.png: the first 1024 seeds on one sheet.")
-@click.option(
-    "--ts",
-    metavar="LIST",
-    help="Generative denoiser: increasing indices (0-39) of the 40-point Karras grid, n+1 for n steps. "
-    "Published: 12,39 · 10,22,39 · 0,10,20,30,39.  [default: one direct step at the highest level]",
-)
+@click.option("--ts", metavar="LIST", help=TS)
 @click.option("--zeta", type=click.FloatRange(0, 1), default=1.0, help="With --ts: share of fresh noise between steps.")
 @click.option("--steps", type=click.IntRange(min=2), help="Teacher: noise levels N (2N-1 evaluations).  [default: 32]")
 @click.option("--gnet", "gnet_path", metavar=NETWORK, help="Teacher: guiding network, weaker or unconditional.")
 @click.option("--guidance", type=float, default=1.0, help="Teacher: guidance strength, 1 = none.")
-@click.option(
-    "--gnet-no-labels",
-    is_flag=True,
-    help="Guide with no labels (classifier-free); without --gnet, by the network itself.",
-)
+@click.option("--gnet-no-labels", is_flag=True, help=GNET_NO_LABELS)
 @device_option
 @dtype_option("Of the U-Nets; auto = fp16 on CUDA for networks trained with it, else float32.")
 @quiet_option

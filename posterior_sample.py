@@ -12,19 +12,16 @@ from torch_utils.threads import wait_passively
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 BATCH = """Samples at once, per process. With 1 an image is the same, bit for bit, whatever else is drawn; more round
 otherwise: float32 by less than a grey level (more where beta is far below 2·noise²), bf16 and fp16 by several."""
+LPIPS = "auto computes it where VGG-16's weights are at hand; download fetches them (528 MB)."
+POOLING = "average: published tables; max: original."
 
 
-class ClassIndex(click.ParamType):
-    """A whole number, or the word data."""
-
-    name = "int|data"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value != "data" and not (value.isdecimal() and len(value) < 20):
-            self.fail(
-                f"{value[:40]!r}: give a class index, or 'data' for the classes in the data's dataset.json", param, ctx
-            )
-        return value if value == "data" else int(value)
+def class_index(text: str) -> int | str:
+    """A whole number, or the word data. Raises click.BadParameter."""
+    if text != "data" and not (text.isdecimal() and len(text) < 20):
+        advice = "give a class index, or 'data' for the classes in the data's dataset.json"
+        raise click.BadParameter(f"{text[:40]!r}: {advice}")
+    return text if text == "data" else int(text)
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -38,23 +35,13 @@ class ClassIndex(click.ParamType):
 @click.option("--num", type=click.IntRange(min=1), help="The first so many images.  [default: all]")
 @click.option("--resize", is_flag=True, help="Crop the centre of images of another size and resize it.")
 @click.option("--mask", metavar="IMAGE", help="Inpainting: black pixels are removed; replaces the task's.")
-@click.option("--class", "class_idx", metavar="INT|data", type=ClassIndex(), help="Of conditional networks.")
+@click.option("--class", "class_idx", metavar="INT|data", type=class_index, help="Of conditional networks.")
 @click.option("--seed", type=SEED, default=0, help="Of measurement noise and samples.")
 @batch_option(16, BATCH)
 @task_options
-@click.option(
-    "--lpips",
-    type=click.Choice(["auto", "download", "off"]),
-    default="auto",
-    help="auto computes it where VGG-16's weights are at hand; download fetches them (528 MB).",
-)
+@click.option("--lpips", type=click.Choice(["auto", "download", "off"]), default="auto", help=LPIPS)
 @click.option("--lpips-path", metavar="FILE|DIR", help="VGG-16's weights, vgg16-397923af.pth.")
-@click.option(
-    "--lpips-pooling",
-    type=click.Choice(["max", "average"]),
-    default="average",
-    help="average: published tables; max: original.",
-)
+@click.option("--lpips-pooling", type=click.Choice(["max", "average"]), default="average", help=POOLING)
 @device_option
 @dtype_option("Of the U-Net.")
 @quiet_option
@@ -73,8 +60,7 @@ def main(task: str, **options: object) -> None:
         --measurements scans --outdir out/scans
     """
     with user_errors():
-        overrides = pop_overrides(options)
-        loaded = load_task(task, overrides)
+        loaded = load_task(task, pop_overrides(options))
         from inverse.command import Request, run  # with torch, which --help and mistakes in tasks do not wait for
 
         run(Request(task=loaded, **options))

@@ -52,19 +52,17 @@ def generate(
 
     def prepare() -> tuple[nn.Module, Iterator[GeneratedBatch]]:
         loaded, guiding = load_networks(net_path, gnet_path, place)
-        gnet = None if guiding is None else guiding.net
-        model = dict(gnet=gnet, gnet_labels=not gnet_no_labels, dtype=distributed.compute_dtype(dtype, place))
-        sampling = dict(ts=schedule and schedule.ts, zeta=zeta, num_steps=steps, guidance=guidance, class_idx=class_idx)
-        files = dict(batch=batch, device=place, outdir=outdir, subdirs=subdirs)
-        return loaded.net, generate_images(loaded.net, loaded.encoder, seeds=numbers, **model, **sampling, **files)
+        model = dict(gnet=guiding and guiding.net, gnet_labels=not gnet_no_labels, guidance=guidance, zeta=zeta)
+        model |= dict(dtype=distributed.compute_dtype(dtype, place), num_steps=steps, ts=schedule and schedule.ts)
+        files = dict(seeds=numbers, class_idx=class_idx, batch=batch, device=place, outdir=outdir, subdirs=subdirs)
+        return loaded.net, generate_images(loaded.net, loaded.encoder, **model, **files)
 
     # The main process downloads first, and what is wrong with the request is wrong in all processes alike.
     net, batches = distributed.main_first(prepare)
     distributed.print0(_describe(net, schedule, steps, guidance), file=sys.stderr)
     with tqdm(total=len(numbers), unit="img", disable=quiet or not distributed.is_main()) as progress:
         for part in batches:
-            drawn = len(part.seeds) * distributed.world_size()
-            progress.update(min(drawn, len(numbers) - progress.n))
+            progress.update(min(len(part.seeds) * distributed.world_size(), len(numbers) - progress.n))
     distributed.barrier()
     if grid and distributed.is_main():
         paths = [image_path(outdir, seed, subdirs=subdirs) for seed in numbers[:MAX_GRID_IMAGES]]
@@ -73,26 +71,20 @@ def generate(
         click.echo(f"contact sheet of {len(paths)} images: {sheet}", err=True)
 
 
-def load_networks(
-    net_path: str, gnet_path: str | None, device: torch.device
-) -> tuple[networks.LoadedNetwork, networks.LoadedNetwork | None]:
+def load_networks(net_path: str, gnet_path: str | None, device: torch.device) -> list[networks.LoadedNetwork | None]:
     """The network and the guiding one, in the layout in which a CPU draws about a tenth faster."""
-    loaded = networks.load(net_path, device=device)
-    guiding = networks.load(gnet_path, device=device) if gnet_path is not None else None
-    if device.type == "cpu":
-        for part in [loaded] if guiding is None else [loaded, guiding]:
-            part.net.to(memory_format=torch.channels_last)
-    return loaded, guiding
+    parts = [None if path is None else networks.load(path, device=device) for path in (net_path, gnet_path)]
+    for part in filter(None, parts) if device.type == "cpu" else ():
+        part.net.to(memory_format=torch.channels_last)
+    return parts
 
 
 def _describe(net: nn.Module, schedule: ParsedSchedule | None, steps: int | None, guidance: float) -> str:
     """Return what is about to be drawn, with the noise levels of a few-step schedule."""
-    if isinstance(net, networks.GenerativeDenoiser):
-        if schedule is None:
-            return f"generative denoiser: 1 step, directly at noise level {net.init_sigma:.4g}"
-        text = f"generative denoiser: {describe_ts(schedule.ts, sigma_max=net.init_sigma)}"
-        if schedule.end_added:
-            text += f" (39, the end of the schedule, was added: --ts {','.join(map(str, schedule.ts))})"
-        return text
-    text = f"teacher: Heun's method, {count_evaluations(net, num_steps=steps)} evaluations"
-    return text if guidance == 1 else f"{text} of each network, guidance {guidance:g}"
+    if not isinstance(net, networks.GenerativeDenoiser):
+        text = f"teacher: Heun's method, {count_evaluations(net, num_steps=steps)} evaluations"
+        return text if guidance == 1 else f"{text} of each network, guidance {guidance:g}"
+    if schedule is None:
+        return f"generative denoiser: 1 step, directly at noise level {net.init_sigma:.4g}"
+    added = f" (39, the end of the schedule, was added: --ts {','.join(map(str, schedule.ts))})"
+    return f"generative denoiser: {describe_ts(schedule.ts, sigma_max=net.init_sigma)}" + added * schedule.end_added

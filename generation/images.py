@@ -1,8 +1,6 @@
-"""Images by seed, batch by batch, from a teacher or from a distilled network.
-
-Per image, everything random comes from the stream of its own seed, in this order: the starting noise [C,H,W]; the
-class, where the network has classes (also when one is asked for, so that the rest does not shift); what the sampler
-draws.
+"""Images by seed, batch by batch, from a teacher or from a distilled network. Per image, everything random comes from
+the stream of its own seed, in this order: starting noise [C,H,W]; the class of a conditional network (also when one is
+asked for, so that the rest does not shift); what the sampler draws.
 """
 
 from __future__ import annotations
@@ -21,10 +19,12 @@ from networks import GenerativeDenoiser, Precond
 from networks.encoders import Encoder, RGBEncoder
 from sampling.grids import few_step_sigmas
 from sampling.ode import guided_denoiser, heun_sampler
+from sampling.posterior import RandnLike
 from sampling.seeds import SeededNoise
 from torch_utils import distributed
 
 DEFAULT_STEPS = 32  # teacher: 2·32 - 1 = 63 evaluations
+Sampler = Callable[[Tensor, Tensor | None, RandnLike], Tensor]  # (noise, labels, randn_like) -> latents [N,C,H,W]
 
 
 @dataclass
@@ -35,8 +35,6 @@ class GeneratedBatch:
     images: Tensor  # uint8 [N,C,H,W], decoded pixels
     latents: Tensor  # float32 [N,C,H,W], what the network drew, before decoding
     labels: Tensor | None  # one-hot float32 [N, label_dim]; None without classes
-    batch_idx: int  # counts this process's batches from 0
-    num_batches: int  # of this process
     paths: list[Path] = field(default_factory=list)  # files written, in the order of seeds
 
 
@@ -48,12 +46,10 @@ def image_path(outdir: str | Path, seed: int, *, subdirs: bool = False) -> Path:
 
 def split_seeds(seeds: Sequence[int], batch: int, *, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Return the batches of one process: nearly equal ones of at most `batch`, dealt out to the processes in turn.
-
     Which seeds share a batch does not depend on the number of processes, unless there are fewer batches than those.
     """
     count = max(math.ceil(len(seeds) / batch), min(world_size, len(seeds)))
-    bounds = [len(seeds) * i // count for i in range(count + 1)] if count else [0]
-    parts = [list(seeds[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+    parts = [list(seeds[len(seeds) * i // count : len(seeds) * (i + 1) // count]) for i in range(count)]
     return parts[rank::world_size]
 
 
@@ -90,8 +86,8 @@ def generate_images(
     and the device, up to rounding. Networks are in eval mode during each batch only, and no gradients are kept;
     `device` and `dtype` stay with the networks. Raises ValueError for options that do not fit together.
     """
-    _check_options(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
-    _check_images(net, seeds, class_idx, batch, outdir)
+    sample = _sampler(net, gnet, ts, zeta, guidance, gnet_labels, num_steps)
+    _check(net, seeds, class_idx, batch, outdir)
     device = next(net.parameters()).device if device is None else torch.device(device)
     encoder = RGBEncoder() if encoder is None else encoder
     networks = [net] if gnet is None else [net, gnet]
@@ -100,51 +96,32 @@ def generate_images(
     for network in networks if dtype is not None else []:
         network.compute_dtype = dtype
     rank = distributed.rank() if rank is None else rank
-    world_size = distributed.world_size() if world_size is None else world_size
+    parts = split_seeds(seeds, batch, rank=rank, world_size=world_size or distributed.world_size())
 
-    def sample(noise: Tensor, labels: Tensor | None, randn_like: Callable[[Tensor], Tensor]) -> Tensor:
-        if isinstance(net, GenerativeDenoiser):
-            level = net.init_sigma  # y = init_sigma·noise says nothing: the posterior is the prior
-            return net(level * noise, level, labels, ts=ts, zeta=zeta, randn_like=randn_like)
-        denoiser = guided_denoiser(net, gnet, guidance, labels, gnet_labels=gnet_labels)
-        return heun_sampler(denoiser, noise, num_steps=num_steps or DEFAULT_STEPS)
+    def draw() -> Iterator[GeneratedBatch]:
+        for part in parts:
+            with torch.no_grad(), contextlib.ExitStack() as modes:
+                for network in networks:  # in eval mode nothing rewrites their weights
+                    modes.callback(network.train, network.training)
+                    network.eval()
+                source = SeededNoise(part, device)
+                noise = source.randn([len(part), net.img_channels, net.img_resolution, net.img_resolution])
+                labels = None
+                if net.label_dim:
+                    classes = source.randint(net.label_dim)
+                    classes = classes if class_idx is None else torch.full_like(classes, class_idx)
+                    labels = nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
+                latents = sample(noise, labels, source.randn_like)
+                images = encoder.decode(latents)
+            paths = [] if outdir is None else [image_path(outdir, seed, subdirs=subdirs) for seed in part]
+            for path, image in zip(paths, images.cpu() if paths else (), strict=True):
+                save_image(path, image)
+            yield GeneratedBatch(part, images, latents, labels, paths)
 
-    parts = split_seeds(seeds, batch, rank=rank, world_size=world_size)
-    return _draw(networks, encoder, sample, parts, class_idx, device, outdir, subdirs)
-
-
-def _draw(
-    networks: list[nn.Module],  # the one that draws first
-    encoder: Encoder,
-    sample: Callable[[Tensor, Tensor | None, Callable[[Tensor], Tensor]], Tensor],
-    parts: list[list[int]],  # seeds of each batch
-    class_idx: int | None,
-    device: torch.device,
-    outdir: str | Path | None,
-    subdirs: bool,
-) -> Iterator[GeneratedBatch]:
-    net = networks[0]
-    for batch_idx, seeds in enumerate(parts):
-        with torch.no_grad(), _evaluation_mode(networks):
-            source, labels = SeededNoise(seeds, device), None
-            noise = source.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
-            if net.label_dim > 0:
-                classes = source.randint(net.label_dim)
-                if class_idx is not None:
-                    classes = torch.full_like(classes, class_idx)
-                labels = nn.functional.one_hot(classes, net.label_dim).to(torch.float32)
-            latents = sample(noise, labels, source.randn_like)
-            images = encoder.decode(latents)
-        paths = [] if outdir is None else [image_path(outdir, seed, subdirs=subdirs) for seed in seeds]
-        for path, image in zip(paths, images.cpu() if paths else (), strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_image(path, image)
-        yield GeneratedBatch(seeds, images, latents, labels, batch_idx, len(parts), paths)
+    return draw()
 
 
-def _check_images(
-    net: nn.Module, seeds: Sequence[int], class_idx: int | None, batch: int, outdir: str | Path | None
-) -> None:
+def _check(net: nn.Module, seeds: Sequence[int], class_idx: int | None, batch: int, outdir: str | Path | None) -> None:
     """Raise ValueError for images that the network or the folder cannot take."""
     if class_idx is not None and not 0 <= class_idx < net.label_dim:
         known = f"has classes 0 to {net.label_dim - 1}" if net.label_dim else "has no classes"
@@ -157,7 +134,7 @@ def _check_images(
         raise ValueError(f"{outdir} is a file: give a folder to write images to")
 
 
-def _check_options(
+def _sampler(
     net: nn.Module,
     gnet: nn.Module | None,
     ts: Sequence[int] | None,
@@ -165,8 +142,8 @@ def _check_options(
     guidance: float,
     gnet_labels: bool,
     num_steps: int | None,
-) -> None:
-    """Raise ValueError for options of `generate_images` that do not fit the network or one another."""
+) -> Sampler:
+    """The sampler that the type of `net` decides. Raises ValueError for options that do not fit it or one another."""
     if isinstance(net, GenerativeDenoiser):
         if gnet is not None or guidance != 1 or not gnet_labels:
             raise ValueError("guidance and gnet apply to teachers only: a generative denoiser is sampled unguided")
@@ -178,7 +155,8 @@ def _check_options(
             raise ValueError("zeta applies to few-step sampling only: give ts as well, as in 10,22,39")
         if ts is not None:
             few_step_sigmas(ts, sigma_max=net.init_sigma)
-        return
+        level, steps = net.init_sigma, {"ts": ts, "zeta": zeta}  # level·noise says nothing: the posterior is the prior
+        return lambda noise, labels, randn_like: net(level * noise, level, labels, randn_like=randn_like, **steps)
     if not isinstance(net, Precond):
         raise ValueError(f"cannot sample from a {type(net).__name__}: give a teacher (Precond) or a GenerativeDenoiser")
     if ts is not None or zeta != 1:
@@ -187,32 +165,22 @@ def _check_options(
         raise ValueError(f"the teacher needs at least 2 steps, not {num_steps}")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, not {guidance}")
-    if gnet is not None and not isinstance(gnet, Precond):
-        raise ValueError(f"the guiding network must be a teacher (Precond), not a {type(gnet).__name__}")
-    if gnet is not None and (gnet.img_resolution, gnet.img_channels) != (net.img_resolution, net.img_channels):
-        raise ValueError(
-            f"the guiding network draws {gnet.img_channels}x{gnet.img_resolution}x{gnet.img_resolution} "
-            f"and the network {net.img_channels}x{net.img_resolution}x{net.img_resolution}"
-        )
-    if gnet is not None and gnet_labels and gnet.label_dim not in (0, net.label_dim):
-        raise ValueError(f"the guiding network has {gnet.label_dim} classes and the network {net.label_dim}")
-    if guidance != 1 and gnet is None and (gnet_labels or net.label_dim == 0):
+    if gnet is not None:
+        if not isinstance(gnet, Precond):
+            raise ValueError(f"the guiding network must be a teacher (Precond), not a {type(gnet).__name__}")
+        drawn, wanted = (f"{n.img_channels}x{n.img_resolution}x{n.img_resolution}" for n in (gnet, net))
+        if drawn != wanted:
+            raise ValueError(f"the guiding network draws {drawn} and the network {wanted}")
+        if gnet_labels and gnet.label_dim not in (0, net.label_dim):
+            raise ValueError(f"the guiding network has {gnet.label_dim} classes and the network {net.label_dim}")
+    elif guidance != 1 and (gnet_labels or net.label_dim == 0):
         raise ValueError(
             f"guidance {guidance} needs a guiding network gnet (a weaker or unconditional teacher), or, for a "
             "conditional network trained with label dropout, evaluation of the network itself without labels"
         )
     if guidance == 1 and (gnet is not None or not gnet_labels):
         raise ValueError("a guiding network has no effect at guidance 1: give --guidance")
-
-
-@contextlib.contextmanager
-def _evaluation_mode(networks: list[nn.Module]) -> Iterator[None]:
-    """Put networks in eval mode, so that nothing rewrites their weights, and back as they were."""
-    before = [network.training for network in networks]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for network, training in zip(networks, before, strict=True):
-            network.train(training)
+    steps = num_steps or DEFAULT_STEPS
+    return lambda noise, labels, _: heun_sampler(
+        guided_denoiser(net, gnet, guidance, labels, gnet_labels=gnet_labels), noise, num_steps=steps
+    )

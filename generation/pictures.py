@@ -14,10 +14,7 @@ from dnnlib.files import atomic_write, open_regular
 
 
 def save_image(path: str | Path, image: np.ndarray | torch.Tensor) -> None:
-    """Write one uint8 image [C,H,W] as PNG, grey for one channel and RGB for three; the file appears whole or not.
-
-    Raises ValueError for another shape or type.
-    """
+    """Write uint8 [C,H,W], C = 1 or 3, as PNG; it appears whole or not. Raises ValueError for another shape or type."""
     array = _as_uint8(image)
     if array.ndim != 3 or array.shape[0] not in (1, 3):
         raise ValueError(f"{path}: a PNG needs 1 or 3 channels, not an array of shape {list(array.shape)}")
@@ -35,26 +32,21 @@ def image_grid(
     images: np.ndarray | torch.Tensor,  # uint8 [N,C,H,W]
     *,
     columns: int | None = None,  # None = as square as possible
-    padding: int = 2,  # background pixels between and around images
+    padding: int = 2,  # white pixels between and around images
     scale: int | None = None,  # whole-number magnification; None = images of at least 64 pixels where they are smaller
-    background: int = 255,
 ) -> np.ndarray:
-    """Return a contact sheet, uint8 [C,H',W'], row by row in the order given; missing cells show the background."""
+    """Return a contact sheet, uint8 [C,H',W'], row by row in the order given; white where there is no image."""
     array = _as_uint8(images)
     if array.ndim != 4 or len(array) == 0:
         raise ValueError(f"a contact sheet needs images of shape [N,C,H,W] with N > 0, not {list(array.shape)}")
     scale = scale or max(1, math.ceil(64 / max(array.shape[2:])))
     array = array.repeat(scale, axis=2).repeat(scale, axis=3)
-    count, channels, height, width = array.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = math.ceil(count / columns)
-    sheet_shape = (channels, rows * (height + padding) + padding, columns * (width + padding) + padding)
-    sheet = np.full(sheet_shape, background, dtype=np.uint8)
-    for i, image in enumerate(array):
-        top = padding + i // columns * (height + padding)
-        left = padding + i % columns * (width + padding)
-        sheet[:, top : top + height, left : left + width] = image
-    return sheet
+    columns = min(columns or math.ceil(math.sqrt(len(array))), len(array))
+    cells = np.pad(array, [(0, -len(array) % columns), (0, 0), (0, padding), (0, padding)], constant_values=255)
+    _, channels, height, width = cells.shape
+    sheet = cells.reshape(-1, columns, channels, height, width).transpose(2, 0, 3, 1, 4)
+    sheet = sheet.reshape(channels, -1, columns * width)
+    return np.pad(sheet, [(0, 0), (padding, 0), (padding, 0)], constant_values=255)
 
 
 def save_grid(path: str | Path, images: np.ndarray | torch.Tensor, **layout: int | None) -> None:

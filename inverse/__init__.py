@@ -1,20 +1,13 @@
-"""Inverse problems solved by plug-and-play sampling with a generative denoiser.
-
-`get_operator` and `pnp_sample` are loaded on first use, so that scripts which import this package start fast.
-"""
+"""Inverse problems solved with a generative denoiser; names are loaded on first use, so that scripts start fast."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from inverse.operators import get_operator
-    from inverse.pnp import pnp_sample
+from typing import Any
 
 __all__ = ["get_operator", "pnp_sample"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'inverse' has no attribute {name!r}")
     from inverse.operators import get_operator

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -16,8 +15,9 @@ from tqdm import tqdm
 import networks
 from dnnlib.files import file_sha256
 from dnnlib.text import redact
+from generation.command import load_networks
 from inverse.evaluation import evaluate, format_summary, write_metrics
-from inverse.inputs import ImageFolder, InputError, MeasurementFolder, read_mask
+from inverse.inputs import ImageFolder, InputError, Inputs, MeasurementFolder, read_mask
 from inverse.operators import Operator, get_operator
 from inverse.pnp import LangevinWarning, resolve_likelihood
 from inverse.report import write_report
@@ -54,67 +54,85 @@ class Request:
     quiet: bool = False
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the checks of a request leave behind: everything is loaded, nothing is drawn."""
-
-    request: Request
-    device: torch.device
-    net: networks.GenerativeDenoiser
-    operator: Operator
-    source: ImageFolder | MeasurementFolder
-    classes: dict[str, int | None]  # of each image
-    folder: ResultsFolder
-    options: dict[str, Any]  # as in options.json; of the main process
-    lpips: LPIPS | None
-    lpips_note: str | None  # why there is none
-
-
 def run(request: Request) -> None:
-    """Solve the inverse problems of a request, under torchrun with other processes, and print the averages.
-
-    Raises ValueError, OSError or click.UsageError, as one line, for what cannot be done.
-    """
+    """Do what is asked, in all processes of torchrun. Raises ValueError, OSError or click.UsageError of one line."""
     device = distributed.init(request.device)
-    job = distributed.main_first(lambda: prepare(request, device))
-    sample(job)
+    job = distributed.main_first(lambda: Job(request, device))
+    job.sample()
     distributed.barrier()
     if distributed.is_main():
-        has_truth = request.data is not None
-        results = evaluate(job.folder, job.source.names, request.task.name, has_truth, job.lpips, job.lpips_note)
-        write_metrics(job.folder.path, results)
-        page = write_report(job.folder.path, results, request.task, job.operator, job.options)
+        job.report()
+
+
+class Job:
+    """A request that was checked: all it names is loaded, nothing is drawn."""
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        """The main process takes the output folder. Raises as `run`."""
+        if (request.data is None) == (request.measurements is None) or "" in (request.data, request.measurements):
+            raise click.UsageError("give either --data, images to measure, or --measurements, real ones")
+        self.request, self.device, self.operator = request, device, _load_operator(request)
+        self.net, path = _load_net(request, device)
+        net = self.net
+        self.lpips = None if request.data is None else _load_lpips(request, net.img_resolution, device)
+        shape = (1, net.img_channels, net.img_resolution, net.img_resolution)
+        self.operator.forward(torch.zeros(shape))  # a mask or box that does not fit is told before anything is written
+        if request.data is not None:
+            size = {"resolution": net.img_resolution, "channels": net.img_channels, "resize": request.resize}
+            self.source: Inputs = ImageFolder(request.data, num=request.num, **size)
+        else:
+            kind = {"shape": self.operator.measurement_shape(shape)[1:], "pictures": self.operator.measures_images}
+            self.source = MeasurementFolder(request.measurements, num=request.num, **kind)
+        inputs, outdir = Path(request.data or request.measurements).resolve(), request.outdir
+        if inputs.is_dir() and Path(outdir).resolve().is_relative_to(inputs):
+            raise InputError(f"{outdir} lies in {inputs}, and results would be taken for input: use another --outdir")
+        self.classes = _classes(request, net.label_dim, self.source)
+        self.folder = ResultsFolder(outdir, request.task.runs)
+        if distributed.is_main():
+            for name in self.source.names:  # what cannot be used is told before anything is drawn
+                self.source.read(name)
+            kept = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
+            options = {"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": file_sha256(path)}
+            options |= {name.removesuffix("_idx"): getattr(request, name) for name in kept} | {"device": str(device)}
+            self.folder.begin(options, self.operator, shape[2:])
+            self.options = options
+
+    def sample(self) -> None:
+        """Draw and write what this process's share of the images lacks."""
+        request, task, names = self.request, self.request.task, self.source.names
+        todo = [name for name in names if self.folder.record(name) is None]
+        distributed.barrier()  # all have looked before anyone writes
+        finished = f"; {len(names) - len(todo)} were finished before" if len(todo) < len(names) else ""
+        work = f"{task.runs} sample(s) each of {len(names)} images, {task.steps} noise levels"
+        distributed.print0(f"{task.name}: {work}{finished}", file=sys.stderr)
+        mine = todo[distributed.rank() :: distributed.world_size()]
+        total = len(mine) * task.runs
+
+        def problems() -> Iterator[Problem]:
+            for name in mine:
+                y, truth = self.source.read(name), None
+                if request.data is not None:
+                    y, truth = simulate(self.operator, y, task.noise, seed=request.seed, name=name), y
+                yield Problem(name, y, truth, self.classes[name])
+
+        layout = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+        disable = request.quiet or not total or not distributed.is_main()
+        bar = tqdm(total=total, unit="sample", bar_format=layout, disable=disable)
+        with warnings.catch_warnings(), bar:
+            warnings.simplefilter("ignore", LangevinWarning)  # recorded with each image, and told at the end
+            how = {"seed": request.seed, "batch": request.batch, "device": self.device}
+            how["progress"] = lambda samples: bar.update(min(samples, total - bar.n))
+            for solution in solve(self.net, self.operator, task, problems(), **how):
+                self.folder.write(solution, self.operator)
+
+    def report(self) -> None:
+        """Judge the results, write the measures and the page, and print the averages; of the main process."""
+        task, has_truth = self.request.task, self.request.data is not None
+        results = evaluate(self.folder, self.source.names, task.name, has_truth, self.lpips)
+        write_metrics(self.folder.path, results)
+        page = write_report(self.folder.path, results, task, self.operator, self.options)
         click.echo(format_summary(results))
-        click.echo(f"results: {job.folder.path}; page: {page}", err=True)
-
-
-def prepare(request: Request, device: torch.device) -> Job:
-    """Check a request and load all it names; the main process takes the output folder. Raises as `run`."""
-    if (request.data is None) == (request.measurements is None) or "" in (request.data, request.measurements):
-        raise click.UsageError("give either --data, images to measure, or --measurements, real ones")
-    operator = _load_operator(request)
-    net, path = _load_net(request, device)
-    scorer, note = (None, None) if request.data is None else _load_lpips(request, net.img_resolution, device)
-    shape = (1, net.img_channels, net.img_resolution, net.img_resolution)
-    y_shape = operator.measurement_shape(shape)[1:]
-    operator.forward(torch.zeros(shape))  # a mask or box that does not fit is told before anything is written
-    source: ImageFolder | MeasurementFolder
-    if request.data is not None:
-        size = {"resolution": net.img_resolution, "channels": net.img_channels}
-        source = ImageFolder(request.data, **size, resize=request.resize, num=request.num)
-    else:
-        pictures = operator.measures_images
-        source = MeasurementFolder(request.measurements, shape=y_shape, pictures=pictures, num=request.num)
-    inputs, outdir = Path(request.data or request.measurements).resolve(), request.outdir
-    if inputs.is_dir() and Path(outdir).resolve().is_relative_to(inputs):
-        raise InputError(f"{outdir} lies in {inputs}, and results would be taken for input: use another --outdir")
-    classes = _classes(request, net.label_dim, source)
-    folder, options = ResultsFolder(request.outdir, request.task.runs), {}
-    if distributed.is_main():
-        source.check()
-        options = _options(request, device, path)
-        folder.begin(options, operator, shape[2:])
-    return Job(request, device, net, operator, source, classes, folder, options, scorer, note)
+        click.echo(f"results: {self.folder.path}; page: {page}", err=True)
 
 
 def _load_operator(request: Request) -> Operator:
@@ -131,7 +149,7 @@ def _load_operator(request: Request) -> Operator:
 
 def _load_net(request: Request, device: torch.device) -> tuple[networks.GenerativeDenoiser, Path]:
     """The network, ready to run, and its file."""
-    loaded = networks.load(request.net, device=device)
+    loaded, _ = load_networks(request.net, None, device)
     net = loaded.net
     if not isinstance(net, networks.GenerativeDenoiser):
         raise ValueError(f"{request.net}: a {type(net).__name__}; inverse problems need a generative denoiser")
@@ -140,82 +158,35 @@ def _load_net(request: Request, device: torch.device) -> tuple[networks.Generati
     if request.task.ts is not None:
         few_step_sigmas(request.task.ts, sigma_max=net.init_sigma)
     net.compute_dtype = distributed.compute_dtype(request.dtype, device)
-    if device.type == "cpu":
-        net.to(memory_format=torch.channels_last)
     return net, loaded.path
 
 
-def _load_lpips(request: Request, resolution: int, device: torch.device) -> tuple[LPIPS | None, str | None]:
-    """LPIPS, or None and the reason."""
+def _load_lpips(request: Request, resolution: int, device: torch.device) -> LPIPS | str:
+    """LPIPS, or the reason why it is not computed."""
     if request.lpips == "off":
-        return None, "switched off"
+        return "switched off"
     if resolution < LPIPS_MIN_SIZE:
-        return None, f"it needs images of at least {LPIPS_MIN_SIZE}x{LPIPS_MIN_SIZE} pixels"
+        return f"it needs images of at least {LPIPS_MIN_SIZE}x{LPIPS_MIN_SIZE} pixels"
     path, download = request.lpips_path, request.lpips == "download"
     try:
-        return load_lpips(path, variant=request.lpips_pooling, device=device, download=download), None
+        return load_lpips(path, variant=request.lpips_pooling, device=device, download=download)
     except DetectorError as error:
         if path is not None or download:
             raise
-        return None, str(error)
+        return str(error)
 
 
-def _classes(request: Request, label_dim: int, source: ImageFolder | MeasurementFolder) -> dict[str, int | None]:
+def _classes(request: Request, label_dim: int, source: Inputs) -> dict[str, int | None]:
     """The class of every image by name. Raises ValueError where the network and the request do not fit."""
     class_idx, has_images = request.class_idx, isinstance(source, ImageFolder)
-    if label_dim == 0:
-        if class_idx is not None:
-            raise ValueError(f"{request.net} has no classes: leave out --class")
-        return dict.fromkeys(source.names)
+    if label_dim == 0 and class_idx is not None:
+        raise ValueError(f"{request.net} has no classes: leave out --class")
     known = f"{request.net} has classes 0 to {label_dim - 1}"
-    if class_idx is None:
-        raise ValueError(f"{known}: give one with --class" + (", or --class data" if has_images else ""))
+    if label_dim and class_idx is None:
+        raise ValueError(f"{known}: give one with --class" + ", or --class data" * has_images)
     if class_idx == "data" and not has_images:
         raise ValueError("--class data needs --data: measurements carry no classes")
     classes = source.labels() if class_idx == "data" else dict.fromkeys(source.names, class_idx)
-    wrong = [c for c in classes.values() if c >= label_dim]
-    if wrong:
+    if wrong := [c for c in classes.values() if c is not None and c >= label_dim]:
         raise ValueError(f"{known}, and not {wrong[0]}")
     return classes
-
-
-def _options(request: Request, device: torch.device, path: Path) -> dict[str, Any]:
-    """What options.json keeps of a request."""
-    names = ("data", "measurements", "mask", "resize", "class_idx", "seed", "dtype", "num", "batch")
-    return {
-        **{"task": request.task.to_dict(), "net": redact(request.net), "net_sha256": file_sha256(path)},
-        **{name.removesuffix("_idx"): getattr(request, name) for name in names},
-        "device": str(device),
-    }
-
-
-def sample(job: Job) -> None:
-    """Draw and write what this process's share of the images lacks."""
-    task, names = job.request.task, job.source.names
-    todo = [name for name in names if job.folder.record(name) is None]
-    distributed.barrier()  # all have looked before anyone writes
-    distributed.print0(
-        f"{task.name}: {task.runs} sample(s) each of {len(names)} images, {task.steps} noise levels"
-        + (f"; {len(names) - len(todo)} were finished before" if len(todo) < len(names) else ""),
-        file=sys.stderr,
-    )
-    mine = todo[distributed.rank() :: distributed.world_size()]
-    total = len(mine) * task.runs
-    layout = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-    disable = job.request.quiet or not total or not distributed.is_main()
-    bar = tqdm(total=total, unit="sample", bar_format=layout, disable=disable)
-    with warnings.catch_warnings(), bar:
-        warnings.simplefilter("ignore", LangevinWarning)  # recorded with each image, and told at the end
-        how = {"seed": job.request.seed, "batch": job.request.batch, "device": job.device}
-        how["progress"] = lambda samples: bar.update(min(samples, total - bar.n))
-        for solution in solve(job.net, job.operator, task, _problems(job, mine), **how):
-            job.folder.write(solution, job.operator)
-
-
-def _problems(job: Job, names: list[str]) -> Iterator[Problem]:
-    for name in names:
-        found, truth = job.source.read(name), None
-        if job.request.data is not None:
-            truth = found
-            found = simulate(job.operator, truth, job.request.task.noise, seed=job.request.seed, name=name)
-        yield Problem(name, found, truth, job.classes[name])

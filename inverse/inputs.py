@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
-import re
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -20,7 +21,6 @@ from data.pictures import to_array, to_picture
 from dnnlib.files import read_regular
 from dnnlib.npy import read_npy
 
-_ARRAY_EXTENSIONS = (".npz", ".npy")
 _MAX_HEADER_BYTES = 4096
 _MAX_NAME_BYTES = 200  # of an image, so that every file named after it fits a file system
 
@@ -30,70 +30,55 @@ class InputError(ValueError):
 
 
 class Inputs(ABC):
-    """Files of a folder or archive, in order of their names."""
+    """The first `num` files (None = all) of a folder or archive, in order of their names."""
 
-    def __init__(self, source: FileSource, files: list[str], what: str, num: int | None) -> None:
+    def __init__(self, path: str | os.PathLike, num: int | None, what: str, *kinds: Callable[[str], bool]) -> None:
+        """`kinds` tell files by their names; only the first kind that there is counts."""
+        self._source = FileSource(path)
+        files = next(filter(None, ([name for name in self._source.names if kind(name)] for kind in kinds)), [])
+        if not files:
+            raise InputError(f"{path}: holds no {what}")
         if num is not None and num > len(files):
-            raise InputError(f"{source.path}: holds {len(files)} {what}, fewer than the {num} asked for")
-        self._source = source
-        self._files = name_files(files[:num], str(source.path))
+            raise InputError(f"{path}: holds {len(files)} {what.partition(':')[0]}, fewer than the {num} asked for")
+        self._files = name_files(files[:num], str(path))
         self.names = list(self._files)
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """Return one of them, float32 [C,h,w]. Raises DatasetError or InputError."""
 
-    def check(self) -> None:
-        """Read every one once. Raises DatasetError or InputError for the first that cannot be used."""
-        for name in self.names:
-            self.read(name)
-
 
 class ImageFolder(Inputs):
-    """Images of any format, in a network's resolution and channels, as [C,H,W] in [-1, 1]."""
+    """Images of any format as [C,H,W] in [-1, 1]: `channels` 1 or 3, `resolution` pixels high and wide. `resize` crops
+    the centre of other sizes and resizes it; without it they are an error. Raises InputError or DatasetError where
+    there are no images or fewer than `num`.
+    """
 
     def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        resolution: int,  # pixels
-        channels: int,  # 1 or 3
-        resize: bool = False,  # centre-crop and resize other sizes; without it they are an error
-        num: int | None = None,  # the first so many; None = all
+        self, path: str | os.PathLike, *, resolution: int, channels: int, resize: bool = False, num: int | None = None
     ) -> None:
-        """Raises InputError or DatasetError where there are no images or fewer than `num`."""
-        source = FileSource(path)
-        files = [name for name in source.names if is_image_name(name)]
-        if not files:
-            raise InputError(f"{path}: holds no images")
-        super().__init__(source, files, "images", num)
+        super().__init__(path, num, "images", is_image_name)
         self._channels, self._size, self._resize = channels, resolution, resize
 
     def read(self, name: str) -> Tensor:
         where, data = self._source.where(self._files[name]), self._source.read(self._files[name])
-        return pixels_to_image(self.fit(upright(decode_pixels(data, where), data), where))
-
-    def fit(self, pixels: np.ndarray, where: str) -> np.ndarray:
-        """Return uint8 pixels [C,H,W] as the network takes them. Raises InputError where they need `resize`."""
-        size = self._size
+        pixels = upright(decode_pixels(data, where), data)
         if len(pixels) == 1 and self._channels == 3:
             pixels = pixels.repeat(3, axis=0)
         if len(pixels) == 3 and self._channels == 1:
             if not (pixels == pixels[:1]).all():
                 raise InputError(f"{where}: a colour image, and the network takes grey ones; convert it first")
             pixels = pixels[:1]
-        height, width = pixels.shape[1:]
-        if (height, width) == (size, size):
-            return pixels
-        if not self._resize:
-            raise InputError(
-                f"{where}: {width}x{height} pixels, and the network takes {size}x{size}; "
-                "--resize crops the centre and resizes it"
-            )
-        side = min(height, width)
-        left, top = (width - side) // 2, (height - side) // 2
-        square = to_picture(pixels).crop((left, top, left + side, top + side))
-        return to_array(square.resize((size, size), Image.Resampling.LANCZOS))
+        (height, width), size = pixels.shape[1:], self._size
+        if not height == width == size:
+            if not self._resize:
+                found = f"{width}x{height} pixels, and the network takes {size}x{size}"
+                raise InputError(f"{where}: {found}; --resize crops the centre and resizes it")
+            side = min(height, width)
+            left, top = (width - side) // 2, (height - side) // 2
+            square = to_picture(pixels).crop((left, top, left + side, top + side))
+            pixels = to_array(square.resize((size, size), Image.Resampling.LANCZOS))
+        return pixels_to_image(pixels)
 
     def labels(self) -> dict[str, int]:
         """Return the class of every image from the folder's dataset.json. Raises InputError where there are none."""
@@ -104,55 +89,43 @@ class ImageFolder(Inputs):
 
 
 class MeasurementFolder(Inputs):
-    """Real measurements: .npz (array y) or .npy files of floats, or pictures that stand for [-1, 1]."""
+    """Real measurements of `shape` [C,h,w]: .npz (array y) or .npy files, or, if there are none and `pictures` can be
+    measurements, images that stand for [-1, 1]. Raises InputError or DatasetError where there are no measurements or
+    fewer than `num`.
+    """
 
     def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        shape: tuple[int, ...],  # of one measurement [C,h,w]
-        pictures: bool,  # whether pictures can be measurements
-        num: int | None = None,  # the first so many; None = all
+        self, path: str | os.PathLike, *, shape: tuple[int, ...], pictures: bool, num: int | None = None
     ) -> None:
-        """Raises InputError or DatasetError where there are no measurements or fewer than `num`."""
-        source, self._shape = FileSource(path), tuple(shape)
-        files = [name for name in source.names if name.lower().endswith(_ARRAY_EXTENSIONS)]
-        if not files and pictures:
-            files = [name for name in source.names if is_image_name(name)]
-        if not files:
-            raise InputError(f"{path}: holds no measurements: .npz (array y), .npy" + (", images" if pictures else ""))
-        super().__init__(source, files, "measurements", num)
+        self._shape = tuple(shape)
+        what = "measurements: .npz (array y), .npy" + ", images" * pictures
+        super().__init__(path, num, what, lambda n: n.lower().endswith((".npz", ".npy")), *[is_image_name] * pictures)
 
     def read(self, name: str) -> Tensor:
         file = self._files[name]
         where, data = self._source.where(file), self._source.read(file)
         if is_image_name(file):
-            measurement = pixels_to_image(decode_pixels(data, where))
-            if len(measurement) == 1:
-                measurement = measurement.expand(self._shape[0], -1, -1).clone()
+            found = pixels_to_image(decode_pixels(data, where))
+            found = found.expand(self._shape[0], -1, -1).clone() if len(found) == 1 else found
         else:
-            measurement = torch.from_numpy(_read_array(data, where, math.prod(self._shape)))
-        if tuple(measurement.shape) != self._shape:
-            raise InputError(
-                f"{where}: a measurement of shape {list(measurement.shape)}, and the operator gives "
-                f"{list(self._shape)} (channels, height, width)"
-            )
-        return measurement
+            found = torch.from_numpy(_read_array(data, where, math.prod(self._shape)))
+        if tuple(found.shape) != self._shape:
+            wanted = f"{list(self._shape)} (channels, height, width)"
+            raise InputError(f"{where}: a measurement of shape {list(found.shape)}, and the operator gives {wanted}")
+        return found
 
 
 def name_files(files: list[str], where: str) -> dict[str, str]:
-    """Return {name: file}: a/b.png becomes a-b, and so do backslashes, colons and what cannot be printed.
-
-    Raises InputError where two files would share a name, and for names that leave no room for an extension.
+    """Return {name: file}: a/b.png becomes a-b, and so do backslashes, colons and what cannot be printed. Raises
+    InputError where two files would share a name, and for names that leave no room for an extension.
     """
     named: dict[str, str] = {}
     for file in files:
-        name = re.sub(r"[/\\:]", "-", PurePosixPath(file).with_suffix("").as_posix())
-        name = "".join(c if c.isprintable() else "-" for c in name)
+        stem = PurePosixPath(file).with_suffix("").as_posix()
+        name = "".join(c if c.isprintable() and c not in "/\\:" else "-" for c in stem)
         if len(name.encode()) > _MAX_NAME_BYTES:
-            raise InputError(
-                f"{where}: {name[:60]}... is too long a name: at most {_MAX_NAME_BYTES} bytes, with its folders"
-            )
+            most = f"at most {_MAX_NAME_BYTES} bytes, with its folders"
+            raise InputError(f"{where}: {name[:60]}... is too long a name: {most}")
         if name in named:
             both = f"{file} and {named[name]}".encode(errors="replace").decode()  # names that are not UTF-8
             raise InputError(f"{where}: {both} would both be called {name}; rename one")
@@ -163,12 +136,10 @@ def name_files(files: list[str], where: str) -> dict[str, str]:
 def upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
     """Return the pixels [C,H,W] of an image file turned as its EXIF tag says, as viewers show them."""
     picture = to_picture(pixels)
-    try:
+    with contextlib.suppress(Exception):  # another format, no tag, or a damaged one
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as file:  # Pillow turns TIFF itself
             picture.getexif()[ExifTags.Base.Orientation] = file.getexif()[ExifTags.Base.Orientation]
         picture = ImageOps.exif_transpose(picture)
-    except Exception:  # another format, no tag, or a damaged one
-        pass
     return to_array(picture)
 
 
@@ -194,12 +165,9 @@ def _read_array(data: bytes, where: str, elements: int) -> np.ndarray:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if "y.npy" not in archive.namelist():
                     raise InputError(f"{where}: holds no array y")
-                member = archive.getinfo("y.npy")
-                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                if archive.getinfo("y.npy").compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise InputError(f"{where}: array y is packed in a way that numpy does not use")
-                if member.file_size > most:
-                    raise InputError(f"{where}: array y is larger than a measurement of this operator")
-                data = archive.read("y.npy")
+                data = archive.open("y.npy").read(most + 1)
         if len(data) > most:
             raise InputError(f"{where}: larger than a measurement of this operator")
         array = read_npy(io.BytesIO(data), most)
@@ -207,9 +175,8 @@ def _read_array(data: bytes, where: str, elements: int) -> np.ndarray:
         raise
     except Exception as error:  # damaged archives and headers raise many kinds
         raise InputError(f"{where}: not a readable array ({' '.join(str(error).split())[:100]})") from None
-    kind = array.dtype.kind
     with np.errstate(over="ignore"):
-        values = array.astype(np.float32) if kind in "fiu" else None
+        values = array.astype(np.float32) if array.dtype.kind in "fiu" else None
     if values is None or not np.isfinite(values).all():
         raise InputError(f"{where}: a measurement holds finite real numbers, this array of {array.dtype} does not")
     return values

@@ -1,14 +1,12 @@
-"""Draws from the likelihood step p(u | x, y): the exact Gaussian formula, and unadjusted Langevin for the rest.
-
-The target is proportional to exp(-|A(u) - y|²/beta - |u - x|²/(2·rho²)): a Gaussian prior of mean x and standard
-deviation rho, and Gaussian measurement noise of standard deviation sqrt(beta/2).
+"""Draws from the likelihood step p(u | x, y): the exact Gaussian formula, and unadjusted Langevin for the rest. The
+target is proportional to exp(-|A(u) - y|²/beta - |u - x|²/(2·rho²)): a Gaussian prior of mean x and standard deviation
+rho, and Gaussian measurement noise of standard deviation sqrt(beta/2).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +17,6 @@ from sampling.seeds import SeededNoise
 if TYPE_CHECKING:
     from inverse.operators.base import Operator
 
-
 RETRY_SHRINK = 0.25  # each retry of a diverged chain takes this fraction of the previous step size
 ENERGY_PER_DIMENSION = 10.0  # excess energy of a diverged chain; at equilibrium it is 1/2, plus discretisation error
 
@@ -28,8 +25,7 @@ class LangevinDivergenceError(ValueError):
     """Langevin chains diverged although the step size was reduced repeatedly."""
 
 
-@dataclass(frozen=True)
-class LangevinResult:
+class LangevinResult(NamedTuple):
     """Draws of one Langevin likelihood step, and which chains had to be repeated with a smaller step size."""
 
     sample: Tensor  # [N,C,H,W]
@@ -37,10 +33,7 @@ class LangevinResult:
 
 
 def likelihood_std(beta: float) -> float:
-    """Return the standard deviation of the measurement noise that `beta` stands for: beta = 2·std².
-
-    Raises ValueError unless beta is a positive number.
-    """
+    """Return the noise's standard deviation, beta = 2·std²; raises ValueError unless beta is a positive number."""
     return math.sqrt(check_positive(beta, "beta") / 2)
 
 
@@ -51,15 +44,10 @@ def check_positive(value: float, name: str) -> float:
     return float(value)
 
 
-def gaussian_conditional(
-    a: Tensor,  # eigen- or singular values of the operator, real or complex, any shape
-    noise_std: float,  # standard deviation of the measurement noise
-    rho: float,  # standard deviation of the prior
-) -> tuple[Tensor, Tensor]:
-    """Return (gain, std) of u given x and y = a·u + noise, u ~ N(x, rho²), for each eigenvalue on its own.
-
-    The conditional is N(x + gain·(y - a·x), std²), with gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and
-    std = rho·noise_std/sqrt(|a|²·rho² + noise_std²). Where a = 0 nothing is measured: gain 0, std rho.
+def gaussian_conditional(a: Tensor, noise_std: float, rho: float) -> tuple[Tensor, Tensor]:
+    """Return (gain, std) of u given x and y = a·u + noise_std·n, u ~ N(x, rho²), for each of an operator's eigen- or
+    singular values `a`, real or complex, on its own: the conditional is N(x + gain·(y - a·x), std²), with
+    gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and std = rho·noise_std/sqrt(|a|²·rho² + noise_std²).
     Raises ValueError unless noise_std and rho are positive numbers.
     """
     noise_std, rho = check_positive(noise_std, "likelihood_std"), check_positive(rho, "rho")
@@ -84,17 +72,14 @@ def langevin_step(
 
     Iterates u ← u - lr·∇[|A(u) - y|²/beta + |u - x|²/(2·rho_sigma²)] + sqrt(2·lr)·n with the step size
     lr = c1/(c2/beta + 1/rho_sigma²) (NCVSD, arXiv 2506.09416). Noise: one number per image, then one image per step.
-
-    A chain has diverged if its end is not finite, or if its energy (the bracket above) exceeds that of the start by
-    more than 10 per pixel. It is run again from x at a quarter of the step size, each image with its own stream seeded
-    by the number drawn first, so that an image's result never depends on the others in the batch.
-    Raises LangevinDivergenceError if chains still diverge after `max_retries`, ValueError for settings that are not
-    positive and for x or y that are not finite or do not fit.
+    A chain has diverged if its end is not finite or its energy (the bracket) exceeds that of the start by more than 10
+    per pixel. It runs again from x at a quarter of the step size, from a stream that the number of its image seeds, so
+    that images do not depend on one another. Raises LangevinDivergenceError if that does not help `max_retries` times,
+    ValueError for settings that are not positive and for x or y that are not finite or do not fit.
     """
     if steps < 1 or max_retries < 0:
         raise ValueError(f"Langevin needs steps >= 1 and max_retries >= 0, not {steps} and {max_retries}")
-    check_positive(beta, "beta")
-    check_positive(rho_sigma, "rho_sigma")
+    beta, rho_sigma = check_positive(beta, "beta"), check_positive(rho_sigma, "rho_sigma")
     operator.check_pair(x, y)
     lr = check_positive(c1, "c1") / (check_positive(c2, "c2") / beta + rho_sigma**-2)
 
@@ -102,42 +87,31 @@ def langevin_step(
         misfit = (operator.forward(u) - y).flatten(1).square().sum(1) / beta
         return misfit + (u - x).flatten(1).square().sum(1) / (2 * rho_sigma**2)
 
+    def chain(x: Tensor, y: Tensor, randn_like: RandnLike) -> Tensor:
+        u = x
+        for _ in range(steps):
+            gradient = operator.misfit_gradient(u, y) / beta + (u - x) / rho_sigma**2
+            u = u - lr * gradient + math.sqrt(2 * lr) * randn_like(u)
+        return u
+
     limit = energy(x) + ENERGY_PER_DIMENSION * x[0].numel()
     if not limit.isfinite().all():
-        raise ValueError(_cannot_start(operator.forward(x), x, y, beta))
+        given = {"x": x, "A(x)": operator.forward(x), "y": y}.items()
+        reached = ", ".join(f"{name} {values.abs().max().item():.3g}" for name, values in given)
+        raise ValueError(
+            f"Langevin cannot start: |A(x) - y|²/beta is not finite in {x.dtype}, with values up to: {reached}, beta "
+            f"{beta:g}; check the measurements' scale, beta and the operator"
+        )
     seeds = randn_like(x[:, :1, :1, :1]).float().cpu().flatten().view(torch.int32).tolist()
-    u = _langevin_chain(operator, x, y, beta, rho_sigma, lr, steps, randn_like)
-    retries = torch.zeros(len(x), dtype=torch.int64)
-    for attempt in range(max_retries + 1):
-        diverged = ~(energy(u) <= limit)
-        if not diverged.any():
-            return LangevinResult(u, retries)
+    u, retries = chain(x, y, randn_like), torch.zeros(len(x), dtype=torch.int64)
+    while len(again := (~(energy(u) <= limit)).nonzero().flatten()):
+        attempt = int(retries.max())
         if attempt == max_retries:
-            break
+            found = f"{len(again)} of {len(x)} images at noise level {rho_sigma:.4g}, even with the step size {lr:.3g}"
+            advice = f"make c1 smaller than {c1:g} or c2 larger than {c2:g}"
+            raise LangevinDivergenceError(f"Langevin diverged for {found}: {advice}")
         lr *= RETRY_SHRINK
-        again = diverged.nonzero().flatten()
         noise = SeededNoise([(seeds[i] & 0xFFFFFFFF) + (attempt << 32) for i in again.tolist()], x.device)
-        u[again] = _langevin_chain(operator, x[again], y[again], beta, rho_sigma, lr, steps, noise.randn_like)
+        u[again] = chain(x[again], y[again], noise.randn_like)
         retries[again.cpu()] += 1
-    raise LangevinDivergenceError(
-        f"Langevin diverged for {int(diverged.sum())} of {len(x)} images at noise level {rho_sigma:.4g}, even with the "
-        f"step size reduced to {lr:.3g}: make c1 smaller than {c1:g} or c2 larger than {c2:g}"
-    )
-
-
-def _cannot_start(ax: Tensor, x: Tensor, y: Tensor, beta: float) -> str:
-    reached = ", ".join(f"{n} {v.abs().max().item():.3g}" for n, v in (("x", x), ("A(x)", ax), ("y", y)))
-    return (
-        f"Langevin cannot start: |A(x) - y|²/beta is not finite in {x.dtype}, with values up to: {reached}, beta "
-        f"{beta:g}; check the measurements' scale, beta and the operator"
-    )
-
-
-def _langevin_chain(
-    operator: Operator, x: Tensor, y: Tensor, beta: float, rho: float, lr: float, steps: int, randn_like: RandnLike
-) -> Tensor:
-    u = x
-    for _ in range(steps):
-        gradient = operator.misfit_gradient(u, y) / beta + (u - x) / rho**2
-        u = u - lr * gradient + math.sqrt(2 * lr) * randn_like(u)
-    return u
+    return LangevinResult(u, retries)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ class LangevinWarning(UserWarning):
     """Langevin chains diverged and were run again with a smaller step size."""
 
 
-@dataclass(frozen=True)
-class PnPResult:
+class PnPResult(NamedTuple):
     """Posterior samples, and how their likelihood steps were drawn."""
 
     images: Tensor  # [N,C,H,W] in [-1, 1] up to the network's overshoot: the running estimate at the end
@@ -30,17 +29,12 @@ class PnPResult:
 
 
 def resolve_likelihood(operator: Operator, likelihood: str) -> str:
-    """Return "exact" or "langevin": "auto" is exact where the operator allows it.
-
-    Raises ValueError for another word, and for "exact" where there is no exact step.
-    """
+    """Return "exact" or "langevin": "auto" is exact where the operator allows it. Raises ValueError where none is."""
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, not {likelihood!r}")
     if likelihood == "exact" and not operator.has_exact_step:
         raise ValueError("this operator has no exact likelihood step: use likelihood langevin or auto")
-    if likelihood == "auto":
-        return "exact" if operator.has_exact_step else "langevin"
-    return likelihood
+    return ("exact" if operator.has_exact_step else "langevin") if likelihood == "auto" else likelihood
 
 
 @torch.no_grad()
@@ -65,30 +59,30 @@ def pnp_sample(
     """Draw an image from p(x | y) for each measurement, batched (NCVSD, arXiv 2506.09416; PnP-DM, arXiv 2405.18782).
 
     From u = sigma_0·n, for each level i but the last: x ~ p(x0 | u) by the generative denoiser at sigma_i, averaged
-    into a running estimate where sigma_i < ema_sigma; then u ~ p(u | x, y) at sigma_{i+1}. The estimate is returned;
-    the u after the last x is not needed and not drawn. Noise is drawn on y's device in that order: start, then per
-    level the network's own and the likelihood step's. With one random stream per image
-    (`sampling.seeds.SeededNoise`), an image does not depend on the batch it is in, up to rounding.
-
-    Warns (LangevinWarning) where Langevin chains had to be repeated with a smaller step size. Raises ValueError for
-    settings or shapes that do not fit, LangevinDivergenceError if repeating did not help, and ValueError if the
-    network's output is not finite.
+    into a running estimate where sigma_i < ema_sigma; then u ~ p(u | x, y) at sigma_{i+1}, but after the last x. The
+    estimate is returned. Noise is drawn on y's device in that order: start, then per level the network's own and the
+    likelihood step's. With a random stream per image (`SeededNoise`), an image does not depend on its batch, up to
+    rounding. Warns (LangevinWarning) where Langevin chains were repeated with a smaller step size. Raises ValueError
+    for settings, shapes and outputs that do not fit, LangevinDivergenceError if repeating did not help.
     """
-    levels = _check_levels(sigmas)
+    levels = torch.as_tensor(sigmas, dtype=torch.float64).flatten().tolist()
+    if len(levels) < 2 or not all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False)):
+        shown = f"{len(levels)} levels" + (f" from {levels[0]:.4g} to {levels[-1]:.4g}" if levels else "")
+        raise ValueError(f"the noise levels must be at least two, positive and decreasing, not {shown}")
     kind = resolve_likelihood(operator, likelihood)
     settings, noise_std = asdict(langevin or LangevinSettings()), likelihood_std(beta)
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay is the share of the previous estimate and must lie in [0, 1), not {ema_decay}")
     if shape is None:
         shape = (y.shape[0], net.img_channels, net.img_resolution, net.img_resolution)
-    _check_shape(y, shape, operator)
-
-    u = levels[0] * randn_like(torch.empty(tuple(shape), dtype=y.dtype, device=y.device))
+    start = torch.empty(tuple(shape), dtype=y.dtype, device=y.device)
+    operator.check_pair(start, y)
+    estimate = u = levels[0] * randn_like(start)
     retries = torch.zeros(len(y), dtype=torch.int64)
-    estimate = u
     for i, sigma in enumerate(levels[:-1]):
         x = net(u, sigma, labels, ts=ts, zeta=zeta, randn_like=randn_like)
-        _check_output(net, x, u, sigma, f"y reaches {_reach(y):.3g}, and beta is {beta:g}")
+        if not x.isfinite().all():
+            raise ValueError(_why_not_finite(net, u, sigma, y, beta))
         averaged = i > 0 and sigma < ema_sigma
         estimate = ema_decay * estimate + (1 - ema_decay) * x if averaged else x
         if i < len(levels) - 2:
@@ -99,47 +93,22 @@ def pnp_sample(
                 u, retries = step.sample, retries + step.retries
         if progress is not None:
             progress(i + 1, len(levels) - 1)
-    _warn_of(retries)
+    if retries.any():
+        count, images = int(retries.sum()), f"{int((retries > 0).sum())} of {len(retries)} images"
+        text = f"Langevin diverged and was repeated with a smaller step size {count} times, in {images}"
+        warnings.warn(f"{text}; a smaller c1 avoids this", LangevinWarning, stacklevel=3)  # the caller, beyond no_grad
     return PnPResult(estimate, kind, retries)
 
 
-def _warn_of(retries: Tensor) -> None:
-    if retries.any():
-        warnings.warn(
-            f"Langevin diverged and was repeated with a smaller step size {int(retries.sum())} times, in "
-            f"{int((retries > 0).sum())} of {len(retries)} images; a smaller c1 avoids this",
-            LangevinWarning,
-            stacklevel=4,  # the caller of `pnp_sample`, beyond no_grad
-        )
-
-
-def _check_shape(y: Tensor, shape: Sequence[int], operator: Operator) -> None:
-    wanted = operator.measurement_shape(shape)
-    if tuple(y.shape) != wanted:
-        raise ValueError(f"measurements {list(y.shape)} do not fit: images {list(shape)} give {list(wanted)}")
-
-
-def _check_output(net: Any, x: Tensor, u: Tensor, sigma: float, given: str) -> None:
-    """Raise ValueError, with the cause, unless the network's output x for the input u is finite."""
-    if x.isfinite().all():
-        return
+def _why_not_finite(net: Any, u: Tensor, sigma: float, y: Tensor, beta: float) -> str:
+    """The cause why the network's output for the input u is not finite."""
     failed = f"the network's output at noise level {sigma:.4g} is not finite: "
     dtype = getattr(net, "compute_dtype", torch.float32)
-    if not _reach(u) < 100 * (1 + sigma):
-        likelihood = f"its input, from the likelihood step before, reaches {_reach(u):.3g} where images lie in [-1, 1]"
-        raise ValueError(f"{failed}{likelihood}; {given}: check the measurements' scale, beta and the operator")
+    u_max, y_max = u.abs().max().item(), y.abs().max().item()
+    if not u_max < 100 * (1 + sigma):
+        likelihood = f"its input, from the likelihood step before, reaches {u_max:.3g} where images lie in [-1, 1]"
+        given = f"y reaches {y_max:.3g}, and beta is {beta:g}: check the measurements' scale, beta and the operator"
+        return f"{failed}{likelihood}; {given}"
     if dtype != torch.float32:
-        raise ValueError(f"{failed}it was computed in {str(dtype).removeprefix('torch.')}: try float32")
-    raise ValueError(f"{failed}its input is, and it was computed in float32: the network's weights must be damaged")
-
-
-def _reach(values: Tensor) -> float:
-    return values.abs().max().item()
-
-
-def _check_levels(sigmas: Sequence[float] | Tensor) -> list[float]:
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).flatten().tolist()
-    if len(levels) < 2 or not all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False)):
-        shown = f"{len(levels)} levels" + (f" from {levels[0]:.4g} to {levels[-1]:.4g}" if levels else "")
-        raise ValueError(f"the noise levels must be at least two, positive and decreasing, not {shown}")
-    return levels
+        return f"{failed}it was computed in {str(dtype).removeprefix('torch.')}: try float32"
+    return f"{failed}its input is, and it was computed in float32: the network's weights must be damaged"

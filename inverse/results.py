@@ -31,9 +31,8 @@ LEVEL = 0.9  # of the samples' central interval, for the calibration
 _RESUMABLE = ("batch", "device", "num", "net")  # options that a restart may change
 _OF_IMAGES = ("truth", "measurements", "samples", "mean", "std", "records", "metrics.json")
 _OF_OPERATORS = ("kernel.png", "mask.png")
-_SHARES = ("interval", "coverage")  # of records
 _MAX_BYTES = 1 << 28  # of a JSON file
-
+_to_pixels = RGBEncoder().decode
 Scores = dict[str, float]  # residual and, where there is a truth, psnr, ssim and lpips
 
 
@@ -56,10 +55,6 @@ class ImageResult:
     chosen_run: int | None = None  # of the smallest residual
     oracle_run: int | None = None  # of the best PSNR
 
-    def to_dict(self) -> dict[str, Any]:
-        """What there is of it, as JSON data."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
 
 class ResultsFolder:
     """Writes one image's results at a time, each file whole or not at all."""
@@ -70,9 +65,8 @@ class ResultsFolder:
 
     def begin(self, options: dict[str, Any], operator: Operator, size: tuple[int, int]) -> None:
         """Create the folder, or check that it holds results of the same options, or none yet; keep other processes out
-        as long as this object lives.
-
-        Raises ResultsError, naming what differs, where it does not, and ValueError where another process does so.
+        as long as this object lives. Raises ResultsError, naming what differs, where it does not, and ValueError
+        where another process does so.
         """
         options = json.loads(json.dumps(options))
         self._check(options)
@@ -80,18 +74,22 @@ class ResultsFolder:
         self._held = lock_folder(self.path)
         self._check(options)  # of a process that ended meanwhile
         write_json(self.path / "options.json", options)
-        self._write_operator(operator, size)
+        for name in _OF_OPERATORS:  # of a task that was given up before its first image
+            (self.path / name).unlink(missing_ok=True)
+        if hasattr(operator, "kernel"):
+            save_image(self.path / "kernel.png", _scaled(operator.kernel)[None])
+        if hasattr(operator, "mask"):
+            save_image(self.path / "mask.png", (255 * operator.mask(*size)).to(torch.uint8)[None])
 
     def _check(self, options: dict[str, Any]) -> None:
         file = self.path / "options.json"
-        if self.path.exists() and not self.path.is_dir():
-            raise ResultsError(f"{self.path} is a file: give a folder")
         if file.exists():
             before = read_object(file, "use another folder")
             if not {"task", "net_sha256"} <= set(before):
                 raise ResultsError(f"{file} is not of posterior_sample.py: use another folder")
-            fixed = (set(options) | set(before)) - set(_RESUMABLE)
-            differing = sorted(_differences({k: before.get(k) for k in fixed}, {k: options.get(k) for k in fixed}))
+            old, new = (flatten({k: v for k, v in o.items() if k not in _RESUMABLE}) for o in (before, options))
+            pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
+            differing = [f"{k}: {json.dumps(a)} there, {json.dumps(b)} now" for k, (a, b) in pairs.items() if a != b]
             if differing and self._has(*_OF_IMAGES):
                 raise ResultsError(f"{self.path} holds results of other options ({'; '.join(differing)}): use another")
         elif self._has(*_OF_IMAGES, *_OF_OPERATORS):
@@ -101,99 +99,84 @@ class ResultsFolder:
         return any((self.path / name).exists() for name in names)
 
     def record(self, name: str) -> ImageResult | None:
-        """Return what was recorded of a finished image, or None, also where one of its pictures is gone.
-
-        Raises ResultsError for a damaged record.
-        """
+        """A finished image, or None, also where a picture of it is gone. Raises ResultsError for a damaged record."""
         path, advice = self.path / "records" / f"{name}.json", "remove it, and the image is drawn again"
         if not path.exists():
             return None
         record = read_object(path, advice)
-        damage = _damage(record, name, self._runs)
-        if damage:
-            raise ResultsError(f"{path}: damaged, {damage}; {advice}")
-        result = ImageResult(
-            name,
-            [{"residual": _or_inf(run["residual"])} for run in record["runs"]],
-            record["retries"],
-            bool(record.get("has_truth")),
-            _or_inf(record["std_max"]) if "std_max" in record else None,
-            *(record.get(key) for key in _SHARES),
-        )
-        folders = [f"samples/run_{run}" for run in range(len(result.runs))] + ["truth"] * result.has_truth
-        if len(result.runs) > 1:
-            result.posterior_mean = {"residual": _or_inf(record["mean_residual"])}
-            folders.append("mean")
+
+        def number(key: str, of: dict[str, Any] = record, most: float = 1e300) -> float:
+            value = of[key]
+            if value is None and most > 1:  # beyond float32
+                return math.inf
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                raise ValueError(f"{key} is not a number that it can be")
+            return value
+
+        try:  # users edit and copy them
+            runs, retries = [{"residual": number("residual", run)} for run in record["runs"]], record["retries"]
+            if not runs or record["name"] != name or type(retries) is not int or retries < 0:
+                raise KeyError
+            if self._runs not in (None, len(runs)):
+                raise ValueError(f"of {len(runs)} runs where the task has {self._runs}")
+            result = ImageResult(name, runs, retries, bool(record.get("has_truth")))
+            if "std_max" in record:
+                result.std_max = number("std_max")
+            if "interval" in record or "coverage" in record:
+                result.interval, result.coverage = number("interval", most=1), number("coverage", most=1)
+            if len(runs) > 1:
+                result.posterior_mean = {"residual": number("mean_residual")}
+        except (KeyError, TypeError):
+            raise ResultsError(f"{path}: damaged, not the record of {name}; {advice}") from None
+        except ValueError as error:
+            raise ResultsError(f"{path}: damaged, {error}; {advice}") from None
+        folders = [f"samples/run_{run}" for run in range(len(runs))] + ["truth"] * result.has_truth
+        folders += ["mean"] * (len(runs) > 1)
         return result if all((self.path / folder / f"{name}.png").exists() for folder in folders) else None
 
     def write(self, solution: Solution, operator: Operator) -> None:
         """Write the files of one image, its record last."""
-        problem, samples = solution.problem, solution.samples.float()
-        runs = len(samples)
-        y = problem.y.cpu()[None]
-        self._image("measurements", problem.name, _measurement_picture(y[0], operator.measures_images))
-        with atomic_write(self.path / "measurements" / f"{problem.name}.npz") as file:
-            np.savez(file, y=y[0].numpy())
-        pixels = _to_pixels(samples)
-        for run, sample in enumerate(pixels):
-            self._image(f"samples/run_{run}", problem.name, sample)
-        clipped = samples.clamp(-1, 1)
+        problem, y = solution.problem, solution.problem.y.cpu()[None]
+        pixels, clipped = _to_pixels(solution.samples), solution.samples.float().clamp(-1, 1)
+        runs = len(pixels)
         residuals = operator.residual(clipped, y.expand(runs, *y.shape[1:])).tolist()
-        record: dict[str, Any] = {
-            "name": problem.name,
-            "runs": [{"residual": value} for value in residuals],
-            "retries": solution.retries,
-            "has_truth": problem.truth is not None,
-        }
+        record = {"name": problem.name, "runs": [{"residual": value} for value in residuals]}
+        record |= {"retries": solution.retries, "has_truth": problem.truth is not None}
+        pictures = {f"samples/run_{run}": sample for run, sample in enumerate(pixels)}
+        pictures["measurements"] = _to_pixels(y[0]) if operator.measures_images else _scaled(y[0].clamp_min(0).log1p())
         if runs > 1:
             mean, std = clipped.mean(dim=0), clipped.std(dim=0)
-            self._image("mean", problem.name, _to_pixels(mean[None])[0])
-            self._image("std", problem.name, (255 * std / std.max().clamp_min(1e-12)).to(torch.uint8))
-            record["std_max"] = std.max().item()
-            record["mean_residual"] = operator.residual(mean[None], y).item()
+            pictures |= {"mean": _to_pixels(mean), "std": _scaled(std)}
+            record |= {"std_max": std.max().item(), "mean_residual": operator.residual(mean[None], y).item()}
         if problem.truth is not None:
-            truth = _to_pixels(problem.truth.cpu()[None])[0]
-            self._image("truth", problem.name, truth)
-            record.update(coverage(pixels, truth) if runs > 1 else {})
+            pictures["truth"] = _to_pixels(problem.truth.cpu())
+            record |= coverage(pixels, pictures["truth"]) if runs > 1 else {}
+        for folder, picture in pictures.items():
+            save_image(self.path / folder / f"{problem.name}.png", picture)
+        with atomic_write(self.path / "measurements" / f"{problem.name}.npz") as file:
+            np.savez(file, y=y[0].numpy())
         write_json(self.path / "records" / f"{problem.name}.json", record)
-
-    def _write_operator(self, operator: Operator, size: tuple[int, int]) -> None:
-        for name in _OF_OPERATORS:
-            if not hasattr(operator, Path(name).stem):  # of a task that was given up before its first image
-                (self.path / name).unlink(missing_ok=True)
-        if (kernel := getattr(operator, "kernel", None)) is not None:
-            scaled = (255 * kernel / kernel.max().clamp_min(1e-12)).clamp(0, 255)
-            save_image(self.path / "kernel.png", scaled.to(torch.uint8)[None])
-        if (mask := getattr(operator, "mask", None)) is not None:
-            save_image(self.path / "mask.png", (255 * mask(*size)).to(torch.uint8)[None])
-
-    def _image(self, folder: str, name: str, pixels: Tensor) -> None:
-        save_image(self.path / folder / f"{name}.png", pixels)
 
 
 def read_picture(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """A picture of a finished image as uint8 [C,H,W]; users may have changed it since.
-
-    Raises ResultsError if it is missing, damaged or not of this height and width.
-    """
+    """A picture of a finished image, uint8 [C,H,W]. Raises ResultsError if missing, damaged or not of this shape."""
     try:
         image = read_image(path)
     except FileNotFoundError:
         raise ResultsError(f"{path}: missing, though the image is recorded as finished") from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged data
         raise ResultsError(f"{path}: damaged or not a PNG ({type(error).__name__})") from None
-    if shape is not None and image.shape[1:] != shape:
-        raise ResultsError(
-            f"{path}: {image.shape[2]}x{image.shape[1]} pixels, where {shape[1]}x{shape[0]} are expected"
-        )
+    if shape not in (None, image.shape):
+        (c, h, w), (channels, height, width) = image.shape, shape
+        found = f"{w}x{h} pixels, where {width}x{height} are expected"
+        if (h, w) == (height, width):
+            found = f"{c} channels, where {channels} are expected"
+        raise ResultsError(f"{path}: {found}")
     return image
 
 
-def coverage(
-    samples: Tensor,  # uint8 [R,C,H,W]
-    truth: Tensor,  # uint8 [C,H,W]
-) -> dict[str, float]:
-    """Return the share of true pixels within the samples' central interval, as `coverage`.
+def coverage(samples: Tensor, truth: Tensor) -> dict[str, float]:
+    """Return the share of true pixels, uint8 [C,H,W], within the central interval of samples [R,C,H,W], as `coverage`.
 
     Between the k-th smallest and the k-th largest of R samples, a further draw of the same distribution lies with
     probability 1 - 2k/(R+1): `interval`, as near to 0.9 as R allows. Where samples equal the truth (8 bits; black
@@ -206,30 +189,6 @@ def coverage(
     ranks_inside = (below + equal).clamp(max=runs - k) - below.clamp(min=k) + 1
     share = ranks_inside.clamp(min=0) / (equal + 1).double()
     return {"interval": 1 - 2 * k / (runs + 1), "coverage": share.mean().item()}
-
-
-def _damage(record: dict[str, Any], name: str, count: int | None) -> str | None:
-    """What is wrong with the record of an image, in words; users edit and copy them."""
-    runs, retries = record.get("runs"), record.get("retries")
-    whole = isinstance(runs, list) and runs and all(isinstance(run, dict) and "residual" in run for run in runs)
-    if not whole or record.get("name") != name or type(retries) is not int or retries < 0:
-        return f"not the record of {name}"
-    if count not in (None, len(runs)):
-        return f"of {len(runs)} runs where the task has {count}"
-    if len(runs) > 1 and "mean_residual" not in record:
-        return "without the posterior mean"
-    numbers = [("residual", run["residual"], 1e300) for run in runs]
-    numbers += [(key, record[key], 1e300) for key in ("std_max", "mean_residual") if key in record]
-    numbers += [(key, record.get(key), 1) for key in _SHARES if any(share in record for share in _SHARES)]
-    for key, value, most in numbers:
-        beyond_float32 = value is None and key not in _SHARES
-        if not beyond_float32 and not (type(value) in (int, float) and 0 <= value <= most):
-            return f"{key} is not a number that it can be"
-    return None
-
-
-def _or_inf(value: float | None) -> float:
-    return math.inf if value is None else value
 
 
 def read_object(path: Path, advice: str) -> dict[str, Any]:
@@ -245,19 +204,14 @@ def read_object(path: Path, advice: str) -> dict[str, Any]:
     return content
 
 
-def _to_pixels(images: Tensor) -> Tensor:
-    return RGBEncoder().decode(images)
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options, and options within them, by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
 
 
-def _measurement_picture(y: Tensor, is_image: bool) -> Tensor:
-    if is_image:
-        return _to_pixels(y[None])[0]
-    shown = y.clamp_min(0).log1p()
-    return (255 * shown / shown.max().clamp_min(1e-12)).to(torch.uint8)
-
-
-def _differences(before: Any, now: Any, where: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(set(before) | set(now))
-        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{where}.{k}" if where else k)]
-    return [] if before == now else [f"{where}: {json.dumps(before)} there, {json.dumps(now)} now"]
+def _scaled(values: Tensor) -> Tensor:
+    """As uint8, the largest value white."""
+    return (255 * values / values.max().clamp_min(1e-12)).clamp(0, 255).to(torch.uint8)

@@ -38,10 +38,7 @@ class Solution:
 
 
 def stream(seed: int, name: str, run: int | None = None) -> int:
-    """Return the number that seeds one image's noise: of its measurement, or of one of its runs.
-
-    It depends on nothing else, neither on the other images nor on the batch.
-    """
+    """Return the number that seeds an image's noise, of its measurement or of one run, and depends on nothing else."""
     text = f"{seed}/{'measurement' if run is None else run}/{name}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -64,35 +61,25 @@ def solve(
     device: torch.device | str = "cpu",
     progress: Callable[[float], Any] | None = None,  # told how many samples' worth of work was done
 ) -> Iterator[Solution]:
-    """Yield the `task.runs` posterior samples of each problem, in order, as soon as its last sample is drawn.
-
-    A sample depends on `seed`, the problem's name and the run alone: bit for bit with `batch` 1, else up to the
-    network's rounding, which Langevin chains can amplify (README.md). Raises ValueError as `inverse.pnp_sample` does.
+    """Yield the `task.runs` posterior samples of each problem, in order, as soon as its last sample is drawn. A sample
+    depends on `seed`, the problem's name and the run alone: bit for bit with `batch` 1, else up to the network's
+    rounding, which Langevin chains can amplify (README.md). Raises ValueError as `inverse.pnp_sample` does.
     """
     levels = karras_sigmas(task.steps, task.sigma_min, task.sigma_max, task.rho, dtype=torch.float64).tolist()
     todo = ((problem, run) for problem in problems for run in range(task.runs))
     drawn: list[tuple[Problem, Tensor, int]] = []
     while units := list(islice(todo, batch)):
-        count = len(units)
-        result = pnp_sample(
-            net,
-            operator,
-            torch.stack([problem.y for problem, _ in units]).to(device, torch.float32),
-            levels,
-            **task.sampler_options(),
-            labels=_one_hot([problem.class_idx for problem, _ in units], net.label_dim, device),
-            shape=(count, net.img_channels, net.img_resolution, net.img_resolution),
-            randn_like=SeededNoise([stream(seed, problem.name, run) for problem, run in units], device).randn_like,
-            progress=progress and (lambda _, levels, count=count: progress(count / levels)),
-        )
+        count, labels = len(units), None
+        if net.label_dim:
+            classes = torch.tensor([problem.class_idx for problem, _ in units])
+            labels = torch.nn.functional.one_hot(classes, net.label_dim).to(device, torch.float32)
+        y = torch.stack([problem.y for problem, _ in units]).to(device, torch.float32)
+        noise = SeededNoise([stream(seed, problem.name, run) for problem, run in units], device)
+        how = {"labels": labels, "randn_like": noise.randn_like, **task.sampler_options()}
+        how["progress"] = progress and (lambda _, levels, count=count: progress(count / levels))
+        result = pnp_sample(net, operator, y, levels, **how)
         drawn += zip((problem for problem, _ in units), result.images.cpu(), result.retries.tolist(), strict=True)
         while len(drawn) >= task.runs:
             runs, drawn = drawn[: task.runs], drawn[task.runs :]
             of_problem, samples, retries = zip(*runs, strict=True)
             yield Solution(of_problem[0], torch.stack(samples), sum(retries))
-
-
-def _one_hot(classes: list[int | None], label_dim: int, device: torch.device | str) -> Tensor | None:
-    if not label_dim:
-        return None
-    return torch.nn.functional.one_hot(torch.tensor(classes), label_dim).to(device, torch.float32)

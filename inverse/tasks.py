@@ -1,11 +1,9 @@
-"""Tasks: a measurement operator with the settings of its sampler, from YAML files and command-line options.
-
-Imports no torch, so that scripts show their help at once.
-"""
+"""Tasks: an operator and the settings of its sampler, from YAML files and options. Imports no torch, for --help."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import click
 from dnnlib import ROOT
 from dnnlib.files import read_regular
 from dnnlib.text import printable
+from torch_utils.options import about
 
 TASK_DIR = ROOT / "presets" / "task"
 LIKELIHOODS = ("auto", "exact", "langevin")
@@ -28,31 +27,19 @@ class TaskError(ValueError):
     """A task that does not exist, cannot be read or holds a setting that makes no sense."""
 
 
-class GridIndices(click.ParamType):
-    """A few-step schedule on the command line."""
+def grid_indices(text: str) -> tuple[int, ...]:
+    """A few-step schedule on the command line. Raises click.BadParameter."""
+    from sampling.grids import parse_ts  # imports torch
 
-    name = "list"  # in upper case in --help
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        from sampling.grids import parse_ts  # imports torch
-
-        if value.count(",") >= _MAX_STEPS:
-            self.fail(f"{value.count(',') + 1} entries, and there are {_MAX_STEPS} grid indices", param, ctx)
-        try:
-            return parse_ts(value).ts
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+    with about("--ts"):
+        if text.count(",") >= _MAX_STEPS:
+            raise ValueError(f"{text.count(',') + 1} entries, and there are {_MAX_STEPS} grid indices")
+        return parse_ts(text).ts
 
 
-def setting(
-    default: Any = MISSING,
-    limits: tuple[float, float] | None = None,  # of a number
-    *,
-    help: str = "",  # of the option; without it there is none
-    option: click.ParamType | None = None,  # None = by the type of the field
-) -> Any:
-    """A field of a task: in YAML under its name, checked against its limits, and an option of scripts."""
-    return field(default=default, metadata={"limits": limits, "help": help, "option": option})
+def setting(default: Any = MISSING, limits: tuple[float, float] | None = None, **option: Any) -> Any:
+    """A field of a task: a number within `limits`, and an option of scripts where there are arguments of click's."""
+    return field(default=default, metadata={"limits": limits, "option": option})
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,7 @@ class Task:
     name: str = "custom"
     description: str = ""
     noise: float = setting(
-        0.05, (0, 1e6), help="Task: standard deviation of simulated measurement noise.", option=click.FloatRange(0)
+        0.05, (0, 1e6), help="Task: standard deviation of simulated measurement noise.", type=click.FloatRange(0)
     )
     ema_decay: float = setting(0.0, (0, 1), help="Task: share of the previous running estimate.")
     ema_sigma: float = setting(0.0, (0, 1e6), help="Task: noise level below which the estimate is averaged.")
@@ -86,14 +73,14 @@ class Task:
     sigma_max: float = setting(80.0, (1e-6, 1e6), help="Task: first noise level.")
     rho: float = setting(2.0, (0.1, 100), help="Task: exponent of the Karras grid of noise levels.")
     likelihood: str = setting(
-        "auto", help="Task: auto is exact where the operator allows it.", option=click.Choice(LIKELIHOODS)
+        "auto", help="Task: auto is exact where the operator allows it.", type=click.Choice(LIKELIHOODS)
     )
     langevin: LangevinSettings = field(default_factory=LangevinSettings)
     ts: tuple[int, ...] | None = setting(  # None = one evaluation each
-        None, help="Few-step prior steps: grid indices, as 10,22,39.", option=GridIndices()
+        None, help="Few-step prior steps: grid indices, as 10,22,39.", type=grid_indices, metavar="LIST"
     )
     zeta: float = setting(
-        1.0, (0, 1), help="With --ts: share of fresh noise between steps.", option=click.FloatRange(0, 1)
+        1.0, (0, 1), help="With --ts: share of fresh noise between steps.", type=click.FloatRange(0, 1)
     )
     runs: int = setting(1, (1, 1000), help="Samples per image.  [default: the task's]")
 
@@ -102,9 +89,9 @@ class Task:
             raise TaskError("operator must hold a name, as in `operator: {name: super_resolution, factor: 4}`")
         if not all(isinstance(key, str) for key in self.operator):
             raise TaskError("operator: the names of parameters must be text")
-        for name in ("name", "description"):
-            if not isinstance(getattr(self, name), str):
-                raise TaskError(f"{name} must be text, not {_shown(getattr(self, name))}")
+        for name, value in (("name", self.name), ("description", self.description)):
+            if not isinstance(value, str):
+                raise TaskError(f"{name} must be text, not {_shown(value)}")
         _check_limits(self)
         if self.ema_decay == 1:
             raise TaskError("ema_decay is a share and must be below 1, or nothing new would count")
@@ -126,25 +113,24 @@ class Task:
 def task_options(function: Callable) -> Callable:
     """Decorator of a click command: one option per setting that has a help text, None where it is not given."""
     for name, f in reversed(_options().items()):
-        low = (f.metadata["limits"] or (None,))[0]
-        kind = f.metadata["option"] or (click.IntRange(min=low) if f.type == "int" else float)
-        function = click.option(f"--{name.replace('_', '-')}", name, type=kind, help=f.metadata["help"])(function)
+        kind = click.IntRange(min=f.metadata["limits"][0]) if f.type == "int" else float
+        option = {"type": kind, **f.metadata["option"]}
+        function = click.option(f"--{name.replace('_', '-')}", name, **option)(function)
     return function
 
 
 def pop_overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Take what `task_options` added out of a command's arguments; return what was given."""
-    values = {name: options.pop(name) for name in _options()}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name in _options() if (value := options.pop(name)) is not None}
 
 
 def _options() -> dict[str, Field]:
     """Fields by the name of their option."""
-    found = {}
+    found: dict[str, Field] = {}
     for f in fields(Task):
-        inner = fields(LangevinSettings) if f.name == "langevin" else ()
-        found |= {f"langevin_{part.name}": part for part in inner} or {f.name: f}
-    return {name: f for name, f in found.items() if f.metadata.get("help")}
+        inner = {f"langevin_{part.name}": part for part in fields(LangevinSettings)}
+        found |= inner if f.name == "langevin" else {f.name: f}
+    return {name: f for name, f in found.items() if f.metadata.get("option")}
 
 
 def task_names() -> list[str]:
@@ -153,43 +139,32 @@ def task_names() -> list[str]:
 
 
 def load_task(task: str | Path, overrides: Mapping[str, Any] | None = None) -> Task:
-    """Return the task of a YAML file, or of a bare name from `task_names`, with some settings replaced.
-
-    `overrides` are fields of `Task` and, as langevin_steps, langevin_c1 and langevin_c2, of LangevinSettings.
-    Raises TaskError for what cannot be read and for settings that do not exist or make no sense, naming the file where
-    they are its own.
+    """Return the task of a YAML file, or of a name from `task_names`, with some fields replaced: `overrides` of `Task`
+    and, as langevin_steps, langevin_c1 and langevin_c2, of its LangevinSettings. Raises TaskError for what cannot be
+    read and for settings that do not exist or make no sense, naming the file where they are its own.
     """
-    path = _find(str(task))
+    known, path = task_names(), Path(task)
+    if not path.is_file():
+        if str(task) not in known:
+            raise TaskError(f"there is no task {_shown(str(task))}: give a .yaml file or one of {', '.join(known)}")
+        path = TASK_DIR / f"{task}.yaml"
     try:
-        settings = _parse(read_regular(path, _MAX_BYTES).decode("utf-8"))
-        settings.setdefault("name", path.stem)
-        base = _build(settings)
-    except UnicodeDecodeError:
-        raise TaskError(f"{path}: not a text file in UTF-8") from None
+        base = _build({"name": path.stem, **_parse(read_regular(path, _MAX_BYTES))})
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from None
     except TaskError as error:
         raise TaskError(f"{path}: {error}") from None
-    if not overrides:
-        return base
-    prefix = "langevin_"
-    inner = {name.removeprefix(prefix): value for name, value in overrides.items() if name.startswith(prefix)}
-    outer = {name: value for name, value in overrides.items() if not name.startswith(prefix)}
+    outer, inner = dict(overrides or {}), {}
+    for name in [name for name in outer if name.startswith("langevin_")]:
+        inner[name.removeprefix("langevin_")] = outer.pop(name)
     return replace(base, **outer, langevin=replace(base.langevin, **inner))
 
 
-def _find(task: str) -> Path:
-    if Path(task).is_file():
-        return Path(task)
-    if task in task_names():
-        return TASK_DIR / f"{task}.yaml"
-    raise TaskError(f"there is no task {_shown(task)}: give a .yaml file or one of {', '.join(task_names())}")
-
-
-def _parse(text: str) -> dict[str, Any]:
+def _parse(data: bytes) -> dict[str, Any]:
     import yaml  # would take a fifth of the time of --help
 
     try:
+        text = data.decode("utf-8")
         depth = 0
         for event in yaml.parse(text):
             if isinstance(event, yaml.AliasEvent):
@@ -200,6 +175,8 @@ def _parse(text: str) -> dict[str, Any]:
         settings = yaml.safe_load(text)
     except TaskError:
         raise
+    except UnicodeDecodeError:
+        raise TaskError("not a text file in UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
         raise TaskError(f"not valid YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
@@ -226,28 +203,23 @@ def _build(settings: Mapping[str, Any]) -> Task:
         if not isinstance(settings["langevin"], dict):
             raise TaskError("langevin must hold settings, as in `langevin: {steps: 100, c1: 0.1, c2: 0.1}`")
         settings["langevin"] = LangevinSettings(**_known(settings["langevin"], LangevinSettings, "langevin: "))
-    if settings.get("ts") is not None:
-        ts = settings["ts"]
+    if (ts := settings.get("ts")) is not None:
         if not isinstance(ts, list | tuple) or len(ts) > _MAX_STEPS or not all(type(t) is int for t in ts):
             raise TaskError(f"ts must be a list of at most {_MAX_STEPS} whole numbers, not {_shown(ts)}")
-        settings["ts"] = tuple(settings["ts"])
+        settings["ts"] = tuple(ts)
     return Task(**settings)
 
 
 def _known(settings: Mapping[str, Any], kind: type, where: str = "") -> dict[str, Any]:
     """The settings, checked for names that do not exist; '1e-4', which is text in YAML, becomes a number."""
-    known = {f.name: f.type for f in fields(kind)}
-    for name in settings:
+    known, found = {f.name: f.type for f in fields(kind)}, dict(settings)
+    for name, value in settings.items():
         if name not in known:
             raise TaskError(f"{where}there is no setting {_shown(name)}; known are {', '.join(known)}")
-    return {name: _as_number(value) if known[name] == "float" else value for name, value in settings.items()}
-
-
-def _as_number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+        if known[name] == "float" and isinstance(value, str):
+            with suppress(ValueError):
+                found[name] = float(value)
+    return found
 
 
 def _check_limits(settings: Task | LangevinSettings, where: str = "") -> None:

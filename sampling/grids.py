@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 TS_GRID_SIZE = 40  # few-step schedules are indices of the 40-point Karras grid
 
@@ -18,36 +19,26 @@ def karras_sigmas(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Return `num` decreasing noise levels [num] from `sigma_max` to `sigma_min` (EDM, arXiv 2206.00364, equation 5).
-
     Raises ValueError if there are fewer than two levels or the range is not 0 <= sigma_min < sigma_max.
     """
     if num < 2:
         raise ValueError(f"a Karras grid needs at least 2 levels, not {num}")
     if not 0 <= sigma_min < sigma_max or rho <= 0:
-        raise ValueError(
-            "a Karras grid needs 0 <= sigma_min < sigma_max and rho > 0, "
-            f"not sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}"
-        )
+        given = f"sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}"
+        raise ValueError(f"a Karras grid needs 0 <= sigma_min < sigma_max and rho > 0, not {given}")
     fraction = torch.arange(num, dtype=dtype, device=device) / (num - 1)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (high + fraction * (low - high)) ** rho
 
 
-def few_step_sigmas(
-    ts: Sequence[int],  # grid indices t_0 < t_1 < ... < t_n, at least two
-    *,
-    sigma_max: float = 80.0,  # level of index 0: the generator's init_sigma
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Return the noise levels [len(ts)] of few-step grid indices.
-
-    n+1 indices mean n network evaluations: the last level is where the result would be re-noised to.
-    Raises ValueError unless the indices are at least two, integers in 0..39, and strictly increasing.
+def few_step_sigmas(ts: Sequence[int], *, sigma_max: float = 80.0, device: torch.device | str | None = None) -> Tensor:
+    """Return the noise levels [n+1] of grid indices t_0 < … < t_n; index 0 has `sigma_max`, in data units. They mean n
+    network evaluations: the last level is where the result would be re-noised to. Raises ValueError unless the indices
+    are at least two, integers in 0..39, and strictly increasing.
     """
-    ts = list(ts)
-    shown = ",".join(str(t) for t in ts)
+    ts, shown = list(ts), ",".join(map(str, ts))
     if any(isinstance(t, bool) or int(t) != t or not 0 <= t < TS_GRID_SIZE for t in ts):
         raise ValueError(f"ts {shown}: every entry must be an integer from 0 to {TS_GRID_SIZE - 1}")
     if any(a >= b for a, b in zip(ts, ts[1:], strict=False)):
@@ -65,10 +56,9 @@ class ParsedSchedule(NamedTuple):
 
 
 def parse_ts(text: str | Sequence[int]) -> ParsedSchedule:
-    """Read a few-step schedule such as '10,22,39': indices of the 40-point Karras grid, 0 (80) to 39 (0.002).
-
-    n+1 indices are n network evaluations; the last, 39, ends the schedule and is added where it is missing.
-    Raises ValueError unless the entries are strictly increasing integers in 0..39 with at least one below 39.
+    """Read a few-step schedule such as '10,22,39': indices of the 40-point Karras grid, 0 (80) to 39 (0.002). n+1
+    indices are n network evaluations; the last, 39, ends the schedule and is added where it is missing. Raises
+    ValueError unless the entries are strictly increasing integers in 0..39 with at least one below 39.
     """
     parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else list(text)
     try:
@@ -84,6 +74,6 @@ def parse_ts(text: str | Sequence[int]) -> ParsedSchedule:
 
 def describe_ts(ts: Sequence[int], *, sigma_max: float = 80.0) -> str:
     """Return the noise levels of the evaluations in words, as in '2 steps at noise levels 16.78, 1.382'."""
-    levels = few_step_sigmas(ts, sigma_max=sigma_max).tolist()[:-1]
-    shown = ", ".join(f"{level:.4g}" for level in levels)
-    return f"{len(levels)} step{'s' if len(levels) > 1 else ''} at noise level{'s' if len(levels) > 1 else ''} {shown}"
+    levels = [f"{level:.4g}" for level in few_step_sigmas(ts, sigma_max=sigma_max).tolist()[:-1]]
+    plural = "s" if len(levels) > 1 else ""
+    return f"{len(levels)} step{plural} at noise level{plural} {', '.join(levels)}"

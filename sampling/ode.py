@@ -5,65 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from sampling.grids import karras_sigmas
 
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x [N,C,H,W], sigma []) -> E[x0 | x], [N,C,H,W]
+Network = Callable[..., Tensor]  # (x [N,C,H,W], sigma, labels) -> E[x0 | x], [N,C,H,W]
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # the same of (x, sigma []), for fixed labels
 
 
-def heun_sampler(
-    denoiser: Denoiser,
-    noise: torch.Tensor,  # standard normal [N,C,H,W]; scaled to sigma_max here
-    *,
-    num_steps: int = 32,  # noise levels; 2·num_steps - 1 denoiser evaluations with Heun, num_steps with Euler
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    second_order: bool = True,  # False = Euler steps only
-    dtype: torch.dtype = torch.float32,  # of the state between steps
-) -> torch.Tensor:
-    """Integrate the probability-flow ODE from noise to images [N,C,H,W] on a Karras grid ending in 0.
+def heun_sampler(denoiser: Denoiser, noise: Tensor, *, num_steps: int = 32, **grid: float) -> Tensor:
+    """Integrate the probability-flow ODE from standard normal noise to images [N,C,H,W], in noise's type.
 
-    Heun's second-order method with a first-order last step (EDM, arXiv 2206.00364, Algorithm 1). Nothing is drawn.
-    Raises ValueError for a grid of fewer than two levels or an impossible range.
+    Heun's second-order method with a first-order last step (EDM, arXiv 2206.00364, Algorithm 1): 2·num_steps - 1
+    evaluations, at the levels of `karras_sigmas(num_steps, **grid)` and 0. Raises ValueError for an impossible grid.
     """
-    levels = karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64, device="cpu").tolist() + [0.0]
+    levels = [*karras_sigmas(num_steps, **grid, dtype=torch.float64, device="cpu").tolist(), 0.0]
 
-    def slope(x: torch.Tensor, level: float) -> torch.Tensor:
-        sigma = torch.as_tensor(level, dtype=torch.float32, device=x.device)
-        return (x - denoiser(x.to(noise.dtype), sigma).to(dtype)) / level
+    def slope(x: Tensor, level: float) -> Tensor:
+        return (x - denoiser(x, torch.as_tensor(level, dtype=torch.float32, device=x.device))) / level
 
-    x = noise.to(dtype) * levels[0]
+    x = noise * levels[0]
     for current, following in zip(levels, levels[1:], strict=False):
-        step = following - current
-        d = slope(x, current)
+        step, d = following - current, slope(x, current)
         x_next = x + step * d
-        if second_order and following > 0:
+        if following > 0:
             x_next = x + step * 0.5 * (d + slope(x_next, following))
         x = x_next
     return x
 
 
 def guided_denoiser(
-    net: Callable[..., torch.Tensor],  # net(x, sigma, labels)
-    gnet: Callable[..., torch.Tensor] | None = None,  # guiding network; None = net itself
-    guidance: float = 1.0,  # 1 = net alone, 0 = gnet alone, above 1 = away from gnet
-    labels: torch.Tensor | None = None,  # one-hot [N, label_dim]
-    *,
-    gnet_labels: bool = True,  # False = gnet is evaluated without labels (classifier-free guidance)
+    net: Network, gnet: Network | None = None, guidance: float = 1.0, labels: Tensor | None = None, *, gnet_labels=True
 ) -> Denoiser:
-    """Return the denoiser gnet + guidance·(net - gnet) for fixed labels.
+    """Return the denoiser gnet + guidance·(net - gnet) for fixed one-hot labels [N,label_dim]; gnet None is net itself.
 
-    A guiding network that is a worse version of `net` makes this autoguidance (arXiv 2406.02507, equation 3); one
-    that sees no labels, because it has `label_dim` 0 or by `gnet_labels=False`, makes it classifier-free guidance.
-    With guidance 1 only `net` is evaluated.
+    A `gnet` that is a worse `net` makes this autoguidance (arXiv 2406.02507, equation 3), one that sees no labels, as
+    with `gnet_labels=False`, classifier-free guidance. With guidance 1 only `net` is evaluated.
     """
     if guidance == 1:
         return lambda x, sigma: net(x, sigma, labels)
     gnet = net if gnet is None else gnet
     guide_labels = labels if gnet_labels and getattr(gnet, "label_dim", 0) > 0 else None
 
-    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         guide = gnet(x, sigma, guide_labels)
         return guide + guidance * (net(x, sigma, labels) - guide)
 

@@ -1,55 +1,48 @@
-"""Observations at two noise levels, and few-step sampling of p(x0 | y).
-
-Everything here is a function of tensors and of a callable `denoiser(y, sigma)`.
-"""
+"""Observations at two noise levels, and few-step sampling of p(x0 | y) with any callable `denoiser(y, sigma)`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-RandnLike = Callable[[torch.Tensor], torch.Tensor]  # standard normal noise in a tensor's shape, dtype and device
+RandnLike = Callable[[Tensor], Tensor]  # standard normal noise in a tensor's shape, dtype and device
 
 
-def expand_sigma(sigma: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def expand_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
     """Return a noise level per sample as [N,1,1,1] on x's device, for x [N,C,H,W]; float64 for such x, else float32.
-
     `sigma` is a number, or a tensor of 1 or N elements shaped [], [N] or [N,1,1,1]; raises ValueError otherwise.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
     if sigma.numel() not in (1, x.shape[0]) or sigma.shape.numel() != (sigma.shape[0] if sigma.ndim else 1):
         raise ValueError(f"sigma of shape {list(sigma.shape)} does not fit a batch of {x.shape[0]}: give 1 or N values")
-    return sigma.reshape(-1, *[1] * (x.ndim - 1)).expand(x.shape[0], *[1] * (x.ndim - 1))
+    ones = [1] * (x.ndim - 1)
+    return sigma.reshape(-1, *ones).expand(x.shape[0], *ones)
 
 
-def combine_observations(
-    y: torch.Tensor,  # first observation x0 + sigma·n, [N,C,H,W]
-    sigma: float | torch.Tensor,  # its level: number, [N] or [N,1,1,1]
-    x_t: torch.Tensor,  # second, independent observation x0 + t·n, [N,C,H,W]
-    t: float | torch.Tensor,  # its level
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two noisy observations of one image into the sufficient one: (y_eff [N,C,H,W], sigma_eff [N,1,1,1]).
+def combine_observations(y: Tensor, sigma: float | Tensor, x_t: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Merge independent observations y = x0 + sigma·n and x_t = x0 + t·n of images [N,C,H,W], levels as in
+    `expand_sigma`, into the sufficient one: (y_eff [N,C,H,W], sigma_eff [N,1,1,1]).
 
     sigma_eff^-2 = sigma^-2 + t^-2 and y_eff = sigma_eff^2·(y/sigma^2 + x_t/t^2), written as a convex combination so
     that no intermediate overflows or cancels (NCVSD, arXiv 2506.09416).
     """
     sigma, t = expand_sigma(sigma, y), expand_sigma(t, x_t)
     total = torch.hypot(sigma, t)
-    y_eff = (t / total).square() * y + (sigma / total).square() * x_t
-    return y_eff, sigma * (t / total)
+    return (t / total).square() * y + (sigma / total).square() * x_t, sigma * (t / total)
 
 
 def few_step_posterior(
-    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # (y [N,C,H,W], sigma [N,1,1,1]) -> draw of x0
-    y: torch.Tensor,  # observation x0 + sigma·n, [N,C,H,W]
-    sigma: float | torch.Tensor,  # its level: number, [N] or [N,1,1,1]
-    ts_sigmas: Sequence[float] | torch.Tensor,  # decreasing levels [n+1]; the last is not evaluated
+    denoiser: Callable[[Tensor, Tensor], Tensor],  # (y [N,C,H,W], sigma [N,1,1,1]) -> draw of x0
+    y: Tensor,  # observation x0 + sigma·n, [N,C,H,W]
+    sigma: float | Tensor,  # its level: number, [N] or [N,1,1,1]
+    ts_sigmas: Sequence[float] | Tensor,  # decreasing levels [n+1]; the last is not evaluated
     *,
     zeta: float = 1.0,  # share of fresh noise in each re-noising: 1 = all fresh, 0 = all kept
     randn_like: RandnLike = torch.randn_like,
-) -> torch.Tensor:
+) -> Tensor:
     """Draw x0 [N,C,H,W] from p(x0 | y) in n evaluations of a one-step generative denoiser.
 
     Algorithm of NCVSD (arXiv 2506.09416, Proposition 2): each step merges y with the current x_i at level t_i, draws

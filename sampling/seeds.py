@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 MAX_SEEDS = 10_000_000
-_MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
+_MASK32 = (1 << 32) - 1
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Parse a list of seeds such as '0-49999' or '1,2,5-10'; order and repeats are kept.
-
-    Raises ValueError for anything else, for a range that runs backwards, and for more than 10 million seeds.
+    """Parse a list of seeds such as '0-49999' or '1,2,5-10'; order and repeats are kept. Raises ValueError for anything
+    else, for a range that runs backwards, and for more than 10 million seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -27,25 +27,22 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"seeds {text!r}: {part.strip()} is too large")
         if len(seeds) + high - low >= MAX_SEEDS:
             raise ValueError(f"seeds {text[:60]!r}: more than {MAX_SEEDS:,}; draw them in several runs")
-        seeds.extend(range(low, high + 1))
+        seeds += range(low, high + 1)
     return seeds
 
 
 def stream_seed(seed: int) -> int:
-    """Map any integer to a 32-bit generator seed, such that neighbouring seeds give unrelated streams.
-
-    PyTorch's CPU generator keeps 32 bits of its seed, so the map is a bijection on 0..2^32-1 (the finaliser of
-    MurmurHash3): no two of those seeds ever share a stream. Higher and negative integers are folded in modulo 2^64.
+    """Map any integer to a 32-bit generator seed, such that neighbouring seeds give unrelated streams. PyTorch's CPU
+    generator keeps 32 bits of its seed, so the map is a bijection on 0..2^32-1 (the finaliser of MurmurHash3): no two
+    of those seeds ever share a stream. Higher and negative integers are folded in modulo 2^64.
     """
-    seed &= _MASK64
-    return _mix32((seed & _MASK32) ^ _mix32(seed >> 32))
+    return _mix32((seed & _MASK32) ^ _mix32(seed >> 32 & _MASK32))
 
 
 class SeededNoise:
-    """Draws for a batch in which image i only ever consumes the stream of `seeds[i]`.
-
-    Numbers are drawn in float32 on the CPU, one image after the other, then moved to `device`: they depend neither on
-    the batch's composition nor on the device. The first dimension of whatever is drawn must be len(seeds).
+    """Draws for a batch in which image i only ever consumes the stream of `seeds[i]`. Numbers are drawn in float32 on
+    the CPU, one image after the other, then moved to `device`: they depend neither on the batch's composition nor on
+    the device. The first dimension of whatever is drawn must be len(seeds).
     """
 
     def __init__(self, seeds: Iterable[int], device: torch.device | str = "cpu") -> None:
@@ -53,39 +50,26 @@ class SeededNoise:
         self.device = torch.device(device)
         self._generators = [torch.Generator("cpu").manual_seed(stream_seed(seed)) for seed in self.seeds]
 
-    def randn(self, size: Sequence[int], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def randn(self, size: Sequence[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return standard normal numbers of shape `size` = [N, ...]."""
-        out = torch.empty(self._check(size), dtype=torch.float32)
+        if not size or size[0] != len(self.seeds):
+            raise ValueError(f"shape {list(size)} must begin with the number of seeds, {len(self.seeds)}")
+        out = torch.empty(tuple(size), dtype=torch.float32)
         for row, generator in zip(out, self._generators, strict=True):
             row.normal_(generator=generator)
         return out.to(self.device, dtype)
 
-    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+    def randn_like(self, x: Tensor) -> Tensor:
         """Return standard normal numbers of x's shape and dtype."""
         return self.randn(x.shape, dtype=x.dtype)
 
-    def rand(self, size: Sequence[int], *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return numbers uniform in [0, 1) of shape `size` = [N, ...]."""
-        out = torch.empty(self._check(size), dtype=torch.float32)
-        for row, generator in zip(out, self._generators, strict=True):
-            row.uniform_(generator=generator)
-        return out.to(self.device, dtype)
-
-    def randint(self, high: int, size: Sequence[int] | None = None) -> torch.Tensor:
-        """Return integers uniform in 0..high-1, of shape `size` = [N, ...] ([N] by default), int64."""
-        size = self._check((len(self.seeds),) if size is None else size)
-        rows = [torch.randint(high, size[1:], generator=generator) for generator in self._generators]
+    def randint(self, high: int) -> Tensor:
+        """Return integers uniform in 0..high-1, int64 [N]."""
+        rows = [torch.randint(high, (), generator=generator) for generator in self._generators]
         return torch.stack(rows).to(self.device)
-
-    def _check(self, size: Sequence[int]) -> tuple[int, ...]:
-        if not size or size[0] != len(self.seeds):
-            raise ValueError(f"shape {list(size)} must begin with the number of seeds, {len(self.seeds)}")
-        return tuple(size)
 
 
 def _mix32(value: int) -> int:
-    value ^= value >> 16
-    value = value * 0x85EBCA6B & _MASK32
-    value ^= value >> 13
-    value = value * 0xC2B2AE35 & _MASK32
+    value = (value ^ value >> 16) * 0x85EBCA6B & _MASK32
+    value = (value ^ value >> 13) * 0xC2B2AE35 & _MASK32
     return value ^ value >> 16

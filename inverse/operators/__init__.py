@@ -1,8 +1,4 @@
-"""Measurement operators A of the inverse problems y = A(x) + noise, by name.
-
-Every operator works for any number of channels, on any device and at any image size (`phase_retrieval`: any size at
-which its padding is whole).
-"""
+"""Measurement operators A of y = A(x) + noise, by name: for any number of channels, device and size (of whole pads)."""
 
 from __future__ import annotations
 
@@ -26,15 +22,13 @@ OPERATORS: dict[str, Callable[..., Operator]] = {
 
 
 def get_operator(name: str, **params: Any) -> Operator:
-    """Return the operator `name` of OPERATORS with its parameters; those left out take the published values.
-
-    Raises ValueError for a name or parameter that does not exist, and for values that make no sense.
+    """Return the operator `name` of OPERATORS with its parameters; those left out take the published values. Raises
+    ValueError for a name or parameter that does not exist, and for values that make no sense.
     """
     if name not in OPERATORS:
         raise ValueError(f"there is no operator {name!r}: use one of {', '.join(OPERATORS)}")
     known = inspect.signature(OPERATORS[name]).parameters
-    unknown = [key for key in params if key not in known]
-    if unknown:
+    if unknown := [key for key in params if key not in known]:
         raise ValueError(f"operator {name} has no parameter {', '.join(unknown)}: it takes {', '.join(known)}")
     try:
         return OPERATORS[name](**params)

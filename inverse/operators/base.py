@@ -18,10 +18,7 @@ class Operator(ABC):
     has_exact_step = False  # `sample_conditional` exists
     measures_images = True  # measurements are pictures in about [-1, 1]
     ratio = ""  # what the operator adds to the title of a report, as ×4
-
-    def describe(self) -> str:
-        """Return a sentence for a report on what was done to each image; empty = the task's own description."""
-        return ""
+    description = ""  # a sentence for a report on what was done to each image; empty = the task's own
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -40,8 +37,7 @@ class Operator(ABC):
         """Return the gradient [N,C,H,W] of |A(x) - y|² with respect to x."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            misfit = (self.forward(x) - y).square().sum()
-            return torch.autograd.grad(misfit, x)[0]
+            return torch.autograd.grad((self.forward(x) - y).square().sum(), x)[0]
 
     def residual(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the root-mean-square measurement error [N] of A(x) against y. Raises ValueError as `check_pair`."""
@@ -52,9 +48,8 @@ class Operator(ABC):
         """Raise ValueError unless y [N,C,h,w] has the shape of a measurement of x [N,C,H,W]."""
         wanted = self.measurement_shape(x.shape)
         if tuple(y.shape) != wanted:
-            raise ValueError(
-                f"measurements {list(y.shape)} do not fit: images {list(x.shape)} give measurements {list(wanted)}"
-            )
+            given = f"measurements {list(y.shape)} do not fit: images {list(x.shape)}"
+            raise ValueError(f"{given} give measurements {list(wanted)}")
 
 
 class LinearOperator(Operator):
@@ -71,10 +66,9 @@ class LinearOperator(Operator):
     def sample_conditional(
         self, x: Tensor, y: Tensor, likelihood_std: float, rho: float, randn_like: RandnLike = torch.randn_like
     ) -> Tensor:
-        """Draw u [N,C,H,W] exactly from its conditional: prior N(x, rho²), y = A(u) + likelihood_std·n.
-
-        One call of `randn_like` on x. Affine in that noise: zeros give the conditional mean.
-        Raises ValueError where x or y do not fit the operator or a standard deviation is not positive.
+        """Draw u [N,C,H,W] exactly from its conditional: prior N(x, rho²), y = A(u) + likelihood_std·n. One call of
+        `randn_like` on x. Affine in that noise: zeros give the conditional mean. Raises ValueError where x or y do not
+        fit the operator or a standard deviation is not positive.
         """
 
     def misfit_gradient(self, x: Tensor, y: Tensor) -> Tensor:
@@ -85,5 +79,4 @@ def check_image_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
     """Return (N, C, H, W); raises ValueError unless the shape is that of a batch of non-empty images."""
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"images must be [N,C,H,W] with no empty dimension, not {list(shape)}")
-    n, c, height, width = shape
-    return n, c, height, width
+    return tuple(shape)

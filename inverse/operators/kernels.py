@@ -13,14 +13,9 @@ MAX_SEED = (1 << 32) - 1  # of NumPy's legacy generator
 _MAX_SIZE = 2048  # of a kernel, in pixels
 
 
-def gaussian_kernel(
-    size: int,  # pixels
-    std: float,  # pixels
-) -> np.ndarray:
-    """Return a Gaussian kernel [size, size] of sum 1, float64: a unit impulse at size//2 after a Gaussian filter.
-
-    Cut at 4 standard deviations and mirrored at the borders. Raises ValueError for a size below 1 or a std that is not
-    positive.
+def gaussian_kernel(size: int, std: float) -> np.ndarray:
+    """Return a Gaussian kernel [size, size] of sum 1, float64: an impulse at size//2 after a filter of `std` pixels.
+    Cut at 4 of them and mirrored at the borders. Raises ValueError for a size below 1 or a std that is not positive.
     """
     size = check_whole(size, "kernel_size", 1, _MAX_SIZE)
     if not is_number(std) or not 0 < std <= _MAX_SIZE:
@@ -31,12 +26,8 @@ def gaussian_kernel(
     return np.outer(row, row)
 
 
-def motion_kernel(
-    size: int,  # pixels
-    intensity: float,  # 0 = nearly straight motion, 1 = strong shake
-    seed: int,
-) -> np.ndarray:
-    """Return a camera-shake kernel [size, size] of sum 1, float64.
+def motion_kernel(size: int, intensity: float, seed: int) -> np.ndarray:
+    """Return a camera-shake kernel [size, size] of sum 1, float64; intensity 0 is nearly straight, 1 strong shake.
 
     The "motionblur" recipe of L. Borodenko, which DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521) use: a random
     walk of persistent direction is drawn at twice the size, blurred a little and downsampled. The draws come from
@@ -48,12 +39,21 @@ def motion_kernel(
         raise ValueError(f"intensity of a motion kernel must lie in [0, 1], not {intensity!r}")
     rng = np.random.RandomState(check_whole(seed, "seed", 0, MAX_SEED))
     diagonal = np.hypot(2 * size, 2 * size)
-
-    steps = _step_lengths(rng, diagonal, intensity)
-    angles = _step_angles(rng, len(steps), intensity)
-    path = np.cumsum(steps * np.exp(1j * angles))
+    wanted = 0.75 * diagonal * (rng.uniform() + rng.uniform(0, intensity**2))
+    steps, total = [], 0.0
+    while total < wanted:
+        length = rng.beta(1, 30) * (1 - intensity + 0.1) * diagonal
+        if length < wanted:
+            steps.append(length)
+            total += length
+    largest, jitter = rng.uniform(0, intensity * np.pi), rng.beta(2, 20)
+    angles = [rng.uniform(-largest, largest)]
+    while len(angles) < len(steps):
+        angle = rng.triangular(0, intensity * largest, largest + 0.1)
+        sign = -1.0 if angles[-1] < 0 else 1.0
+        angles.append(angle * (-sign if rng.uniform() < jitter else sign))
+    path = np.cumsum(steps * np.exp(1j * np.asarray(angles)))
     path = (path - path.sum() / len(steps)) * np.exp(1j * rng.uniform(0, np.pi)) + (1 + 1j) * size
-
     canvas = Image.new("L", (2 * size, 2 * size))
     width = max(int(diagonal / 150), 1)  # Pillow's thinnest line, which its older versions draw for width 0
     ImageDraw.Draw(canvas).line([(p.real, p.imag) for p in path], fill=255, width=width)
@@ -68,8 +68,7 @@ def bicubic_matrix(size: int, factor: int) -> np.ndarray:
     """Return the float64 matrix [ceil(size/factor), size] that downsamples a row of pixels by an integer factor.
 
     Output pixel i is centred at input factor·i + (factor - 1)/2, Keys' cubic kernel (1981) of a = -0.5 is stretched by
-    `factor` against aliasing, borders are mirrored, and the weights of each output pixel sum to 1. Factor 1 is the
-    identity. No library at hand mirrors the borders.
+    `factor`, borders are mirrored (which no library at hand does), and the weights of each output pixel sum to 1.
     """
     margin = 5 * factor
     mirrored = np.pad(np.arange(size), margin, mode="symmetric")
@@ -94,26 +93,3 @@ def check_whole(value: float, name: str, least: int, most: float = math.inf) -> 
         upto = "at least {}" if most == math.inf else "from {} to {}"
         raise ValueError(f"{name} must be a whole number {upto.format(least, most)}, not {value!r:.60}")
     return int(value)
-
-
-def _step_lengths(rng: np.random.RandomState, diagonal: float, intensity: float) -> np.ndarray:
-    wanted = 0.75 * diagonal * (rng.uniform() + rng.uniform(0, intensity**2))
-    lengths: list[float] = []
-    total = 0.0
-    while total < wanted:
-        length = rng.beta(1, 30) * (1 - intensity + 0.1) * diagonal
-        if length < wanted:
-            lengths.append(length)
-            total += length
-    return np.asarray(lengths)
-
-
-def _step_angles(rng: np.random.RandomState, count: int, intensity: float) -> np.ndarray:
-    largest = rng.uniform(0, intensity * np.pi)
-    jitter = rng.beta(2, 20)
-    angles = [rng.uniform(-largest, largest)]
-    while len(angles) < count:
-        angle = rng.triangular(0, intensity * largest, largest + 0.1)
-        sign = -1.0 if angles[-1] < 0 else 1.0
-        angles.append(angle * (-sign if rng.uniform() < jitter else sign))
-    return np.asarray(angles)

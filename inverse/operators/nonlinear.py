@@ -13,33 +13,27 @@ from inverse.operators.linear import CircularBlur, Kernel
 
 
 class PhaseRetrieval(Operator):
-    """Magnitude of the oversampled, centred, orthonormal Fourier transform of the image scaled to [0, 1].
-
-    Each side is padded with zeros by oversample/8 of the image's height and width, so that oversample 4 doubles the
-    size. Setting of DPS (arXiv 2209.14687) and DAPS (arXiv 2407.01521).
+    """Magnitude of the oversampled, centred, orthonormal Fourier transform of the image scaled to [0, 1]. Each side is
+    padded with zeros by oversample/8 of the image's size, as in DPS (arXiv 2209.14687): 4 doubles it.
     """
 
     measures_images = False
+    description = (
+        "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An image "
+        "and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
+    )
 
     def __init__(self, *, oversample: float = 4.0) -> None:
         if not is_number(oversample) or not 0 <= oversample <= 64:
             raise ValueError(f"phase_retrieval oversample must be a number from 0 to 64, not {oversample!r}")
         self.oversample = oversample
 
-    def describe(self) -> str:
-        return (
-            "Only the magnitude of each image's oversampled Fourier transform was measured; its phase is lost. An "
-            "image and its copy turned by 180 degrees have the same magnitude, which is drawn on a logarithmic scale."
-        )
-
     def measurement_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         n, c, height, width = check_image_shape(shape)
         pads = [self.oversample / 8 * size for size in (height, width)]
         if any(pad != int(pad) for pad in pads):
-            raise ValueError(
-                f"phase_retrieval: oversample {self.oversample:g} pads {height}x{width} images by oversample/8 of "
-                f"their size, {pads[0]:g} and {pads[1]:g} pixels, which must be whole"
-            )
+            made = f"phase_retrieval: oversample {self.oversample:g} pads {height}x{width} images by oversample/8 of"
+            raise ValueError(f"{made} their size, {pads[0]:g} and {pads[1]:g} pixels, which must be whole")
         return n, c, height + 2 * int(pads[0]), width + 2 * int(pads[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,19 +45,15 @@ class PhaseRetrieval(Operator):
 
 
 class HighDynamicRange(Operator):
-    """Overexposure: y = clip(scale·x, -1, 1), as in DAPS (arXiv 2407.01521).
-
-    The slope is `scale` and drops to 0 beyond the clip, so Langevin steps that overshoot get stuck there: keep
-    c1/c2 <= 1/(2·scale²), as c1 0.0125 with c2 0.1.
+    """Overexposure: y = clip(scale·x, -1, 1), as in DAPS (arXiv 2407.01521). Beyond the clip the slope is 0, where
+    Langevin steps that overshoot get stuck: keep c1/c2 <= 1/(2·scale²), as c1 0.0125 with c2 0.1.
     """
 
     def __init__(self, *, scale: float = 2.0) -> None:
         if not is_number(scale) or not 0 < scale <= 1e6:
             raise ValueError(f"high_dynamic_range scale must be a positive number up to 1e6, not {scale!r}")
         self.scale = scale
-
-    def describe(self) -> str:
-        return f"Each image was overexposed: pixel values were multiplied by {self.scale} and clipped to the range."
+        self.description = f"Each image was overexposed: pixels were multiplied by {scale} and clipped to the range."
 
     def forward(self, x: Tensor) -> Tensor:
         check_image_shape(x.shape)
@@ -71,23 +61,18 @@ class HighDynamicRange(Operator):
 
 
 class NonlinearBlur(Operator):
-    """A camera's blur: pixel values are decoded to linear light, blurred circularly, and encoded again.
-
-    Images in [-1, 1] are scaled to [0, 1] for the sRGB transfer curve (IEC 61966-2-1: exponent 2.4 with a linear toe,
-    continued below 0 and above 1, which keeps all slopes finite), and back. The kernel is camera shake unless given.
-    This is not the nonlinear blur of the DPS and DAPS tables: that one is a pretrained kernel network (GOPRO-trained,
-    Tran et al., CVPR 2021), whose weights are not part of this project, so figures cannot be compared with theirs.
+    """A camera's blur: pixels are decoded to linear light by the sRGB curve on [0, 1] (IEC 61966-2-1, continued
+    beyond), blurred circularly, by camera shake unless a kernel is given, and encoded again. Not comparable with the
+    nonlinear blur of the DPS and DAPS tables, a pretrained network (Tran et al., CVPR 2021).
     """
+
+    description = "Each image was blurred by camera shake in linear light, as in a camera, and encoded again."
 
     def __init__(
         self, *, kernel_size: int = 61, intensity: float = 0.5, seed: int = 0, kernel: Kernel | None = None
     ) -> None:
         self._blur = CircularBlur(motion_kernel(kernel_size, intensity, seed) if kernel is None else kernel)
-
         self.kernel = self._blur.kernel  # [h,w] float64 on the CPU
-
-    def describe(self) -> str:
-        return "Each image was blurred by camera shake in linear light, as in a camera, and encoded again."
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * _encode_srgb(self._blur.forward(_decode_srgb((x + 1) / 2))) - 1
