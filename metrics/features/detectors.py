@@ -50,8 +50,8 @@ class ScriptedDetector(nn.Module):
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"detector {self.name} fails on uint8 images {list(images.shape)}: {reason}") from None
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-            shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"detector {self.name} gives {shape} for {len(images)} images; features [N,D] are needed")
         self.feature_dim = features.shape[1]
         return features.to(torch.float32)
@@ -70,14 +70,10 @@ def load_detector(
         raise DetectorError(f"no detector is called {name!r}: use {', '.join(DETECTORS)}, or give a file")
     if name == "fd_demo":
         path = DEMO_CLASSIFIER if path is None else path
-        return _loaded(load_demo_classifier(path), name, file_sha256(path), device)
-    module, digest = load_inception(path) if name == "fid" else load_dinov2(path)
-    return _loaded(module, name, digest, device)
-
-
-def _loaded(module: nn.Module, name: str, digest: str, device: torch.device | str) -> LoadedDetector:
-    module = module.eval().requires_grad_(False).to(device)
-    return LoadedDetector(module, name, module.feature_dim, digest)
+        module, digest = load_demo_classifier(path), file_sha256(path)
+    else:
+        module, digest = load_inception(path) if name == "fid" else load_dinov2(path)
+    return LoadedDetector(module.eval().requires_grad_(False).to(device), name, module.feature_dim, digest)
 
 
 def load_custom_detector(
@@ -98,7 +94,7 @@ def load_custom_detector(
     if name in (*DETECTORS, "dinov2", "demo", *KINDS):
         raise DetectorError(f"a detector of your own cannot be called {name!r}, which means something else here")
     if file.suffix == ".safetensors":
-        module: nn.Module = load_demo_classifier(file)
+        module = load_demo_classifier(file)
         module.name = name
     elif is_torchscript(file):
         try:
@@ -109,4 +105,5 @@ def load_custom_detector(
             raise DetectorError(f"{file} is not a TorchScript module: {first_line(error)}") from None
     else:
         raise DetectorError(f"{file} is neither a TorchScript module nor a safetensors file")
-    return _loaded(module, name, file_sha256(file), device)
+    module = module.eval().requires_grad_(False).to(device)
+    return LoadedDetector(module, name, module.feature_dim, file_sha256(file))
