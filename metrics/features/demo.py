@@ -23,7 +23,7 @@ DEMO_CLASSIFIER = ROOT / "assets" / "demo" / "classifier.safetensors"
 
 
 class DemoClassifier(nn.Module):
-    """Three convolutions. Distances in its pooled features compare models on that data with one another: they are no FID."""
+    """Three convolutions. Distances in its pooled features compare models on that data alone: they are no FID."""
 
     name = "fd_demo"
     feature_dim = 128
@@ -102,9 +102,9 @@ def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: f
         for order in (torch.randperm(split) for _ in range(epochs)):
             for index in order[: split // batch * batch].split(batch):
                 loss = F.cross_entropy(net.logits(net(images[index])), classes[index], label_smoothing=0.05)
+                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                optimizer.zero_grad()
                 schedule.step()
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()

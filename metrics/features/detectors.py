@@ -50,8 +50,8 @@ class ScriptedDetector(nn.Module):
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"detector {self.name} fails on uint8 images {list(images.shape)}: {reason}") from None
-        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"detector {self.name} gives {shape} for {len(images)} images; features [N,D] are needed")
         self.feature_dim = features.shape[1]
         return features.to(torch.float32)

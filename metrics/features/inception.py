@@ -86,8 +86,8 @@ class ConvNorm(nn.Module):
 class Mixed(nn.Module):
     """Inception block: branches of convolutions and a pooled copy of the input, concatenated in channels.
 
-    The convolutions of a branch are `name_1`, `name_2`, ..., or plain `name` if there is only one; a fork, both of whose
-    outputs are kept, is `name_3a` and `name_3b`, say.
+    The convolutions of a branch are `name_1`, `name_2`, ..., or plain `name` if there is only one; those of a fork,
+    both kept, are `name_3a` and `name_3b`, say.
     """
 
     def __init__(
