@@ -131,35 +131,26 @@ def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
         size = sum(8 * math.prod(shape) for shape in shapes.values())
         if size > MAX_BYTES:
             raise ValueError(f"its arrays take {size} bytes, more than the limit of {MAX_BYTES}")
-
-        def read(key: str) -> np.ndarray | None:
-            if key not in shapes:
-                return None
+        found: dict[str, Any] = {}
+        for key, shape in shapes.items():
             with archive.open(members[key]) as member:
-                return read_npy(member, 8 * math.prod(shapes[key]) if key.endswith(_DATA) else _MAX_TEXT)
-
-        statistics = {}
-        for name, prefix in names.items():
-            mu, sigma, features, sha256 = (read(f"{prefix}{part}") for part in (*_DATA, "sha256"))
-            features = None if features is None else _floats(features).astype(np.float32)
-            sha256 = None if sha256 is None else str(sha256)
-            statistics[name] = Statistics(_floats(mu), _floats(sigma), features, sha256)
-        count = read("num_images")
-        if count is not None and count.shape != ():
-            raise ValueError(f"num_images must be one number, not an array of shape {list(count.shape)}")
-        return statistics, None if count is None else int(count)
+                found[key] = read_npy(member, 8 * math.prod(shape) if key.endswith(_DATA) else _MAX_TEXT)
+    statistics = {}
+    for name, prefix in names.items():
+        mu, sigma, features, sha256 = (found.get(f"{prefix}{part}") for part in (*_DATA, "sha256"))
+        features = None if features is None else features.astype(np.float32)
+        statistics[name] = Statistics(*map(_floats, (mu, sigma)), features, None if sha256 is None else str(sha256))
+    count = found.get("num_images")
+    if count is not None and count.shape != ():
+        raise ValueError(f"num_images must be one number, not an array of shape {list(count.shape)}")
+    return statistics, None if count is None else int(count)
 
 
-Shape = tuple[int, ...]
-
-
-def _check_shapes(name: str, mu: Shape, sigma: Shape, features: Shape | None = None) -> None:
+def _check_shapes(name: str, mu: tuple, sigma: tuple, features: tuple | None = None) -> None:
     """Refuse what cannot be statistics by its shape alone, before data are read. Raises ValueError."""
     if len(mu) != 1 or not 1 <= mu[0] <= MAX_DIM or sigma != (*mu, *mu):
-        raise ValueError(
-            f"for {name}, mu has shape {str(list(mu))[:60]}, sigma {str(list(sigma))[:60]}; [D] and [D,D] are needed, "
-            f"with D up to {MAX_DIM}"
-        )
+        found = f"mu has shape {str(list(mu))[:60]}, sigma {str(list(sigma))[:60]}"
+        raise ValueError(f"for {name}, {found}; [D] and [D,D] are needed, with D up to {MAX_DIM}")
     if features is not None and (len(features) != 2 or features[1:] != mu):
         raise ValueError(f"for {name}, features have shape {str(list(features))[:60]}; [N,{mu[0]}] is needed")
 
@@ -171,19 +162,11 @@ def _read_pickle(path: Path) -> tuple[dict[str, Statistics], int | None]:
     statistics = {}
     for name, value in content.items():
         if isinstance(value, dict) and "mu" in value and "sigma" in value:
-            arrays = [_array(value["mu"]), _array(value["sigma"])]
-            _check_shapes(str(name), *(array.shape for array in arrays))
-            statistics[str(name)] = Statistics(*map(_floats, arrays))
+            mu, sigma = _floats(value["mu"]), _floats(value["sigma"])
+            _check_shapes(str(name), mu.shape, sigma.shape)
+            statistics[str(name)] = Statistics(mu, sigma)
     count = content.get("num_images")
     return statistics, int(count) if isinstance(count, (int, np.integer)) else None
-
-
-def _array(value: Any) -> np.ndarray:
-    if hasattr(value, "numpy"):
-        value = value.numpy()
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"mu and sigma must be arrays of numbers, not {type(value).__name__}")
-    return value
 
 
 def _check_kind(dtype: np.dtype) -> None:
@@ -191,7 +174,10 @@ def _check_kind(dtype: np.dtype) -> None:
         raise ValueError(f"mu and sigma must be arrays of numbers, not of {str(dtype)[:60]}")
 
 
-def _floats(value: np.ndarray) -> np.ndarray:
+def _floats(value: Any) -> np.ndarray:
+    value = value.numpy() if hasattr(value, "numpy") else value
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"mu and sigma must be arrays of numbers, not {type(value).__name__}")
     _check_kind(value.dtype)
     return np.asarray(value, np.float64)
 
