@@ -103,7 +103,8 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
     for name, value in statistics.items():
         if not re.fullmatch(r"\w+", name):
             raise ReferenceFileError(f"{path}: no usable reference statistics: {name!r} is not a detector's name")
-        _check(path, name, value)
+        if reason := _fault(value):
+            raise ReferenceFileError(f"{path}: the statistics for {name} cannot be used: {reason}")
     if count is not None and count < 2:
         raise ReferenceFileError(f"{path}: num_images is {count}; a covariance needs at least 2")
     return Reference(statistics, count, redact(os.fspath(source)), file_sha256(path))
@@ -182,16 +183,14 @@ def _floats(value: Any) -> np.ndarray:
     return np.asarray(value, np.float64)
 
 
-def _check(path: Path, name: str, value: Statistics) -> None:
-    """Refuse what cannot be a mean and a covariance, before it becomes a plausible number."""
-    reason, sigma = None, value.sigma
-    if not (np.isfinite(value.mu).all() and np.isfinite(sigma).all()):
-        reason = "they are not finite"
-    elif np.abs(sigma - sigma.T).max() > _TOLERANCE * np.abs(sigma).max():
-        reason = "sigma is not symmetric"
-    elif value.features is not None and not np.isfinite(value.features).all():
-        reason = "features are not finite"
-    elif value.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", value.sha256):
-        reason = "sha256 is no SHA-256"
-    if reason is not None:
-        raise ReferenceFileError(f"{path}: the statistics for {name} cannot be used: {reason}")
+def _fault(value: Statistics) -> str | None:
+    """Why these can be no mean and covariance, told before they become a plausible number; None if they can."""
+    if not (np.isfinite(value.mu).all() and np.isfinite(value.sigma).all()):
+        return "they are not finite"
+    if np.abs(value.sigma - value.sigma.T).max() > _TOLERANCE * np.abs(value.sigma).max():
+        return "sigma is not symmetric"
+    if value.features is not None and not np.isfinite(value.features).all():
+        return "features are not finite"
+    if value.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", value.sha256):
+        return "sha256 is no SHA-256"
+    return None
