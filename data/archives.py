@@ -45,13 +45,13 @@ def one_line(error: DatasetError) -> str:
     return last.removeprefix(f"{DatasetError.__module__}.{DatasetError.__qualname__}: ")
 
 
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _reason(error: BaseException) -> str:
     """What an exception says, in one short line."""
     return _printable(first_line(getattr(error, "strerror", None) or error)[:120])
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class ZipReader(io.BufferedReader):
@@ -64,10 +64,8 @@ class ZipReader(io.BufferedReader):
 
 
 class ZipMembers:
-    """Files of an archive by name: its directory is read once, and kept in some 100 bytes for each.
-
-    Python's own takes half a kilobyte per file, and each process would read it anew. Safe across processes: the archive
-    is opened on first use in each.
+    """Files of an archive by name: its directory is read once, and kept in some 100 bytes for each, where Python's own
+    takes half a kilobyte, in each process. Safe across processes: the archive is opened on first use in each.
 
     Raises what zipfile does where the archive cannot be used.
     """
@@ -102,24 +100,24 @@ class ZipMembers:
 
         Raises BadZipFile, EOFError or zlib.error for a damaged one.
         """
-        row = self._row(name)
-        packed, size = int(row["compress_size"]), int(row["file_size"])
-        stored = row["compress_type"] == zipfile.ZIP_STORED
+        start, packed, size, crc, method, _ = self._row(name).tolist()
+        stored = method == zipfile.ZIP_STORED
         if packed != size if stored else packed > 2 * size + 4096:
             raise zipfile.BadZipFile("its sizes contradict one another")
-        file = self._open()
-        file.seek(int(row["header_offset"]))
+        if self._file is None or self._pid != os.getpid():  # a forked child must not share the file's position
+            self._file, self._pid = open_regular(self.path), os.getpid()
+        file = self._file
+        file.seek(start)
         header = file.read(30)  # what stands before the name
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise zipfile.BadZipFile("no file begins at its place")
-        skipped = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        file.seek(skipped, os.SEEK_CUR)
+        file.seek(sum(struct.unpack("<2H", header[26:])), os.SEEK_CUR)
         data = file.read(packed)
         if not stored and size:
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size)
         if len(data) < size:
             raise EOFError("the archive ends early")
-        if zlib.crc32(data[:size]) != row["CRC"]:
+        if zlib.crc32(data[:size]) != crc:
             raise zipfile.BadZipFile("Bad CRC-32")
         return data[:size]
 
@@ -128,11 +126,6 @@ class ZipMembers:
         if self._file is not None and self._pid == os.getpid():
             self._file.close()
         self._file = None
-
-    def _open(self) -> BinaryIO:
-        if self._file is None or self._pid != os.getpid():  # a forked child must not share the file's position
-            self._file, self._pid = open_regular(self.path), os.getpid()
-        return self._file
 
     def _row(self, name: str) -> Any:
         i = bisect.bisect_left(self.names, name)
@@ -145,12 +138,10 @@ class ZipMembers:
 
 
 class FileSource:
-    """Read-only view of the files in a folder (recursively) or a ZIP archive.
+    """Read-only view of the files in a folder (recursively) or a ZIP archive; safe across processes.
 
-    Names are relative, with forward slashes, sorted. Hidden files and macOS resource forks are left out.
-    Safe across processes: an archive is opened on first use in each process.
-
-    Raises `DatasetError` where the path is missing or is not a folder or ZIP archive.
+    Names are relative, with forward slashes, sorted. Hidden files and macOS resource forks are left out. Raises
+    `DatasetError` where the path is missing or is not a folder or ZIP archive.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -162,8 +153,8 @@ class FileSource:
             try:
                 self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
             except FileNotFoundError:
-                shown = self.path or "''"
-                raise DatasetError(f"{shown}: no such folder or ZIP file; check the path of the data set") from None
+                advice = "no such folder or ZIP file; check the path of the data set"
+                raise DatasetError(f"{self.path or repr('')}: {advice}") from None
             except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
                 raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
             self.names = self._zip.names
@@ -172,10 +163,8 @@ class FileSource:
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, files in os.walk(self.path):
             subfolders[:] = [s for s in subfolders if not _is_hidden(s)]
-            relative = os.path.relpath(folder, self.path).replace(os.sep, "/")
-            for name in files:
-                if not _is_hidden(name):
-                    yield name if relative == "." else f"{relative}/{name}"
+            relative = os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
+            yield from (f"{relative}{name}".removeprefix("./") for name in files if not _is_hidden(name))
 
     def where(self, name: str) -> str:
         """The name to show in messages, such as `faces.zip:00000/img00000000.png`."""
@@ -188,10 +177,7 @@ class FileSource:
         return (os.stat(os.path.join(self.path, name)).st_size,)
 
     def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds `max_bytes`.
-
-        Members of an archive must be stored or deflated.
-        """
+        """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds `max_bytes`."""
         try:
             if self._zip is None:
                 return read_regular(os.path.join(self.path, name), max_bytes)
@@ -262,10 +248,10 @@ def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = Non
     """
     stream = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"NPY version {version[0]}.{version[1]}")
-        read_header = (np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0)[version[0] - 1]
+        major, minor = np.lib.format.read_magic(stream)
+        if (major, minor) not in ((1, 0), (2, 0)):
+            raise ValueError(f"NPY version {major}.{minor}")
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(stream)
     except Exception as error:  # the header is a Python literal: SyntaxError, RecursionError, ... when damaged
         raise DatasetError(f"{where}: damaged or not an NPY file ({_reason(error)})") from None
@@ -276,14 +262,13 @@ def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = Non
     _check_shape(list(shape), expected, where)
     if len(data) - stream.tell() != math.prod(shape) * dtype.itemsize:
         raise DatasetError(f"{where}: damaged NPY file: its size does not fit shape {list(shape)}")
-    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
     try:
+        flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
         array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
-        finite = np.isfinite(array).all()
+        if not np.isfinite(array).all():
+            raise DatasetError(f"{where}: holds NaN or infinite values")
     except MemoryError:
         raise DatasetError(f"{where}: shape {list(shape)} does not fit into memory") from None
-    if not finite:
-        raise DatasetError(f"{where}: holds NaN or infinite values")
     return array
 
 
@@ -295,8 +280,7 @@ def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
     """
     if "dataset.json" not in source.names:
         return None
-    where = source.where("dataset.json")
-    text = source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names))
+    where, text = source.where("dataset.json"), source.read("dataset.json", (1 << 20) + _LABEL_BYTES * len(names))
     try:
         content = parse_json(text)
     except (ValueError, MemoryError) as error:
