@@ -22,7 +22,6 @@ from dnnlib.files import open_regular, parse_json, read_regular
 from dnnlib.text import first_line
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-LATENT_EXTENSION = ".npy"
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatever the name: none starts a program
 MAX_PIXELS = (1 << 30) // 12  # of one image, as many as Pillow takes without a warning
 MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
@@ -37,12 +36,6 @@ _MAX_CLASSES = 1_000_000
 
 class DatasetError(ValueError):
     """A data set cannot be used; the message is one line that names the file."""
-
-
-def one_line(error: DatasetError) -> str:
-    """The message alone, without the traceback that PyTorch puts before it when a loader process raised the error."""
-    last = str(error).rstrip().rpartition("\n")[2]
-    return last.removeprefix(f"{DatasetError.__module__}.{DatasetError.__qualname__}: ")
 
 
 def _printable(text: str) -> str:
@@ -121,12 +114,6 @@ class ZipMembers:
             raise zipfile.BadZipFile("Bad CRC-32")
         return data[:size]
 
-    def close(self) -> None:
-        """Close the archive in this process, until it is used again."""
-        if self._file is not None and self._pid == os.getpid():
-            self._file.close()
-        self._file = None
-
     def _row(self, name: str) -> Any:
         i = bisect.bisect_left(self.names, name)
         if i == len(self.names) or self.names[i] != name:
@@ -189,10 +176,6 @@ class FileSource:
             return self._zip.read(name)
         except (OSError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             raise DatasetError(f"{self.where(name)}: cannot be read ({_reason(error)})") from None
-
-    def close(self) -> None:
-        if self._zip is not None:
-            self._zip.close()
 
 
 def _is_hidden(name: str) -> bool:
