@@ -17,20 +17,15 @@ from torch_utils.distributed import device_for
 def encode_dataset(
     source: str, dest: str, *, vae: str, batch: int = 16, device: str = "auto", max_images: int | None = None
 ) -> Conversion:
-    """Write the posteriors (mean, std; float32 [8,h,w]) of an image data set as NPY files, labels kept.
+    """Write the posteriors (mean, std; float32 [8,h,w]) of an image data set, grey or RGB, as NPY files, labels kept.
 
-    Grey images are given three equal channels. Raises `DatasetError` as `ImageDataset` does, and ValueError where
-    the autoencoder cannot be found or does not divide the image size.
+    Raises `DatasetError` as `ImageDataset`, ValueError where the autoencoder is missing or does not divide the size.
     """
-    encoder = StabilityVAEEncoder(vae, batch_size=batch).to(device_for(device))
-    dataset = ImageDataset(source)
+    encoder, dataset = StabilityVAEEncoder(vae, batch_size=batch).to(device_for(device)), ImageDataset(source)
     if dataset.num_channels not in (1, 3):
         raise DatasetError(f"{source}: {dataset.num_channels} channels; only pixels can be encoded")
-
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        return encoder.encode_pixels(pixels.expand(-1, 3, -1, -1))
-
-    return _write(dataset, dest, "img-mean-std-{:08d}.npy", encode, encode_npy, batch, max_images)
+    files = "img-mean-std-{:08d}.npy", encode_npy
+    return _write(dataset, dest, *files, lambda x: encoder.encode_pixels(x.expand(-1, 3, -1, -1)), batch, max_images)
 
 
 def decode_dataset(
@@ -38,27 +33,22 @@ def decode_dataset(
 ) -> Conversion:
     """Write the pixels that the posterior means of a latent data set decode to as PNG files, labels kept.
 
-    Raises `DatasetError` as `ImageDataset` does or where the data are not latents, and ValueError where the
-    autoencoder cannot be found.
+    Raises `DatasetError` as `ImageDataset`, or for other data, ValueError where the autoencoder is missing.
     """
-    encoder = StabilityVAEEncoder(vae, batch_size=batch).to(device_for(device))
-    dataset = ImageDataset(source)
+    encoder, dataset = StabilityVAEEncoder(vae, batch_size=batch).to(device_for(device)), ImageDataset(source)
     channels = encoder.scale.size
     if dataset.num_channels != 2 * channels:
         raise DatasetError(f"{source}: {dataset.num_channels} channels; latents have {2 * channels} (mean, std)")
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return encoder.decode_raw(latents[:, :channels])
-
-    return _write(dataset, dest, "img{:08d}.png", decode, encode_png, batch, max_images)
+    files = "img{:08d}.png", encode_png
+    return _write(dataset, dest, *files, lambda x: encoder.decode_raw(x[:, :channels]), batch, max_images)
 
 
 def _write(
     dataset: ImageDataset,
     dest: str,
     name: str,  # of a file, to be filled with its number
-    turn: Callable[[torch.Tensor], torch.Tensor],  # images [N,C,H,W] into others
-    encode: Callable[[np.ndarray], bytes],  # one of those into a file
+    encode: Callable[[np.ndarray], bytes],  # one result into a file
+    turn: Callable[[torch.Tensor], torch.Tensor],  # images [N,C,H,W] into results
     batch: int,
     max_images: int | None,
 ) -> Conversion:
