@@ -43,19 +43,13 @@ class Conversion:
 
 
 class DatasetWriter:
-    """Collects files under a temporary name beside `dest` and renames it on success; on error nothing remains.
+    """Context manager that collects files under a temporary name beside `dest`, an uncompressed archive where that ends
+    in `.zip`, else a folder, and renames it on success; on error nothing remains.
 
     Where `dest` cannot take the finished files at the end, they stay under another name, which the error gives. What
-    killed processes left of the same data set is removed at the start.
-
-    A `dest` ending in `.zip` becomes an uncompressed archive, anything else a folder. Use as a context manager:
-
-        with DatasetWriter('out.zip') as writer:
-            writer.add('00000/img00000000.png', data, label=3)
-
-    Labels may be class indices or lists of numbers; without any the file says `{"labels": null}`.
-    Raises `DatasetError` where `dest` exists already (an empty folder, or a link to one, is accepted) or cannot be
-    written.
+    killed processes left of the same data set is removed at the start. Labels may be class indices or lists of numbers;
+    without any, `dataset.json` says `{"labels": null}`. Raises `DatasetError` where `dest` exists already (an empty
+    folder, or a link to one, is accepted) or cannot be written.
     """
 
     def __init__(self, dest: str | os.PathLike):
@@ -63,13 +57,13 @@ class DatasetWriter:
         self._is_zip = self.dest.lower().endswith(".zip")
         self._target = os.path.realpath(self.dest)
         self._labels: list[list[Any]] = []
-        self._zip: zipfile.ZipFile | None = None
+        self._finished = False
         self._place = contextlib.ExitStack()
         with self._telling():
             self._check_free()
             self._temporary = self._place.enter_context(temporary_beside(self._target, folder=not self._is_zip))
-            if self._is_zip:
-                self._zip = zipfile.ZipFile(self._temporary, "w")
+            self._place.callback(self._abandon)
+            self._zip = zipfile.ZipFile(self._temporary, "w") if self._is_zip else None
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -102,33 +96,29 @@ class DatasetWriter:
         with self._telling():
             if self._zip is not None:
                 info = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
-                info.create_system = 3  # the same on every platform
-                info.external_attr = 0o644 << 16
-                info.compress_type = compression
-                self._zip.writestr(info, data)
+                info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every platform
+                self._zip.writestr(info, data, compression)
             else:
                 path = self._temporary / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        complete = False
         with self._place, self._telling():
-            try:
-                if kind is None:
-                    content = json.dumps({"labels": self._labels or None})
-                    self._store("dataset.json", content.encode(), zipfile.ZIP_DEFLATED)
-                    if self._zip is not None:
-                        self._zip.close()
-                    complete = True
-            finally:
-                if not complete:
-                    with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
-                        if self._zip is not None:
-                            self._zip.close()
-                    discard(self._temporary)
-            if complete:
+            if kind is None:
+                self._store("dataset.json", json.dumps({"labels": self._labels or None}).encode(), zipfile.ZIP_DEFLATED)
+                if self._zip is not None:
+                    self._zip.close()
+                self._finished = True
                 self._publish()
+
+    def _abandon(self) -> None:
+        """Remove what is not finished."""
+        if not self._finished:
+            with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
+                if self._zip is not None:
+                    self._zip.close()
+            discard(self._temporary)
 
     def _publish(self) -> None:
         """Give the complete files their name; they are kept where that fails."""
