@@ -13,6 +13,13 @@ from torch_utils.threads import wait_passively
 PUBLISHED_SEED = 123456789  # the first of 50,000
 
 
+METRICS = """Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes another
+detector's features.  [default: fid; with --detector its distance]"""
+OWN = """A detector of your own, a TorchScript program (of a source that you trust) from uint8 images to features; its
+distance is reported as fd_NAME."""
+WEIGHTS = "Weights of the published detector, or their folder.  [default: $NCVSD_DETECTORS, else downloaded]"
+
+
 def common_options(command: Callable) -> Callable:
     """Options of all commands."""
     for option in (
@@ -20,25 +27,9 @@ def common_options(command: Callable) -> Callable:
         device_option,
         batch_option(64, "Images at once, per process."),
         click.option("--detector-name", metavar="NAME", help="Of --detector.  [default: the file's name]"),
-        click.option(
-            "--detector",
-            "custom",
-            metavar="FILE",
-            help="A detector of your own, a TorchScript program (of a source that you trust) from uint8 images to "
-            "features; its distance is reported as fd_NAME.",
-        ),
-        click.option(
-            "--detector-path",
-            metavar="PATH",
-            help="Weights of the published detector, or their folder.  [default: $NCVSD_DETECTORS, else downloaded]",
-        ),
-        click.option(
-            "--metrics",
-            "metric_names",
-            metavar="LIST",
-            help="Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes "
-            "another detector's features.  [default: fid; with --detector its distance]",
-        ),
+        click.option("--detector", "custom", metavar="FILE", help=OWN),
+        click.option("--detector-path", metavar="PATH", help=WEIGHTS),
+        click.option("--metrics", "metric_names", metavar="LIST", help=METRICS),
     ):
         command = option(command)
     return command
