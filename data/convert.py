@@ -217,10 +217,9 @@ def _find_labels(path: str) -> str:
     folder, base = os.path.split(path)
     stem, separator, suffix = _IDX_IMAGES.match(base).groups()
     candidates = [os.path.join(folder, f"{stem}labels{separator}idx1-ubyte{s}") for s in (suffix or "", ".gz", "")]
-    existing = [c for c in candidates if os.path.exists(c)]
-    if not existing:
-        raise DatasetError(f"{path}: no labels beside it ({candidates[0]}); choose labels none to do without")
-    return existing[0]
+    for candidate in filter(os.path.exists, candidates):
+        return candidate
+    raise DatasetError(f"{path}: no labels beside it ({candidates[0]}); choose labels none to do without")
 
 
 @contextmanager
