@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.pictures import to_array
 from dnnlib.files import open_regular, parse_json, read_regular
 from dnnlib.text import first_line
 
@@ -26,10 +27,8 @@ _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # whatev
 MAX_PIXELS = (1 << 30) // 12  # of one image, as many as Pillow takes without a warning
 MAX_FILE_BYTES = 4 * MAX_PIXELS  # of one image; anything larger is a mistake or a bomb
 _MAX_READ = 1 << 30  # bytes of an archive at a time; the directory of ImageNet-21k takes as many
-_ROW = np.dtype([  # what is kept of a zipfile.ZipInfo
-    ("header_offset", "u8"), ("compress_size", "u8"), ("file_size", "u8"), ("CRC", "u4"), ("compress_type", "u2"),
-    ("flag_bits", "u2"),
-])  # fmt: skip
+_KEPT = ("header_offset", "compress_size", "file_size", "CRC", "compress_type", "flag_bits")  # of a zipfile.ZipInfo
+_ROW = np.dtype(list(zip(_KEPT, ("u8", "u8", "u8", "u4", "u2", "u2"), strict=True)))
 _LABEL_BYTES = 4096  # dataset.json may hold so many per image, and 1 MiB besides
 _MAX_CLASSES = 1_000_000
 
@@ -58,9 +57,7 @@ class ZipReader(io.BufferedReader):
 
 class ZipMembers:
     """Files of an archive by name: its directory is read once, and kept in some 100 bytes for each, where Python's own
-    takes half a kilobyte, in each process. Safe across processes: the archive is opened on first use in each.
-
-    Raises what zipfile does where the archive cannot be used.
+    takes half a kilobyte, in each process. The archive is opened on first use in each. Raises what zipfile does.
     """
 
     def __init__(self, path: str, keep: Callable[[str], bool]) -> None:
@@ -68,7 +65,7 @@ class ZipMembers:
             infos = {i.filename: i for i in archive.infolist() if not i.is_dir() and keep(i.filename)}
         self.path = path
         self.names = sorted(infos)
-        rows = (tuple(getattr(infos[name], key) for key in _ROW.names) for name in self.names)
+        rows = (tuple(getattr(infos[name], key) for key in _KEPT) for name in self.names)
         try:
             self._rows = np.fromiter(rows, dtype=_ROW, count=len(self.names))
         except OverflowError:
@@ -89,10 +86,7 @@ class ZipMembers:
         return row["compress_type"] in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not row["flag_bits"] & 1
 
     def read(self, name: str) -> bytes:
-        """Content of a readable file, never more than its stated size, whatever it unpacks to.
-
-        Raises BadZipFile, EOFError or zlib.error for a damaged one.
-        """
+        """Content of a readable file, of its stated size. Raises BadZipFile, EOFError or zlib.error for damaged ones."""
         start, packed, size, crc, method, _ = self._row(name).tolist()
         stored = method == zipfile.ZIP_STORED
         if packed != size if stored else packed > 2 * size + 4096:
@@ -133,19 +127,15 @@ class FileSource:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        self._zip: ZipMembers | None = None
-        if os.path.isdir(self.path):
-            self.names = sorted(self._walk())
-        else:
-            try:
-                self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name))
-            except FileNotFoundError:
-                advice = "no such folder or ZIP file; check the path of the data set"
-                raise DatasetError(f"{self.path or repr('')}: {advice}") from None
-            except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
-                raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
-            self.names = self._zip.names
-        self.is_zip = self._zip is not None
+        self.is_zip = not os.path.isdir(self.path)
+        try:
+            self._zip = ZipMembers(self.path, keep=lambda name: not _is_hidden(name)) if self.is_zip else None
+        except FileNotFoundError:
+            shown = self.path or "''"
+            raise DatasetError(f"{shown}: no such folder or ZIP file; check the path of the data set") from None
+        except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, MemoryError, struct.error) as error:
+            raise DatasetError(f"{self.path}: not a readable ZIP archive or folder ({_reason(error)})") from None
+        self.names = sorted(self._walk()) if self._zip is None else self._zip.names
 
     def _walk(self) -> Iterator[str]:
         for folder, subfolders, files in os.walk(self.path):
@@ -211,7 +201,7 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
             mode = "L" if file.mode in ("1", "L", "LA", "La") else "RGB"
             _check_shape([1 if mode == "L" else 3, file.height, file.width], expected, where)
             # A palette by way of RGBA: a transparent entry keeps its colour.
-            pixels = np.array(file.convert("RGBA"))[..., :3] if file.mode == "P" else np.array(file.convert(mode))
+            return to_array((file.convert("RGBA") if file.mode == "P" else file).convert(mode))
     except DatasetError:
         raise
     except Image.DecompressionBombError:
@@ -220,14 +210,12 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
         raise DatasetError(f"{where}: damaged or not an image") from None
     except Exception as error:  # Pillow's decoders raise many kinds for damaged data
         raise DatasetError(f"{where}: damaged image ({_reason(error)})") from None
-    return pixels[np.newaxis] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
     """Decode an NPY file to float32 [C,H,W]; float16 and float32 are accepted.
 
-    Raises `DatasetError`, naming `where`, for damaged files, other dtypes or shapes (also than `expected`, if given),
-    and values that are not finite.
+    Raises `DatasetError`, naming `where`, for damaged files, other dtypes, shapes (also than `expected`) and NaN.
     """
     stream = io.BytesIO(data)
     try:
@@ -245,13 +233,10 @@ def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = Non
     _check_shape(list(shape), expected, where)
     if len(data) - stream.tell() != math.prod(shape) * dtype.itemsize:
         raise DatasetError(f"{where}: damaged NPY file: its size does not fit shape {list(shape)}")
-    try:
-        flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
-        array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
-        if not np.isfinite(array).all():
-            raise DatasetError(f"{where}: holds NaN or infinite values")
-    except MemoryError:
-        raise DatasetError(f"{where}: shape {list(shape)} does not fit into memory") from None
+    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
+    array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise DatasetError(f"{where}: holds NaN or infinite values")
     return array
 
 
@@ -280,19 +265,16 @@ def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
     missing = [name for name in names if by_name.get(name) is None]
     if missing:
         raise DatasetError(f"{where}: no label for {missing[0]} ({len(missing)} of {len(names)} files have none)")
-    return _label_array([by_name[name] for name in names], names, where)
-
-
-def _label_array(labels: list[Any], names: list[str], where: str) -> np.ndarray:
-    if not isinstance(labels[0], list):
-        for name, label in zip(names, labels, strict=True):
-            if type(label) is not int or not 0 <= label < _MAX_CLASSES:
-                given = f"{where}: label {json.dumps(label)[:40]} of {name}"
-                raise DatasetError(f"{given} is not a class index from 0 to {_MAX_CLASSES - 1}")
-        return np.array(labels, dtype=np.int64)
+    labels = [by_name[name] for name in names]
+    size = len(labels[0]) if isinstance(labels[0], list) else None  # of a vector; None = class indices
     for name, label in zip(names, labels, strict=True):
-        if not isinstance(label, list) or len(label) != len(labels[0]) or not label:
-            raise DatasetError(f"{where}: label of {name} is not a vector of {len(labels[0])} numbers like the first")
-        if not all(type(value) in (int, float) and abs(value) < 1e30 for value in label):
-            raise DatasetError(f"{where}: label of {name} holds something that is not a finite number")
-    return np.array(labels, dtype=np.float32)
+        if size is None and (type(label) is not int or not 0 <= label < _MAX_CLASSES):
+            reason = f"label {json.dumps(label)[:40]} of {name} is not a class index from 0 to {_MAX_CLASSES - 1}"
+        elif size is not None and not (isinstance(label, list) and len(label) == size > 0):
+            reason = f"label of {name} is not a vector of {size} numbers like the first"
+        elif size is not None and not all(type(value) in (int, float) and abs(value) < 1e30 for value in label):
+            reason = f"label of {name} holds something that is not a finite number"
+        else:
+            continue
+        raise DatasetError(f"{where}: {reason}")
+    return np.array(labels, dtype=np.int64 if size is None else np.float32)
