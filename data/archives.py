@@ -86,7 +86,7 @@ class ZipMembers:
         return row["compress_type"] in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not row["flag_bits"] & 1
 
     def read(self, name: str) -> bytes:
-        """Content of a readable file, of its stated size. Raises BadZipFile, EOFError or zlib.error for damaged ones."""
+        """Content of a readable file, of its stated size. Raises BadZipFile, EOFError or zlib.error for others."""
         start, packed, size, crc, method, _ = self._row(name).tolist()
         stored = method == zipfile.ZIP_STORED
         if packed != size if stored else packed > 2 * size + 4096:

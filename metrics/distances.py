@@ -22,15 +22,12 @@ _TIE = 1e-12  # squared distances this close, relative to the squared norms, are
 
 
 class FeatureMoments:
-    """Mean and covariance of features that arrive in batches, accumulated in float64; memory is O(D²).
-
-    Sums are taken about the first batch's mean, so that features far from 0 lose no digits. They stay on `device`,
-    except on devices without float64 (MPS), whose features come to the CPU.
+    """Mean and covariance of features that arrive in batches, summed in float64 about the first batch's mean, so that
+    features far from 0 lose no digits, on `device` (on the CPU for MPS, which has no float64); memory is O(D²).
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        device = torch.device(device)
-        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.count = 0
         self._shift: Tensor | None = None
         self._sum, self._outer = (torch.zeros(n, dtype=torch.float64, device=self.device) for n in (dim, (dim, dim)))
@@ -69,8 +66,7 @@ class FeatureMoments:
         self._outer += cross + cross.T + self.count * torch.outer(change, change)
         self._sum += self.count * change
         for total in (self._sum, self._outer):
-            message = total.to(device, copy=True)
-            torch.distributed.all_reduce(message)
+            torch.distributed.all_reduce(message := total.to(device, copy=True))
             total.copy_(message)
         self._shift, self.count = common, int(counts.sum())
 
@@ -90,11 +86,10 @@ class FeatureMoments:
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """|mu1 - mu2|² + tr(C1 + C2 - 2·(C1·C2)^½) for means [D] and covariances [D,D], in float64.
 
-    The trace of the root is the sum of square roots of the eigenvalues of Rᵀ·C2·R with R·Rᵀ = C1 (see below), which
-    is symmetric, so that nothing turns complex for singular covariances. The roots of rounding errors then amount to
-    about 1e-8 of tr(C1 + C2): a result below 0 by at most 1e-6 of that sum is rounding and returned as 0; one further
-    below, which no two covariances have, is returned as it is. Tensors or arrays; computed where `mu1` is (on the CPU
-    for devices without float64). Raises ValueError where shapes differ or values are not finite.
+    The trace of the root is the sum of roots of the eigenvalues of Rᵀ·C2·R with R·Rᵀ = C1, which is symmetric, so that
+    nothing turns complex for singular covariances. Their rounding amounts to about 1e-8 of tr(C1 + C2): a result below
+    0 by at most 1e-6 of that sum is returned as 0; one further below, which no two covariances have, as it is. Tensors
+    or arrays; computed where `mu1` is (on the CPU for MPS). Raises ValueError for shapes and values that do not fit.
     """
     device = mu1.device if isinstance(mu1, Tensor) and mu1.device.type != "mps" else torch.device("cpu")
     arrays = [torch.as_tensor(a).detach().to(device).to(torch.float64) for a in (mu1, cov1, mu2, cov2)]
@@ -129,10 +124,6 @@ class MeanStd(NamedTuple):
     mean: float
     std: float
 
-    @classmethod
-    def of(cls, values: list[float]) -> MeanStd:
-        return cls(float(np.mean(values)), float(np.std(values)))
-
 
 @dataclass(frozen=True)
 class PrecisionRecall:
@@ -143,18 +134,13 @@ class PrecisionRecall:
 
 
 def kernel_distance(
-    features1: Features,  # [N1,D]
-    features2: Features,  # [N2,D]
-    *,
-    num_subsets: int = 100,
-    subset_size: int = 1000,  # samples of each set in a subset; at most min(N1, N2) are taken
-    seed: int = 0,
+    features1: Features, features2: Features, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> MeanStd:
-    """Squared maximum mean discrepancy with the kernel (x·y/D + 1)³, unbiased, over random subsets: the kernel
-    distance of Binkowski et al. (2018, arXiv 1801.01401, section 4), KID in Inception features.
+    """Squared maximum mean discrepancy of sets [N,D] and [M,D] with the kernel (x·y/D + 1)³, unbiased, over random
+    subsets: the kernel distance of Binkowski et al. (2018, arXiv 1801.01401, section 4), KID in Inception features.
 
-    Being unbiased, it is negative about as often as positive for sets of one distribution. Each subset draws without
-    replacement, first from set 1. Raises ValueError for fewer than 2 samples, and values and shapes that do not fit.
+    Each subset draws `subset_size` samples, or N or M where that is less, without replacement, first from set 1. Being
+    unbiased, it may be negative. Raises ValueError for fewer than 2 samples, and values and shapes that do not fit.
     """
     features1, features2 = _checked(features1=features1, features2=features2)
     if num_subsets < 1 or subset_size < 2:
@@ -169,17 +155,17 @@ def kernel_distance(
         xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
         within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
         values.append(float(within / (size * (size - 1)) - 2 * xy.mean()))
-    return MeanStd.of(values)
+    return MeanStd(float(np.mean(values)), float(np.std(values)))
 
 
 def precision_recall(
-    real: Features,  # [N,D]
-    fake: Features,  # [M,D]
+    real: Features,
+    fake: Features,
     *,
     k: int = 3,
     chunk: int = 4096,  # rows and columns of a block of distances; takes about 24·chunk² bytes, whatever N and M
 ) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of sets [N,D] and [M,D].
 
     The manifold of a set is the union of balls around its samples, each reaching to the sample's k-th nearest
     neighbour in the set, border included. Raises ValueError for fewer than k + 1 samples, and what does not fit.
@@ -228,22 +214,18 @@ def _squared_distances(x: Tensor, y: Tensor, center: Tensor) -> tuple[Tensor, Te
 
 def inception_score(logits: Features, *, splits: int = 10) -> MeanStd:
     """exp of the mean KL divergence of p(class | image) from its mean over images, in each of `splits` contiguous
-    blocks of images (Salimans et al. 2016, arXiv 1606.03498), for logits [N,classes].
-
-    Between 1 and the number of classes. Published values leave out the bias of Inception's last layer. Raises
-    ValueError for fewer images than splits and for values that are not finite.
+    blocks of images (Salimans et al. 2016, arXiv 1606.03498), for logits [N,classes]; from 1 to the number of classes.
+    Raises ValueError for fewer images than splits and for values that are not finite.
     """
     (logits,) = _checked(logits=logits)
-    if splits < 1:
-        raise ValueError(f"inception score: {splits} splits; at least 1 is needed")
-    if len(logits) < splits:
-        raise ValueError(f"inception score: {splits} splits need as many images, got {len(logits)}")
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"inception score: {splits} splits need as many images, and at least 1, got {len(logits)}")
     log_p = torch.log_softmax(logits.to(torch.float64), dim=1)
     scores = []
     for part in (log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits] for i in range(splits)):
         log_mean = torch.logsumexp(part, dim=0) - math.log(len(part))  # finite where every probability underflows
         scores.append(float((part.exp() * (part - log_mean)).sum(dim=1).mean().exp()))
-    return MeanStd.of(scores)
+    return MeanStd(float(np.mean(scores)), float(np.std(scores)))
 
 
 def _checked(**sets: Features) -> list[Tensor]:

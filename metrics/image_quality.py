@@ -22,7 +22,7 @@ from metrics.features.weights import DetectorError, load_published
 
 HEADS = ROOT / "assets" / "lpips" / "vgg-v0.1.safetensors"
 VARIANTS = {"max": F.max_pool2d, "average": F.avg_pool2d}
-SSIM_WINDOW, SSIM_STD, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
+SSIM_WINDOW, SSIM_STD, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03  # pixels, standard deviation, constants of the paper
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, RGB
 LPIPS_MIN_SIZE = 2 ** (len(BLOCKS) - 1)  # pixels: each block but the first halves the image
 _PIXELS_AT_ONCE = 8 * 256 * 256  # bounds the memory of LPIPS to about 1 GB, whatever the batch
@@ -38,11 +38,8 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity, float64 [N], of images [N,C,H,W] in [-1,1] of at least 11x11 pixels (Wang et al., "Image
-    Quality Assessment: From Error Visibility to Structural Similarity", 2004).
-
-    Gaussian window of 11x11 pixels and standard deviation 1.5, K1 = 0.01, K2 = 0.03, at full resolution on [0,1];
-    averaged over the positions where the window lies inside the image, then over channels. Raises ValueError for
-    smaller images, and for other shapes or types.
+    Quality Assessment: From Error Visibility to Structural Similarity", 2004), at full resolution on [0,1]; averaged
+    over the positions where the Gaussian window lies inside the image, then over channels. Raises ValueError as `psnr`.
     """
     x, y = _unit_range(x, y)
     if min(x.shape[2:]) < SSIM_WINDOW:
@@ -73,7 +70,7 @@ class LPIPS(nn.Module):
 
     `variant` says how VGG16 pools: "max" as it was trained and as the metric was published; "average" as in piq's
     `LPIPS(replace_pooling=True)`, which the published tables of inverse problems use. Their values are not comparable,
-    so state `name` with every figure. Several instances may share a backbone. Raises ValueError for other variants.
+    so state `name` with every figure. Raises ValueError for other variants.
     """
 
     def __init__(self, backbone: VGG16, variant: str = "max") -> None:
@@ -108,7 +105,8 @@ class LPIPS(nn.Module):
             if block:
                 x, y = pool(x, 2), pool(y, 2)
             x, y = self.backbone.forward_block(block, x), self.backbone.forward_block(block, y)
-            gap = _unit_length(x).sub_(_unit_length(y)).square_()
+            directions = [f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in (x, y)]
+            gap = directions[0].sub_(directions[1]).square_()
             local = (gap * self.get_buffer(f"lin{block}")).sum(dim=1)
             distances.append(_to_float64(local).mean(dim=(1, 2)))
         return sum(distances)
@@ -167,11 +165,6 @@ def _to_float64(values: Tensor) -> Tensor:
 def _clip(values: Tensor) -> Tensor:
     """Clip to [0,1]; infinities become NaN instead of a valid colour."""
     return torch.where(values.isfinite(), values.clamp(0, 1), torch.nan)
-
-
-def _unit_length(x: Tensor) -> Tensor:
-    """Features [N,C,H,W], each pixel's vector divided by its length."""
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
 
 def _size(x: Tensor) -> str:
