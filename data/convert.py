@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.archives import MAX_PIXELS, DatasetError, FileSource, decode_pixels, is_image_name, read_labels
 from data.pictures import SMALL, STORED, encode_png, to_array, to_picture
-from data.writer import Conversion, DatasetWriter
+from data.writer import DatasetWriter, summary
 from dnnlib.files import open_regular
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide", "center-crop-dhariwal")
@@ -41,8 +41,8 @@ def convert_dataset(
     labels: str = "auto",  # none; json = the source's; folders = number of the top-level one; auto = as there is
     max_images: int | None = None,  # take the first so many in sorted order; None = all
     compress: bool = False,  # compress the PNG files (smaller, slower to read)
-) -> Conversion:
-    """Write `source` as an EDM2 data set to `dest`. Labels of IDX files stand in a file beside them.
+) -> str:
+    """Write `source` as an EDM2 data set to `dest` and return a summary. Labels of IDX files stand beside them.
 
     Raises `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that
     exists; ValueError as `transform_image`. Nothing is left at `dest` then.
@@ -71,7 +71,7 @@ def convert_dataset(
             written += 1
         if not written:
             raise DatasetError(f"{source}: all {skipped} images are smaller than the resolution asked for")
-    return Conversion(written, shape, label is not None, skipped)
+    return summary(written, shape, label is not None, skipped)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
@@ -149,17 +149,6 @@ def _check_shape(shape: tuple[int, ...], expected: list[int], where: str) -> Non
         raise DatasetError(f"{where}: {channels} channels where images before have {expected[0]}; use --rgb")
 
 
-def _folder_labels(names: list[str], where: str, required: bool) -> list[int] | None:
-    """Index of each file's top-level folder among all of them; None where folders say nothing about classes."""
-    loose = [name for name in names if "/" not in name]
-    index = {folder: i for i, folder in enumerate(sorted({name.split("/")[0] for name in names}))}
-    if required and loose:
-        raise DatasetError(f"{where}: {loose[0]} is in no class folder, so it has no label")
-    if not required and (loose or len(index) < 2 or all(_SHARD.match(name) for name in names)):
-        return None
-    return [index[name.split("/")[0]] for name in names]
-
-
 def _open_images(path: str, labels: str) -> tuple[int, Iterable[_Item]]:
     """Number of images, and those in a fixed order, each decoded only when it is asked for."""
     source = FileSource(path)
@@ -174,8 +163,13 @@ def _open_images(path: str, labels: str) -> tuple[int, Iterable[_Item]]:
         values = values if values is None else values.tolist()
     elif labels == "json":
         raise DatasetError(f"{path}: has no dataset.json to take labels from")
-    elif labels != "none":
-        values = _folder_labels(names, path, required=labels == "folders")
+    elif labels != "none":  # the number of each file's top-level folder, unless folders say nothing about classes
+        loose = [name for name in names if "/" not in name]
+        index = {folder: i for i, folder in enumerate(sorted({name.split("/")[0] for name in names}))}
+        if labels == "folders" and loose:
+            raise DatasetError(f"{path}: {loose[0]} is in no class folder, so it has no label")
+        if labels == "folders" or not (loose or len(index) < 2 or all(_SHARD.match(name) for name in names)):
+            values = [index[name.split("/")[0]] for name in names]
 
     def read(name: str, label: Any) -> _Item:
         where = source.where(name)

@@ -9,15 +9,15 @@ from tqdm import tqdm
 from data.archives import DatasetError
 from data.dataset import ImageDataset
 from data.pictures import encode_png
-from data.writer import Conversion, DatasetWriter, encode_npy
+from data.writer import DatasetWriter, encode_npy, summary
 from networks.encoders import StabilityVAEEncoder
 from torch_utils.distributed import device_for
 
 
 def encode_dataset(
     source: str, dest: str, *, vae: str, batch: int = 16, device: str = "auto", max_images: int | None = None
-) -> Conversion:
-    """Write the posteriors (mean, std; float32 [8,h,w]) of an image data set, grey or RGB, as NPY files, labels kept.
+) -> str:
+    """Write the posteriors (mean, std; float32 [8,h,w]) of grey or RGB images as NPY files, labels kept.
 
     Raises `DatasetError` as `ImageDataset`, ValueError where the autoencoder is missing or does not divide the size.
     """
@@ -30,8 +30,8 @@ def encode_dataset(
 
 def decode_dataset(
     source: str, dest: str, *, vae: str, batch: int = 16, device: str = "auto", max_images: int | None = None
-) -> Conversion:
-    """Write the pixels that the posterior means of a latent data set decode to as PNG files, labels kept.
+) -> str:
+    """Write what the posterior means of a latent data set decode to as PNG files, labels kept. Return a summary.
 
     Raises `DatasetError` as `ImageDataset`, or for other data, ValueError where the autoencoder is missing.
     """
@@ -51,7 +51,7 @@ def _write(
     turn: Callable[[torch.Tensor], torch.Tensor],  # images [N,C,H,W] into results
     batch: int,
     max_images: int | None,
-) -> Conversion:
+) -> str:
     count = min(len(dataset), max_images or len(dataset))
     with DatasetWriter(dest) as writer:
         for start in tqdm(range(0, count, batch), unit="batch", dynamic_ncols=True):
@@ -59,4 +59,4 @@ def _write(
             results = turn(torch.from_numpy(np.stack([dataset[i][0] for i in indices]))).cpu().numpy()
             for i, result in zip(indices, results, strict=True):
                 writer.add(f"{i // 1000:05d}/{name.format(i)}", encode(result), dataset.get_raw_label(i))
-    return Conversion(count, list(result.shape), dataset.label_dim > 0)
+    return summary(count, result.shape, dataset.label_dim > 0)

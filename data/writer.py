@@ -7,8 +7,7 @@ import json
 import os
 import secrets
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,11 @@ def encode_npy(latents: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What was written."""
-
-    num_images: int
-    image_shape: list[int]  # [C,H,W]
-    labelled: bool
-    num_skipped: int = 0  # images left out as too small
-
-    def __str__(self) -> str:
-        shape = "x".join(map(str, self.image_shape))
-        labels = "with labels" if self.labelled else "without labels"
-        skipped = f"; {self.num_skipped} too small for the resolution were left out" if self.num_skipped else ""
-        return f"{self.num_images} files of {shape} (channels, height, width) {labels}{skipped}"
+def summary(num_images: int, shape: Sequence[int], labelled: bool, num_skipped: int = 0) -> str:
+    """What was written, files of one shape [C,H,W], and how many images were left out."""
+    labels = "with labels" if labelled else "without labels"
+    skipped = f"; {num_skipped} too small for the resolution were left out" if num_skipped else ""
+    return f"{num_images} files of {'x'.join(map(str, shape))} (channels, height, width) {labels}{skipped}"
 
 
 class DatasetWriter:
