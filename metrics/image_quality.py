@@ -79,8 +79,13 @@ class LPIPS(nn.Module):
             raise ValueError(f"no LPIPS variant is called {variant!r}: use {' or '.join(VARIANTS)}")
         self.variant, self.name = variant, f"LPIPS-VGG v0.1, {variant} pooling"
         self.backbone = backbone
-        constants = {"mean": torch.tensor(_MEAN), "std": torch.tensor(_STD), **_read_heads()}
-        for name, values in constants.items():
+        try:
+            heads = load_file(HEADS)  # lin0, lin1, ...: the weights float32 [C] of each block's channels
+        except (OSError, SafetensorError) as error:
+            raise DetectorError(f"cannot read the LPIPS heads {HEADS}: {error}") from None
+        if {name: (*head.shape,) for name, head in heads.items()} != {f"lin{i}": (w,) for i, w in enumerate(WIDTHS)}:
+            raise DetectorError(f"{HEADS} does not hold the LPIPS heads of VGG16")
+        for name, values in {"mean": torch.tensor(_MEAN), "std": torch.tensor(_STD), **heads}.items():
             self.register_buffer(name, values.view(1, -1, 1, 1).to(next(backbone.parameters()).device))
 
     @torch.no_grad()
@@ -131,17 +136,6 @@ def load_lpips(
     lpips = LPIPS(VGG16(), variant)
     load_published(lpips.backbone, BACKBONE, path, ignored=("classifier.",), download=download)
     return lpips.to(device).eval()
-
-
-def _read_heads() -> dict[str, Tensor]:
-    """lin0, lin1, ...: the weights float32 [C] of each block's channels. Raises DetectorError."""
-    try:
-        heads = load_file(HEADS)
-    except (OSError, SafetensorError) as error:
-        raise DetectorError(f"cannot read the LPIPS heads {HEADS}: {error}") from None
-    if {name: tuple(head.shape) for name, head in heads.items()} != {f"lin{i}": (w,) for i, w in enumerate(WIDTHS)}:
-        raise DetectorError(f"{HEADS} does not hold the LPIPS heads of VGG16")
-    return heads
 
 
 def _unit_range(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER) -> DemoClassifier:
 def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: float, held_out: int, seed: int) -> None:
     """Train on all but the last `held_out` images, write the classifier and print its accuracy on those."""
     check_output(out, ".safetensors", [data])
-    dataset = ImageDataset(data)
+    dataset = ImageDataset(data, cache=True)
     if not dataset.has_onehot_labels or held_out + batch > len(dataset) or dataset.num_channels != 1:
         raise ValueError(f"{data} needs grey images with class labels, at least {held_out + batch} of them")
     pairs = [dataset[i] for i in range(len(dataset))]

@@ -53,18 +53,17 @@ def _block_c(width: int) -> dict[str, list[Layer]]:
 def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:
     """Resize images [N,C,H,W] to float32 [N,C,size,size] as TensorFlow 1's `resize_bilinear` does by default.
 
-    Output pixel i lies at source coordinate i * in / out (corners not aligned, no half-pixel centres), and the two
-    pixels next to it are interpolated, whatever the scale: there is no antialiasing. The second is clamped to the edge.
+    Output pixel i lies at source coordinate i·in/out (corners not aligned, no half-pixel centres); the two pixels next
+    to it are interpolated, the second clamped to the edge, whatever the scale: there is no antialiasing.
     """
     images = images.to(torch.float32)
     for dim in (3, 2):
         length = images.shape[dim]
         position = torch.arange(size, dtype=torch.float32) * (length / size)
         lower = position.long().clamp(max=length - 1)
-        shape = [-1 if d == dim else 1 for d in range(4)]
-        weight = (position - lower).view(shape).to(images.device)
-        left = images.index_select(dim, lower.to(images.device))
-        right = images.index_select(dim, (lower + 1).clamp(max=length - 1).to(images.device))
+        weight = (position - lower).view(-1, *[1] * (3 - dim)).to(images.device)
+        pair = lower, (lower + 1).clamp(max=length - 1)
+        left, right = (images.index_select(dim, index.to(images.device)) for index in pair)
         images = left + (right - left) * weight
     return images
 
@@ -129,9 +128,8 @@ class Mixed(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Inception-v3 of 2015-12-05 as a fixed feature extractor, always in eval mode and in float32.
-
-    Its state dict has the keys of the public PyTorch port, `WEIGHTS`, until `fold_batch_norm` is called.
+    """Inception-v3 of 2015-12-05 as a feature extractor, in eval mode and in float32. Its state dict has the keys of
+    the public PyTorch port, `WEIGHTS`, until `fold_batch_norm` is called.
     """
 
     name = "fid"
@@ -180,17 +178,14 @@ class InceptionV3(nn.Module):
         return x.mean(dim=(2, 3))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Class logits [N,1008] of features [N,2048], without the bias of the last layer.
-
-        The inception score (Salimans et al., "Improved Techniques for Training GANs", 2016) takes the softmax of these:
-        its reference code multiplies by the weight alone, and torch-fidelity follows it (`logits_unbiased`).
+        """Class logits [N,1008] of features [N,2048], without the bias of the last layer: the reference code of the
+        inception score multiplies by the weight alone, and torch-fidelity follows it (`logits_unbiased`).
         """
         return F.linear(features, self.fc.weight)
 
     def fold_batch_norm(self) -> InceptionV3:
-        """Fold every batch normalisation into its convolution, in place: faster, the same to about 1e-6 relative.
-
-        The state dict changes its keys, so load weights first.
+        """Fold every batch normalisation into its convolution, in place: faster, the same to about 1e-6 relative. The
+        state dict changes its keys, so load weights first.
         """
         for module in [module for module in self.modules() if isinstance(module, ConvNorm)]:
             conv, bn = module.conv, module.bn
