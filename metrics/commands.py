@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,10 +14,11 @@ import torch
 from tqdm import tqdm
 
 from data.dataset import ImageDataset
-from dnnlib.files import check_output, file_sha256, write_json
+from data.pictures import encode_png
+from data.writer import DatasetWriter
+from dnnlib.files import check_output, discard, file_sha256, temporary_beside, write_json
 from generation.command import load_networks
-from generation.images import count_evaluations, generate_images
-from metrics.archive import image_archive
+from generation.images import GeneratedBatch, count_evaluations, generate_images
 from metrics.collect import Collected, FeatureCollector, evaluate_dataset, evaluate_network
 from metrics.compute import check_dimensions, check_reference, compute_metrics
 from metrics.features.detectors import LoadedDetector, load_custom_detector, load_detector
@@ -74,7 +77,7 @@ def gen(
     loaded, guiding, settings, reference, metrics, detectors = distributed.main_first(prepare)
     hashes = [network and file_sha256(network.path) for network in (loaded, guiding) if distributed.is_main()]
     records = []
-    keeping = nullcontext() if save_images is None else image_archive(save_images)
+    keeping = nullcontext() if save_images is None else _image_archive(save_images)
     with _bar(num * len(settings), "sampling", quiet) as bar, keeping as keep:
         for setting in settings:
             how = dict(batch=batch, progress=bar.update, on_batch=keep, **setting)
@@ -131,6 +134,39 @@ def _evaluate_images(
     with _bar(len(dataset), "features", quiet) as bar:
         how = dict(batch=batch, device=place, max_features=max_features, progress=bar.update)
         return dataset, reference, metrics, evaluate_dataset(dataset, metrics, detectors, **how)
+
+
+@contextmanager
+def _image_archive(path: str) -> Iterator[Callable[[GeneratedBatch], None]]:
+    """Give a function that keeps a batch; at the end all processes' images become one EDM2 data set at `path`, in the
+    order of their seeds, with their classes as labels.
+
+    Collective at both ends: every process leaves its images in a folder beside `path`. On error nothing remains.
+    """
+    with ExitStack() as stack:
+
+        def begin() -> tuple[DatasetWriter | None, Path | None]:
+            if not distributed.is_main():
+                return None, None
+            writer = stack.enter_context(DatasetWriter(path))  # refuses what stands there, before anything is drawn
+            parts = stack.enter_context(temporary_beside(os.path.realpath(path), folder=True))
+            stack.callback(discard, parts)
+            return writer, parts
+
+        writer, parts = distributed.main_first(begin)
+        parts = distributed.from_main(parts)
+
+        def add(batch: GeneratedBatch) -> None:
+            classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.argmax(dim=1).tolist()
+            for seed, image, label in zip(batch.seeds, batch.images.cpu().numpy(), classes, strict=True):
+                name = f"{seed:020d}.png" if label is None else f"{seed:020d}-{label}.png"
+                (parts / name).write_bytes(encode_png(image))
+
+        yield add
+        distributed.barrier()
+        for i, file in enumerate(sorted(parts.iterdir()) if writer is not None else ()):
+            _, dash, label = file.stem.partition("-")
+            writer.add(f"{i // 1000:05d}/img{i:08d}.png", file.read_bytes(), int(label) if dash else None)
 
 
 def choose_detectors(
