@@ -82,9 +82,8 @@ def save_reference(path: str | os.PathLike[str], collected: Mapping[str, Collect
 def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Reference:
     """Read reference statistics from a path or URL: own `.npz`, EDM's `.npz` (mu, sigma: `fid`), EDM2's pickle.
 
-    The kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for
-    damaged files, arrays that cannot be statistics, and anything else; DownloadError for failed downloads. Eigenvalues
-    are left to `Statistics.has_covariance`.
+    The kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for what
+    cannot be statistics, but for eigenvalues (`Statistics.has_covariance`); DownloadError for failed downloads.
     """
     path = open_url(source, quiet=quiet)
     try:
@@ -113,10 +112,10 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
 def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        single = "mu" in members and "sigma" in members
-        names = {"fid": ""} if single else {k[:-3]: k[:-2] for k in members if k.endswith("/mu")}
-        parts = _DATA[:2] if single else (*_DATA, "sha256")
-        keys = [f"{prefix}{part}" for prefix in names.values() for part in parts] + ["num_images"] * (not single)
+        if "mu" in members and "sigma" in members:  # of EDM
+            members = {"fid/mu": members["mu"], "fid/sigma": members["sigma"]}
+        names = [key.removesuffix("/mu") for key in members if key.endswith("/mu")]
+        keys = [f"{name}/{part}" for name in names for part in (*_DATA, "sha256")] + ["num_images"]
         shapes = {}
         for key in (key for key in keys if key in members):
             if members[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -125,20 +124,19 @@ def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
                 shapes[key], dtype, _ = read_npy_header(member)
             if key.endswith(_DATA):
                 _check_kind(dtype)
-        for name, prefix in names.items():
-            if f"{prefix}sigma" not in shapes:
-                raise ValueError(f"there is no array {prefix}sigma")
-            _check_shapes(name, *(shapes.get(f"{prefix}{part}") for part in _DATA))
-        size = sum(8 * math.prod(shape) for shape in shapes.values())
-        if size > MAX_BYTES:
+        for name in names:
+            if f"{name}/sigma" not in shapes:
+                raise ValueError(f"there is no array {name}/sigma")
+            _check_shapes(name, *(shapes.get(f"{name}/{part}") for part in _DATA))
+        if (size := sum(8 * math.prod(shape) for shape in shapes.values())) > MAX_BYTES:
             raise ValueError(f"its arrays take {size} bytes, more than the limit of {MAX_BYTES}")
         found: dict[str, Any] = {}
         for key, shape in shapes.items():
             with archive.open(members[key]) as member:
                 found[key] = read_npy(member, 8 * math.prod(shape) if key.endswith(_DATA) else _MAX_TEXT)
     statistics = {}
-    for name, prefix in names.items():
-        mu, sigma, features, sha256 = (found.get(f"{prefix}{part}") for part in (*_DATA, "sha256"))
+    for name in names:
+        mu, sigma, features, sha256 = (found.get(f"{name}/{part}") for part in (*_DATA, "sha256"))
         features = None if features is None else features.astype(np.float32)
         statistics[name] = Statistics(*map(_floats, (mu, sigma)), features, None if sha256 is None else str(sha256))
     count = found.get("num_images")
