@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -72,8 +72,7 @@ class ZipMembers:
             raise zipfile.BadZipFile("a file begins before the archive") from None
         del infos, archive, rows  # with new names the memory of the old ones, and of what lay between, goes back
         self.names = "\0".join(self.names).split("\0") if self.names else []
-        self._file: BinaryIO | None = None
-        self._pid = -1
+        self._file, self._pid = None, -1
 
     def signature(self, name: str) -> tuple[int, int]:
         """Size in bytes and CRC."""
@@ -158,8 +157,7 @@ class FileSource:
         try:
             if self._zip is None:
                 return read_regular(os.path.join(self.path, name), max_bytes)
-            size = self.signature(name)[0]
-            if size > max_bytes:
+            if (size := self.signature(name)[0]) > max_bytes:
                 raise DatasetError(f"{self.where(name)}: {size:,} bytes where at most {max_bytes:,} make sense")
             if not self._zip.readable(name):
                 raise DatasetError(f"{self.where(name)}: neither stored nor deflated; pack the archive again")
@@ -186,8 +184,8 @@ def _check_shape(shape: list[int], expected: Sequence[int] | None, where: str) -
 def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
     """Decode an image file to uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); palettes are expanded, alpha is dropped.
 
-    Raises `DatasetError`, naming `where`, for damaged files, for more than 8 bits per channel, and, before anything is
-    decoded, for more than MAX_PIXELS and another shape than `expected` [C,H,W].
+    Raises `DatasetError`, naming `where`, for damaged files, more than 8 bits per channel, and, before anything is
+    decoded, more than MAX_PIXELS and another shape than `expected` [C,H,W].
     """
     try:
         with warnings.catch_warnings():
@@ -262,8 +260,7 @@ def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
             raise DatasetError(f"{where}: entry {number} of labels is not a pair [name, label]")
     by_name = {name.replace("\\", "/"): label for name, label in entries}
-    missing = [name for name in names if by_name.get(name) is None]
-    if missing:
+    if missing := [name for name in names if by_name.get(name) is None]:
         raise DatasetError(f"{where}: no label for {missing[0]} ({len(missing)} of {len(names)} files have none)")
     labels = [by_name[name] for name in names]
     size = len(labels[0]) if isinstance(labels[0], list) else None  # of a vector; None = class indices

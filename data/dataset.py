@@ -25,13 +25,11 @@ def one_line(error: DatasetError) -> str:
 
 
 class ImageDataset:
-    """Map-style data set over a folder or ZIP in the EDM2 layout, for use with `torch.utils.data.DataLoader`.
+    """Map-style data set over a folder or ZIP in the EDM2 layout. `ds[i]` is image, label: uint8 [C,H,W] for pixels or
+    float32 [C,H,W] for latents, and float32 [label_dim], one-hot for class indices, of length 0 without labels.
 
-    `ds[i]` is (image, label): image uint8 [C,H,W] for pixels or float32 [C,H,W] for latents; label float32
-    [label_dim], one-hot for class indices, as stored for vectors, of length 0 without labels.
-
-    Raises `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first
-    are checked against it when they are read.
+    Raises `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first are
+    checked against it when they are read.
     """
 
     def __init__(
@@ -121,10 +119,8 @@ class ImageDataset:
         return dict(name=self.name, **images, label_dim=self.label_dim, xflip=self.xflip, max_size=self.max_size)
 
     def fingerprint(self) -> str:
-        """SHA-256 hex digest over names, sizes, labels, mirroring and CRCs, without reading all images.
-
-        A ZIP's directory holds the CRCs of all files; of a folder, evenly spaced files are read for theirs, 256 MiB of
-        them and at least 256: all of a small one.
+        """SHA-256 hex digest over names, sizes, labels, mirroring and CRCs: of all files of a ZIP, whose directory has
+        them; of a folder, those of evenly spaced files, 256 MiB and at least 256 of them: all of a small one.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps([self.image_shape, self.label_dim, self.xflip]).encode())
@@ -154,12 +150,9 @@ class InfiniteSampler:
     version = 2  # of the order; a run that resumes keeps to the one it began with
 
     def __init__(self, dataset_size: int, *, rank: int = 0, num_replicas: int = 1, seed: int = 0, start_index: int = 0):
-        if dataset_size < 1:
-            raise ValueError(f"dataset_size is {dataset_size}; a sampler needs at least one image")
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank {rank} is not below num_replicas {num_replicas}")
-        if seed < 0 or start_index < 0:
-            raise ValueError(f"seed ({seed}) and start_index ({start_index}) must not be negative")
+        if dataset_size < 1 or not 0 <= rank < num_replicas or seed < 0 or start_index < 0:
+            given = f"{dataset_size} images, rank {rank} of {num_replicas}, seed {seed}, start_index {start_index}"
+            raise ValueError(f"out of range: {given} (needed: an image, a rank below their number, nothing negative)")
         self.size, self.seed = dataset_size, seed
         self.first, self.stride = start_index + rank, num_replicas
 

@@ -8,7 +8,6 @@ import os
 import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +19,7 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed: the same images give the same bytes
 
 def encode_npy(latents: np.ndarray) -> bytes:
     """NPY file of float32 [C,H,W]."""
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
+    np.save(stream := io.BytesIO(), np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
     return stream.getvalue()
 
 
@@ -46,9 +44,7 @@ class DatasetWriter:
         self.dest = os.path.normpath(os.fspath(dest))
         self._is_zip = self.dest.lower().endswith(".zip")
         self._target = os.path.realpath(self.dest)
-        self._labels: list[list[Any]] = []
-        self._finished = False
-        self._place = contextlib.ExitStack()
+        self._labels, self._finished, self._place = [], False, contextlib.ExitStack()
         with self._telling():
             self._check_free()
             self._temporary = self._place.enter_context(temporary_beside(self._target, folder=not self._is_zip))

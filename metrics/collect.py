@@ -50,8 +50,7 @@ class FeatureCollector:
             if not hasattr(self._detectors[name].module, "logits"):
                 raise DetectorError(f"the inception score needs class logits, and detector {name} has none")
         self._moments: dict[str, FeatureMoments] = {}
-        self._indices: list[int] = []
-        self._kept: list[int] = []  # those whose single features are kept
+        self._indices, self._kept = [], []  # of all images, and of those whose single features are kept
 
     @torch.no_grad()
     def add(self, images: Tensor, indices: Sequence[int]) -> None:

@@ -98,24 +98,19 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
         raise ValueError(f"statistics do not fit together: shapes {', '.join(str(list(a.shape)) for a in arrays)}")
     if not all(torch.isfinite(a).all() for a in arrays):
         raise ValueError("statistics are not finite")
-    eigenvalues = torch.linalg.eigvalsh(_symmetric_product(cov1, cov2))
-    variances = float(cov1.trace() + cov2.trace())
-    distance = float((mu1 - mu2).square().sum()) + variances - 2 * float(eigenvalues.clamp(min=0).sqrt().sum())
-    return 0.0 if -_ROUNDING * abs(variances) <= distance < 0 else distance
-
-
-def _symmetric_product(cov1: Tensor, cov2: Tensor, block: int = 256) -> Tensor:
-    """Lower triangle of R^T·C2·R, whose eigenvalues are those of C1·C2, with R·R^T = C1."""
     root, singular = torch.linalg.cholesky_ex(cov1)
     if singular:
         values, vectors = torch.linalg.eigh(cov1)
         root = vectors * values.clamp(min=0).sqrt()
-        return root.T @ cov2 @ root
-    product = torch.zeros_like(cov2)
-    for i in range(0, len(cov1), block):  # R is triangular too: a third of the work
-        columns = slice(i, i + block)
-        product[i:, columns] = root[i:, i:].T @ (cov2[i:, i:] @ root[i:, columns])
-    return product
+        product = root.T @ cov2 @ root
+    else:
+        product = torch.zeros_like(cov2)
+        for i in range(0, len(cov1), 256):  # R is triangular, and the lower triangle enough: a third of the work
+            product[i:, i : i + 256] = root[i:, i:].T @ (cov2[i:, i:] @ root[i:, i : i + 256])
+    eigenvalues = torch.linalg.eigvalsh(product)
+    variances = float(cov1.trace() + cov2.trace())
+    distance = float((mu1 - mu2).square().sum()) + variances - 2 * float(eigenvalues.clamp(min=0).sqrt().sum())
+    return 0.0 if -_ROUNDING * abs(variances) <= distance < 0 else distance
 
 
 class MeanStd(NamedTuple):

@@ -66,8 +66,7 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER) -> DemoClassifier:
     """Read the classifier, in eval mode. Raises DetectorError naming the file if it is missing or something else."""
     try:
         with open_regular(path), safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata, weights = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         reason = f"{path or repr(path)}: {getattr(error, 'strerror', None) or error}"
         raise DetectorError(f"cannot read the demo classifier {reason}") from None
@@ -92,7 +91,6 @@ def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: f
     images = torch.from_numpy(np.stack([image for image, _ in pairs]))
     classes = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
     split = len(images) - held_out
-
     torch.manual_seed(seed)
     net = DemoClassifier(dataset.label_dim, dataset.resolution).train()
     steps = epochs * (split // batch)
@@ -108,7 +106,6 @@ def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: f
                 schedule.step()
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
-
     net.eval()
     with torch.no_grad():
         guesses = torch.cat([net.logits(net(part)).argmax(dim=1) for part in images[split:].split(500)])

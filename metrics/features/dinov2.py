@@ -68,11 +68,9 @@ def resize_positions(positions: Tensor, size: int) -> Tensor:
 
 
 class DINOv2(nn.Module):
-    """Class token of a DINOv2 transformer after its last layer norm.
-
-    Takes over `model`, a `transformers.Dinov2Model`: eval mode, float32, no gradients, and the position embeddings
-    replaced by those of the 224-pixel grid. transformers would interpolate them with the scale 16/37, which shifts
-    features away from the original network's; given the right grid it interpolates no more.
+    """Class token of a DINOv2 transformer after its last layer norm. Takes over a `transformers.Dinov2Model`, given
+    the position embeddings of the 224-pixel grid: transformers would interpolate them with the scale 16/37, which
+    shifts features away from the original network's.
     """
 
     name = "fd_dinov2"
@@ -95,11 +93,9 @@ def load_dinov2(
     *,
     architecture: Mapping[str, Any] = VIT_L14,  # arguments of transformers.Dinov2Config
 ) -> tuple[DINOv2, str]:
-    """Return the detector and the SHA-256 of its weight file.
-
-    Where no source is given, that is dinov2-large/model.safetensors in the folder $NCVSD_DETECTORS if it is there, else
-    `facebook/dinov2-large` on the Hub. Raises DetectorError (a ValueError), with how to get the file, where it is
-    missing, unreachable, damaged or of another network, and where transformers is not installed.
+    """Return the detector and the SHA-256 of its weight file: by default dinov2-large/model.safetensors in the folder
+    $NCVSD_DETECTORS, or else `facebook/dinov2-large` on the Hub. Raises DetectorError (a ValueError), with how to get
+    the file, where it is missing, damaged or of another network, and where transformers is not installed.
     """
     try:
         from transformers import Dinov2Config, Dinov2Model

@@ -134,8 +134,6 @@ class InceptionV3(nn.Module):
 
     name = "fid"
     feature_dim = 2048
-    num_classes = 1008
-    resolution = 299
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +153,7 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = Mixed(768, BLOCK_D, pool="max", stride=2)
         self.Mixed_7b = Mixed(1280, BLOCK_E, pool_width=192)
         self.Mixed_7c = Mixed(2048, BLOCK_E, pool="max", pool_width=192)
-        self.fc = nn.Linear(self.feature_dim, self.num_classes)
+        self.fc = nn.Linear(self.feature_dim, 1008)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> InceptionV3:
@@ -167,7 +165,7 @@ class InceptionV3(nn.Module):
         found = f"{images.dtype} {list(images.shape)}"
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[1:]:
             raise ValueError(f"{self.name} takes uint8 images [N,3,H,W] or [N,1,H,W], got {found}")
-        x = (resize_bilinear_tf1(images, self.resolution) - 128) / 128
+        x = (resize_bilinear_tf1(images, 299) - 128) / 128
         x = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         with full_precision_convolutions():
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
