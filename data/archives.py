@@ -118,10 +118,9 @@ class ZipMembers:
 
 
 class FileSource:
-    """Read-only view of the files in a folder (recursively) or a ZIP archive; safe across processes.
-
-    Names are relative, with forward slashes, sorted. Hidden files and macOS resource forks are left out. Raises
-    `DatasetError` where the path is missing or is not a folder or ZIP archive.
+    """Read-only view of the files in a folder (recursively) or a ZIP archive; safe across processes. Names are
+    relative, with forward slashes, sorted. Hidden files and macOS resource forks are left out. Raises `DatasetError`
+    where the path is missing or is not a folder or ZIP archive.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -183,7 +182,6 @@ def _check_shape(shape: list[int], expected: Sequence[int] | None, where: str) -
 
 def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
     """Decode an image file to uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); palettes are expanded, alpha is dropped.
-
     Raises `DatasetError`, naming `where`, for damaged files, more than 8 bits per channel, and, before anything is
     decoded, more than MAX_PIXELS and another shape than `expected` [C,H,W].
     """
@@ -211,9 +209,8 @@ def decode_pixels(data: bytes, where: str, expected: Sequence[int] | None = None
 
 
 def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = None) -> np.ndarray:
-    """Decode an NPY file to float32 [C,H,W]; float16 and float32 are accepted.
-
-    Raises `DatasetError`, naming `where`, for damaged files, other dtypes, shapes (also than `expected`) and NaN.
+    """Decode an NPY file to float32 [C,H,W]; float16 and float32 are accepted. Raises `DatasetError`, naming `where`,
+    for damaged files, other dtypes, shapes (also than `expected`) and NaN.
     """
     stream = io.BytesIO(data)
     try:
@@ -239,10 +236,9 @@ def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = Non
 
 
 def read_labels(source: FileSource, names: list[str]) -> np.ndarray | None:
-    """Labels of `names` from the source's `dataset.json`: int64 [N] classes, float32 [N, D] vectors, or None.
-
-    Raises `DatasetError` for invalid JSON, more than 4 KiB of it per image (and 1 MiB), files without a label, and
-    labels that are neither a class index >= 0 nor a vector of numbers of one common length.
+    """Labels of `names` from the source's `dataset.json`: int64 [N] classes, float32 [N, D] vectors, or None. Raises
+    `DatasetError` for invalid JSON, more than 4 KiB of it per image (and 1 MiB), files without a label, and labels that
+    are neither a class index >= 0 nor a vector of numbers of one common length.
     """
     if "dataset.json" not in source.names:
         return None

@@ -42,10 +42,9 @@ def convert_dataset(
     max_images: int | None = None,  # take the first so many in sorted order; None = all
     compress: bool = False,  # compress the PNG files (smaller, slower to read)
 ) -> str:
-    """Write `source` as an EDM2 data set to `dest` and return a summary. Labels of IDX files stand beside them.
-
-    Raises `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that
-    exists; ValueError as `transform_image`. Nothing is left at `dest` then.
+    """Write `source` as an EDM2 data set to `dest` and return a summary. Labels of IDX files stand beside them. Raises
+    `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that exists;
+    ValueError as `transform_image`. Nothing is left at `dest` then.
     """
     idx = _find_idx(source)
     opened = _open_idx(idx, labels) if idx else nullcontext(_open_images(source, labels))

@@ -26,10 +26,9 @@ def one_line(error: DatasetError) -> str:
 
 class ImageDataset:
     """Map-style data set over a folder or ZIP in the EDM2 layout. `ds[i]` is image, label: uint8 [C,H,W] for pixels or
-    float32 [C,H,W] for latents, and float32 [label_dim], one-hot for class indices, of length 0 without labels.
-
-    Raises `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first are
-    checked against it when they are read.
+    float32 [C,H,W] for latents, and float32 [label_dim], one-hot for class indices, of length 0 without labels. Raises
+    `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first are checked
+    against it when they are read.
     """
 
     def __init__(

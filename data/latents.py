@@ -17,9 +17,8 @@ from torch_utils.distributed import device_for
 def encode_dataset(
     source: str, dest: str, *, vae: str, batch: int = 16, device: str = "auto", max_images: int | None = None
 ) -> str:
-    """Write the posteriors (mean, std; float32 [8,h,w]) of grey or RGB images as NPY files, labels kept.
-
-    Raises `DatasetError` as `ImageDataset`, ValueError where the autoencoder is missing or does not divide the size.
+    """Write the posteriors (mean, std; float32 [8,h,w]) of grey or RGB images as NPY files, labels kept. Raises
+    `DatasetError` as `ImageDataset`, ValueError where the autoencoder is missing or does not divide the size.
     """
     encoder, dataset = StabilityVAEEncoder(vae, batch_size=batch).to(device_for(device)), ImageDataset(source)
     if dataset.num_channels not in (1, 3):
@@ -31,9 +30,8 @@ def encode_dataset(
 def decode_dataset(
     source: str, dest: str, *, vae: str, batch: int = 16, device: str = "auto", max_images: int | None = None
 ) -> str:
-    """Write what the posterior means of a latent data set decode to as PNG files, labels kept. Return a summary.
-
-    Raises `DatasetError` as `ImageDataset`, or for other data, ValueError where the autoencoder is missing.
+    """Write what the posterior means of a latent data set decode to as PNG files, labels kept. Return a summary. Raises
+    `DatasetError` as `ImageDataset`, or for other data, ValueError where the autoencoder is missing.
     """
     encoder, dataset = StabilityVAEEncoder(vae, batch_size=batch).to(device_for(device)), ImageDataset(source)
     channels = encoder.scale.size

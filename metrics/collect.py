@@ -31,10 +31,9 @@ class Collected:
 
 
 class FeatureCollector:
-    """Runs images through detectors; keeps moments, and single features only where a metric needs them.
-
-    Without such metrics memory does not grow with the number of images. Of the images with indices in `keep` (None = of
-    all) single features are kept. Raises DetectorError where a metric needs logits and its detector has none.
+    """Runs images through detectors; keeps moments, and single features only where a metric needs them. Without such
+    metrics memory does not grow with the number of images. Of the images with indices in `keep` (None = of all) single
+    features are kept. Raises DetectorError where a metric needs logits and its detector has none.
     """
 
     def __init__(

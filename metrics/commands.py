@@ -139,9 +139,8 @@ def _evaluate_images(
 @contextmanager
 def _image_archive(path: str) -> Iterator[Callable[[GeneratedBatch], None]]:
     """Give a function that keeps a batch; at the end all processes' images become one EDM2 data set at `path`, in the
-    order of their seeds, with their classes as labels.
-
-    Collective at both ends: every process leaves its images in a folder beside `path`. On error nothing remains.
+    order of their seeds, with their classes as labels. Collective at both ends: every process leaves its images in a
+    folder beside `path`. On error nothing remains.
     """
     with ExitStack() as stack:
 

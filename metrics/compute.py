@@ -62,9 +62,8 @@ def _check_dimension(metric: Metric, statistics: Statistics, dim: int) -> None:
 def compute_metrics(
     metrics: Iterable[Metric], collected: dict[str, Collected], reference: Reference | None
 ) -> tuple[list[MetricValue], list[str]]:
-    """Return the values and warnings about numbers that mean less than they seem.
-
-    Raises ValueError for fewer than 2 images, statistics of another size and too few images for a metric.
+    """Return the values and warnings about numbers that mean less than they seem. Raises ValueError for fewer than 2
+    images, statistics of another size and too few images for a metric.
     """
     values, warnings = [], []
     for metric in metrics:

@@ -133,7 +133,6 @@ def kernel_distance(
 ) -> MeanStd:
     """Squared maximum mean discrepancy of sets [N,D] and [M,D] with the kernel (x·y/D + 1)³, unbiased, over random
     subsets: the kernel distance of Binkowski et al. (2018, arXiv 1801.01401, section 4), KID in Inception features.
-
     Each subset draws `subset_size` samples, or N or M where that is less, without replacement, first from set 1. Being
     unbiased, it may be negative. Raises ValueError for fewer than 2 samples, and values and shapes that do not fit.
     """
@@ -160,10 +159,9 @@ def precision_recall(
     k: int = 3,
     chunk: int = 4096,  # rows and columns of a block of distances; takes about 24·chunk² bytes, whatever N and M
 ) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of sets [N,D] and [M,D].
-
-    The manifold of a set is the union of balls around its samples, each reaching to the sample's k-th nearest
-    neighbour in the set, border included. Raises ValueError for fewer than k + 1 samples, and what does not fit.
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of sets [N,D] and [M,D]. The manifold
+    of a set is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour in the set,
+    border included. Raises ValueError for fewer than k + 1 samples, and what does not fit.
     """
     real, fake = _checked(real=real, fake=fake)
     if k < 1 or chunk < 1:

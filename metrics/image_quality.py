@@ -158,10 +158,9 @@ def load_lpips(
     *,
     download: bool = True,  # False = what the cache holds already
 ) -> LPIPS:
-    """Return LPIPS with the published backbone. For both variants, give its `backbone` to a second `LPIPS`.
-
-    Raises DetectorError (a ValueError) where the backbone is missing or not the right one, in one line that says where
-    to get it; ValueError for a variant that does not exist.
+    """Return LPIPS with the published backbone. For both variants, give its `backbone` to a second `LPIPS`. Raises
+    DetectorError (a ValueError) where the backbone is missing or not the right one, in one line that says where to get
+    it; ValueError for a variant that does not exist.
     """
     lpips = LPIPS(VGG16(), variant)
     load_published(lpips.backbone, BACKBONE, path, ignored=("classifier.",), download=download)

@@ -18,10 +18,9 @@ Outcome = tuple[float, dict[str, float]]  # a metric's value, and what else is t
 
 @dataclass(frozen=True)
 class Kind:
-    """How a metric is taken of images in a detector's features.
-
-    `needs` says what `compute` is given: "moments" (mean [D] and covariance [D,D] of the images, then of the
-    reference), "features" ([N,D] of the images, then [M,D] of the reference), or "logits" ([N,classes] of the images).
+    """How a metric is taken of images in a detector's features. `needs` says what `compute` is given: "moments" (mean
+    [D] and covariance [D,D] of the images, then of the reference), "features" ([N,D] of the images, then [M,D] of the
+    reference), or "logits" ([N,classes] of the images).
     """
 
     needs: str
@@ -67,10 +66,9 @@ class Metric:
 
 
 def parse_metrics(text: str, custom: tuple[str, ...] = ()) -> list[Metric]:
-    """Read a list such as `fid,fd_dinov2,kid,pr:fd_demo`; `custom` names detectors that were given as files.
-
-    fid, fd_dinov2, fd_demo and fd:NAME are Fréchet distances; kid, pr (precision and recall) and is (inception score)
-    are taken in Inception features unless `:DETECTOR` says otherwise. Raises ValueError for anything else.
+    """Read a list such as `fid,fd_dinov2,kid,pr:fd_demo`; `custom` names detectors that were given as files. fid,
+    fd_dinov2, fd_demo and fd:NAME are Fréchet distances; kid, pr (precision and recall) and is (inception score) are
+    taken in Inception features unless `:DETECTOR` says otherwise. Raises ValueError for anything else.
     """
     metrics: dict[str, Metric] = {}
     known = (*DETECTORS, *custom)

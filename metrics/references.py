@@ -80,9 +80,8 @@ def save_reference(path: str | os.PathLike[str], collected: Mapping[str, Collect
 
 
 def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Reference:
-    """Read reference statistics from a path or URL: own `.npz`, EDM's `.npz` (mu, sigma: `fid`), EDM2's pickle.
-
-    The kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for what
+    """Read reference statistics from a path or URL: own `.npz`, EDM's `.npz` (mu, sigma: `fid`), EDM2's pickle. The
+    kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for what
     cannot be statistics, but for eigenvalues (`Statistics.has_covariance`); DownloadError for failed downloads.
     """
     path = open_url(source, quiet=quiet)

@@ -62,9 +62,8 @@ def load_detector(
     path: str | os.PathLike[str] | None = None,  # its weights; None = found by $NCVSD_DETECTORS, or downloaded
     device: torch.device | str = "cpu",
 ) -> LoadedDetector:
-    """Return a detector that defines a metric, in eval mode.
-
-    Raises DetectorError (a ValueError) where its weights are missing or not the right ones, saying where to get them.
+    """Return a detector that defines a metric, in eval mode. Raises DetectorError (a ValueError) where its weights are
+    missing or not the right ones, saying where to get them.
     """
     if name not in DETECTORS:
         raise DetectorError(f"no detector is called {name!r}: use {', '.join(DETECTORS)}, or give a file")
@@ -80,10 +79,9 @@ def load_custom_detector(
     path: str | os.PathLike[str], name: str | None = None, device: torch.device | str = "cpu"
 ) -> LoadedDetector:
     """Return a detector of one's own: a TorchScript file under `name` (default: the file's), or a safetensors file that
-    states which detector it is (`detector` in its metadata), as the demo classifier's does.
-
-    TorchScript is a program, in PyTorch's own language, and the only one that this project runs out of a file: name
-    files that you trust. Raises DetectorError for other files, and for a name that belongs to a published metric.
+    states which detector it is (`detector` in its metadata), as the demo classifier's does. TorchScript is a program,
+    in PyTorch's own language, and the only one that this project runs out of a file: name files that you trust. Raises
+    DetectorError for other files, and for a name that belongs to a published metric.
     """
     file = Path(path)
     if not file.is_file():

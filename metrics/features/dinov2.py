@@ -36,10 +36,9 @@ _ADVICE = (
 
 
 def prepare_images(images: Tensor) -> Tensor:
-    """Network inputs float32 [N,3,224,224] of uint8 images [N,C,H,W], C = 1 (grey) or 3 (RGB), of any size.
-
-    Bicubic resize, antialiased and not rounded, then (x/255 - mean)/std with ImageNet's mean and standard deviation.
-    Raises ValueError for any other shape or type.
+    """Network inputs float32 [N,3,224,224] of uint8 images [N,C,H,W], C = 1 (grey) or 3 (RGB), of any size. Bicubic
+    resize, antialiased and not rounded, then (x/255 - mean)/std with ImageNet's mean and standard deviation. Raises
+    ValueError for any other shape or type.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         found = f"{images.dtype} {list(images.shape)}"
@@ -50,10 +49,9 @@ def prepare_images(images: Tensor) -> Tensor:
 
 
 def resize_positions(positions: Tensor, size: int) -> Tensor:
-    """Position embeddings [1,1+M·M,D], class token first, for a grid of size x size patches: float32 [1,1+size²,D].
-
-    As in the original network: bicubic with the scale (size + 0.1)/M in place of size/M, so that output i is read at
-    (i + 0.5)·M/(size + 0.1) - 0.5; not antialiased. A grid that has this size already is returned as it is. Raises
+    """Position embeddings [1,1+M·M,D], class token first, for a grid of size x size patches: float32 [1,1+size²,D]. As
+    in the original network: bicubic with the scale (size + 0.1)/M in place of size/M, so that output i is read at (i +
+    0.5)·M/(size + 0.1) - 0.5; not antialiased. A grid that has this size already is returned as it is. Raises
     ValueError where the grid is not square.
     """
     positions, count = positions.to(torch.float32), positions.shape[1] - 1

@@ -51,10 +51,9 @@ def _block_c(width: int) -> dict[str, list[Layer]]:
 
 
 def resize_bilinear_tf1(images: Tensor, size: int) -> Tensor:
-    """Resize images [N,C,H,W] to float32 [N,C,size,size] as TensorFlow 1's `resize_bilinear` does by default.
-
-    Output pixel i lies at source coordinate i·in/out (corners not aligned, no half-pixel centres); the two pixels next
-    to it are interpolated, the second clamped to the edge, whatever the scale: there is no antialiasing.
+    """Resize images [N,C,H,W] to float32 [N,C,size,size] as TensorFlow 1's `resize_bilinear` does by default. Output
+    pixel i lies at source coordinate i·in/out (corners not aligned, no half-pixel centres); the two pixels next to it
+    are interpolated, the second clamped to the edge, whatever the scale: there is no antialiasing.
     """
     images = images.to(torch.float32)
     for dim in (3, 2):
@@ -83,10 +82,9 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Inception block: branches of convolutions and a pooled copy of the input, concatenated in channels.
-
-    The convolutions of a branch are `name_1`, `name_2`, ..., or plain `name` if there is only one; those of a fork,
-    both kept, are `name_3a` and `name_3b`, say.
+    """Inception block: branches of convolutions and a pooled copy of the input, concatenated in channels. The
+    convolutions of a branch are `name_1`, `name_2`, ..., or plain `name` if there is only one; those of a fork, both
+    kept, are `name_3a` and `name_3b`, say.
     """
 
     def __init__(
