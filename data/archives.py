@@ -147,9 +147,7 @@ class FileSource:
 
     def signature(self, name: str) -> tuple[int, ...]:
         """Size in bytes, and the CRC where the archive's directory has it."""
-        if self._zip is not None:
-            return self._zip.signature(name)
-        return (os.stat(os.path.join(self.path, name)).st_size,)
+        return self._zip.signature(name) if self._zip else (os.stat(os.path.join(self.path, name)).st_size,)
 
     def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Content of one file. Raises `DatasetError` where it cannot be read, is damaged, or exceeds `max_bytes`."""

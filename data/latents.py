@@ -42,14 +42,9 @@ def decode_dataset(
 
 
 def _write(
-    dataset: ImageDataset,
-    dest: str,
-    name: str,  # of a file, to be filled with its number
-    encode: Callable[[np.ndarray], bytes],  # one result into a file
-    turn: Callable[[torch.Tensor], torch.Tensor],  # images [N,C,H,W] into results
-    batch: int,
-    max_images: int | None,
+    dataset: ImageDataset, dest: str, name: str, encode: Callable, turn: Callable, batch: int, max_images: int | None
 ) -> str:
+    """Write a file, `name` filled with its number, as `encode` makes it of each result of `turn` for images [N,C,H,W]."""
     count = min(len(dataset), max_images or len(dataset))
     with DatasetWriter(dest) as writer:
         for start in tqdm(range(0, count, batch), unit="batch", dynamic_ncols=True):

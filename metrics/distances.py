@@ -152,16 +152,12 @@ def kernel_distance(
     return MeanStd(float(np.mean(values)), float(np.std(values)))
 
 
-def precision_recall(
-    real: Features,
-    fake: Features,
-    *,
-    k: int = 3,
-    chunk: int = 4096,  # rows and columns of a block of distances; takes about 24·chunk² bytes, whatever N and M
-) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of sets [N,D] and [M,D]. The manifold
-    of a set is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour in the set,
-    border included. Raises ValueError for fewer than k + 1 samples, and what does not fit.
+def precision_recall(real: Features, fake: Features, *, k: int = 3, chunk: int = 4096) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of sets [N,D] and [M,D], whose
+    distances take about 24·chunk² bytes at a time.
+
+    The manifold of a set is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour
+    in the set, border included. Raises ValueError for fewer than k + 1 samples, and what does not fit.
     """
     real, fake = _checked(real=real, fake=fake)
     if k < 1 or chunk < 1:

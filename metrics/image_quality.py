@@ -7,7 +7,7 @@ taken on [0, 1], (x + 1)/2. An image with values that are not finite gets NaN.
 from __future__ import annotations
 
 import math
-import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -152,15 +152,11 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(
-    path: str | os.PathLike[str] | None = None,  # `vgg16-397923af.pth` or its folder; None = as `find_weights` finds it
-    variant: str = "max",
-    device: torch.device | str = "cpu",
-    *,
-    download: bool = True,  # False = what the cache holds already
+    path: str | Path | None = None, variant: str = "max", device: torch.device | str = "cpu", *, download: bool = True
 ) -> LPIPS:
-    """Return LPIPS with the published backbone. For both variants, give its `backbone` to a second `LPIPS`. Raises
-    DetectorError (a ValueError) where the backbone is missing or not the right one, in one line that says where to get
-    it; ValueError for a variant that does not exist.
+    """Return LPIPS with the published backbone, found by `find_weights`; for both variants, give its `backbone` to a
+    second `LPIPS`. Raises DetectorError (a ValueError), in one line, where the backbone is missing or not the right
+    one.
     """
     lpips = LPIPS(VGG16(), variant)
     load_published(lpips.backbone, BACKBONE, path, ignored=("classifier.",), download=download)

@@ -58,12 +58,10 @@ class ScriptedDetector(nn.Module):
 
 
 def load_detector(
-    name: str,  # fid, fd_dinov2 or fd_demo
-    path: str | os.PathLike[str] | None = None,  # its weights; None = found by $NCVSD_DETECTORS, or downloaded
-    device: torch.device | str = "cpu",
+    name: str, path: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
 ) -> LoadedDetector:
-    """Return a detector that defines a metric, in eval mode. Raises DetectorError (a ValueError) where its weights are
-    missing or not the right ones, saying where to get them.
+    """Return a detector that defines a metric (fid, fd_dinov2 or fd_demo), in eval mode; None = weights are found by
+    $NCVSD_DETECTORS, or downloaded. Raises DetectorError (a ValueError), saying where to get them.
     """
     if name not in DETECTORS:
         raise DetectorError(f"no detector is called {name!r}: use {', '.join(DETECTORS)}, or give a file")

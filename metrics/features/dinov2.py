@@ -87,13 +87,12 @@ class DINOv2(nn.Module):
 
 
 def load_dinov2(
-    source: str | os.PathLike[str] | None = None,  # weight file, its folder, or Hub id owner/name[@revision]
-    *,
-    architecture: Mapping[str, Any] = VIT_L14,  # arguments of transformers.Dinov2Config
+    source: str | os.PathLike[str] | None = None, *, architecture: Mapping[str, Any] = VIT_L14
 ) -> tuple[DINOv2, str]:
-    """Return the detector and the SHA-256 of its weight file: by default dinov2-large/model.safetensors in the folder
-    $NCVSD_DETECTORS, or else `facebook/dinov2-large` on the Hub. Raises DetectorError (a ValueError), with how to get
-    the file, where it is missing, damaged or of another network, and where transformers is not installed.
+    """Return the detector and the SHA-256 of its weight file: `source` is that file, its folder, or a Hub id
+    owner/name[@revision]; by default dinov2-large/model.safetensors in the folder $NCVSD_DETECTORS, or else
+    `facebook/dinov2-large`. Raises DetectorError (a ValueError), with how to get the file, where it is missing, damaged
+    or of another network, and where transformers is not installed.
     """
     try:
         from transformers import Dinov2Config, Dinov2Model

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,19 +81,15 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Inception block: branches of convolutions and a pooled copy of the input, concatenated in channels. The
-    convolutions of a branch are `name_1`, `name_2`, ..., or plain `name` if there is only one; those of a fork, both
-    kept, are `name_3a` and `name_3b`, say.
+    """Inception block: branches, of a Layer or FORK after another, and a pooled copy of the input, projected to
+    `pool_width` channels unless that is 0, concatenated in channels. The pool is "max", or "average", which leaves the
+    padding out of the count; `stride` is its own and that of each branch's last convolution. The convolutions of a
+    branch are `name_1`, `name_2`, ..., or plain `name` if there is only one; those of a fork, both kept, `name_3a` and
+    `name_3b`.
     """
 
     def __init__(
-        self,
-        c_in: int,
-        branches: dict[str, list[Any]],  # of a Layer each, or FORK
-        *,
-        pool: str = "average",  # "average" leaves the padding out of the count; or "max"
-        pool_width: int = 0,  # channels of the projection of the pooled input; 0 = no projection
-        stride: int = 1,  # of the last convolution of each branch and of the pool
+        self, c_in: int, branches: dict[str, list], *, pool: str = "average", pool_width: int = 0, stride: int = 1
     ) -> None:
         super().__init__()
         self.paths: list[list[list[str]]] = []  # per branch and depth, the names of the convolutions side by side
@@ -204,13 +199,9 @@ def full_precision_convolutions() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def load_inception(
-    path: str | os.PathLike[str] | None = None,  # the file or its folder; None = as `find_weights` finds it
-    *,
-    fold: bool = True,  # call `fold_batch_norm`
-) -> tuple[InceptionV3, str]:
-    """Return a network with the weights of the public PyTorch port, and the SHA-256 of their file, whose auxiliary
-    classifier (`AuxLogits.*`) plays no part in the features. Raises DetectorError as `load_published`.
+def load_inception(path: str | os.PathLike[str] | None = None, *, fold: bool = True) -> tuple[InceptionV3, str]:
+    """Return a network with the weights of the public PyTorch port, found by `find_weights`, and the SHA-256 of their
+    file, whose auxiliary classifier (`AuxLogits.*`) is passed over. Raises DetectorError.
     """
     net = InceptionV3()
     digest = load_published(net, WEIGHTS, path, ignored=("AuxLogits.",))

@@ -77,14 +77,11 @@ def is_torchscript(path: Path) -> bool:
 
 
 def find_weights(
-    weights: WeightFile,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    download: bool = True,  # False = what the cache holds already, and nothing from the network
+    weights: WeightFile, path: str | os.PathLike[str] | None = None, *, download: bool = True
 ) -> tuple[Path, str]:
     """Return the local file and its SHA-256, which is checked: `path` (the file, or a folder that holds it), else the
-    folder $NCVSD_DETECTORS, else a download into the cache. Raises DetectorError, in one line that says where to get
-    the file and where to put it.
+    folder $NCVSD_DETECTORS, else the cache, into which it is downloaded if `download` says so. Raises DetectorError, in
+    one line that says where to get the file and where to put it.
     """
     file, downloaded = None, False
     for given in filter(str, (path or "", os.environ.get(FOLDER_VARIABLE, ""))):
