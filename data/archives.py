@@ -1,6 +1,5 @@
-"""Reading the files of an EDM2 data set: folders and ZIP archives, images, NPY latents, and `dataset.json`.
-
-Nothing that a data set contains is ever executed: NPY headers are checked and read without pickling, labels are JSON.
+"""Reading the files of an EDM2 data set: folders and ZIP archives, images, NPY latents, and `dataset.json`. Nothing
+that a data set contains is ever executed: NPY headers are checked and read without pickling, labels are JSON.
 """
 
 import bisect

@@ -1,7 +1,6 @@
 """Image data sets in the EDM2 layout: a folder or a ZIP of PNG pixels or NPY latents with an optional `dataset.json`.
-
-The data set yields plain numpy arrays, and neither it nor the sampler needs torch; `torch.utils.data.DataLoader`
-takes both as they are.
+The data set yields plain numpy arrays, and neither it nor the sampler needs torch; `torch.utils.data.DataLoader` takes
+both as they are.
 """
 
 import hashlib
@@ -138,12 +137,11 @@ class ImageDataset:
 
 
 class InfiniteSampler:
-    """Endless order of images for training: each epoch takes every image once, in a sequence of its own.
-
-    Epoch e sorts the images by 64-bit keys, the output of the Philox generator with the key (seed, e): a function of
-    seed and epoch alone, whatever the release of NumPy. The processes take entries in turn, process r of w the entries
-    r, r + w, ... of the endless order, so that it can be taken up at any position, by any number of them: `start_index`
-    counts the images that all have consumed so far. Raises ValueError for numbers out of range.
+    """Endless order of images for training: each epoch takes every image once, in a sequence of its own. Epoch e sorts
+    the images by 64-bit keys, the output of the Philox generator with the key (seed, e): a function of seed and epoch
+    alone, whatever the release of NumPy. The processes take entries in turn, process r of w the entries r, r + w, ...
+    of the endless order, so that it can be taken up at any position, by any number of them: `start_index` counts the
+    images that all have consumed so far. Raises ValueError for numbers out of range.
     """
 
     version = 2  # of the order; a run that resumes keeps to the one it began with

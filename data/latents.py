@@ -44,7 +44,7 @@ def decode_dataset(
 def _write(
     dataset: ImageDataset, dest: str, name: str, encode: Callable, turn: Callable, batch: int, max_images: int | None
 ) -> str:
-    """Write a file, `name` filled with its number, as `encode` makes it of each result of `turn` for images [N,C,H,W]."""
+    """A file, `name` filled with its number, as `encode` makes it of each result of `turn` on images [N,C,H,W]."""
     count = min(len(dataset), max_images or len(dataset))
     with DatasetWriter(dest) as writer:
         for start in tqdm(range(0, count, batch), unit="batch", dynamic_ncols=True):

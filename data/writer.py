@@ -32,12 +32,11 @@ def summary(num_images: int, shape: Sequence[int], labelled: bool, num_skipped: 
 
 class DatasetWriter:
     """Context manager that collects files under a temporary name beside `dest`, an uncompressed archive where that ends
-    in `.zip`, else a folder, and renames it on success; on error nothing remains.
-
-    Where `dest` cannot take the finished files at the end, they stay under another name, which the error gives. What
-    killed processes left of the same data set is removed at the start. Labels may be class indices or lists of numbers;
-    without any, `dataset.json` says `{"labels": null}`. Raises `DatasetError` where `dest` exists already (an empty
-    folder, or a link to one, is accepted) or cannot be written.
+    in `.zip`, else a folder, and renames it on success; on error nothing remains. Where `dest` cannot take the finished
+    files at the end, they stay under another name, which the error gives. What killed processes left of the same data
+    set is removed at the start. Labels may be class indices or lists of numbers; without any, `dataset.json` says
+    `{"labels": null}`. Raises `DatasetError` where `dest` exists already (an empty folder, or a link to one, is
+    accepted) or cannot be written.
     """
 
     def __init__(self, dest: str | os.PathLike):
@@ -115,9 +114,7 @@ class DatasetWriter:
                     os.rmdir(self._target)
                 os.replace(self._temporary, self._target)
         except DatasetError as reason:
-            kept = self._temporary.with_name(f"{self._temporary.stem}.{secrets.token_hex(4)}")  # no later leftover
-            try:
-                os.replace(self._temporary, kept)
-            except OSError:
-                kept = self._temporary
+            kept = self._temporary
+            with contextlib.suppress(OSError):  # under another name it is no later leftover
+                kept = kept.rename(kept.with_name(f"{kept.stem}.{secrets.token_hex(4)}"))
             raise DatasetError(f"{reason}; the finished data set is in {kept}") from None

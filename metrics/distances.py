@@ -1,7 +1,6 @@
-"""Distances between sets of features, and scores of one set; all sums are taken in float64.
-
-Fréchet distance of moments; kernel distance, precision and recall of single features; inception score of logits.
-Features and logits are arrays or tensors [N,D] on any device with float64.
+"""Distances between sets of features, and scores of one set; all sums are taken in float64. Fréchet distance of
+moments; kernel distance, precision and recall of single features; inception score of logits. Features and logits are
+arrays or tensors [N,D] on any device with float64.
 """
 
 from __future__ import annotations
@@ -154,10 +153,9 @@ def kernel_distance(
 
 def precision_recall(real: Features, fake: Features, *, k: int = 3, chunk: int = 4096) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of sets [N,D] and [M,D], whose
-    distances take about 24·chunk² bytes at a time.
-
-    The manifold of a set is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour
-    in the set, border included. Raises ValueError for fewer than k + 1 samples, and what does not fit.
+    distances take about 24·chunk² bytes at a time. The manifold of a set is the union of balls around its samples, each
+    reaching to the sample's k-th nearest neighbour in the set, border included. Raises ValueError for fewer than k + 1
+    samples, and what does not fit.
     """
     real, fake = _checked(real=real, fake=fake)
     if k < 1 or chunk < 1:

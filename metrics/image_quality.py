@@ -1,7 +1,6 @@
-"""Image quality against a reference: PSNR, SSIM and LPIPS of images in [-1, 1], one value per image.
-
-All three see images as a PNG would hold them, rounding aside: values outside [-1, 1] are clipped, and PSNR and SSIM are
-taken on [0, 1], (x + 1)/2. An image with values that are not finite gets NaN.
+"""Image quality against a reference: PSNR, SSIM and LPIPS of images in [-1, 1], one value per image. All three see
+images as a PNG would hold them, rounding aside: values outside [-1, 1] are clipped, and PSNR and SSIM are taken on [0,
+1], (x + 1)/2. An image with values that are not finite gets NaN.
 """
 
 from __future__ import annotations
@@ -96,11 +95,10 @@ class VGG16(nn.Module):
 
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, version 0.1, in the features of VGG16 (Zhang et al., "The Unreasonable
-    Effectiveness of Deep Features as a Perceptual Metric", 2018). Smaller is more alike.
-
-    `variant` says how VGG16 pools: "max" as it was trained and as the metric was published; "average" as in piq's
-    `LPIPS(replace_pooling=True)`, which the published tables of inverse problems use. Their values are not comparable,
-    so state `name` with every figure. Raises ValueError for other variants.
+    Effectiveness of Deep Features as a Perceptual Metric", 2018). Smaller is more alike. `variant` says how VGG16
+    pools: "max" as it was trained and as the metric was published; "average" as in piq's `LPIPS(replace_pooling=True)`,
+    which the published tables of inverse problems use. Their values are not comparable, so state `name` with every
+    figure. Raises ValueError for other variants.
     """
 
     def __init__(self, backbone: VGG16, variant: str = "max") -> None:

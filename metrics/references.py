@@ -1,8 +1,7 @@
-"""Statistics of a data set that generated images are compared with: own files, and those of EDM2 and EDM.
-
-Own files are `.npz` archives of plain arrays: `num_images`, and for each detector `DETECTOR/mu` [D], `DETECTOR/sigma`
-[D,D], optionally `DETECTOR/features` [M,D] (for kid, precision and recall; of all images, or of MAX_FEATURES of them)
-and `DETECTOR/sha256` (of its weights).
+"""Statistics of a data set that generated images are compared with: own files, and those of EDM2 and EDM. Own files are
+`.npz` archives of plain arrays: `num_images`, and for each detector `DETECTOR/mu` [D], `DETECTOR/sigma` [D,D],
+optionally `DETECTOR/features` [M,D] (for kid, precision and recall; of all images, or of MAX_FEATURES of them) and
+`DETECTOR/sha256` (of its weights).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Feature extractors: from uint8 images to the features that distances are taken in.
-
-A detector is a module with `name`, `feature_dim` and `detector(images uint8 [N,C,H,W]) -> float32 [N,feature_dim]`;
-one whose features lead to class logits also has `logits(features) -> [N,classes]`. `load_detector` builds those that
-define a metric (`fid`, `fd_dinov2`, `fd_demo`); any other module is welcome under a name of its own.
+"""Feature extractors: from uint8 images to the features that distances are taken in. A detector is a module with
+`name`, `feature_dim` and `detector(images uint8 [N,C,H,W]) -> float32 [N,feature_dim]`; one whose features lead to
+class logits also has `logits(features) -> [N,classes]`. `load_detector` builds those that define a metric (`fid`,
+`fd_dinov2`, `fd_demo`); any other module is welcome under a name of its own.
 """
 
 from __future__ import annotations

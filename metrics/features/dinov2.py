@@ -1,8 +1,7 @@
-"""DINOv2 features of images (Oquab et al. 2023, arXiv 2304.07193), in which `fd_dinov2` is measured.
-
-The detector is that of Stein et al. (2023, arXiv 2306.04675) and of EDM2 (arXiv 2312.02696): ViT-L/14 at 224 pixels,
-class token after the last layer norm. The network comes from the optional package transformers, its weights from a
-safetensors file; no configuration, code or pickle is read from the place that the weights come from.
+"""DINOv2 features of images (Oquab et al. 2023, arXiv 2304.07193), in which `fd_dinov2` is measured. The detector is
+that of Stein et al. (2023, arXiv 2306.04675) and of EDM2 (arXiv 2312.02696): ViT-L/14 at 224 pixels, class token after
+the last layer norm. The network comes from the optional package transformers, its weights from a safetensors file; no
+configuration, code or pickle is read from the place that the weights come from.
 """
 
 from __future__ import annotations

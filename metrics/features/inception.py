@@ -1,8 +1,7 @@
-"""Inception-v3 features, the space in which the Fréchet inception distance is defined.
-
-The network is the TensorFlow graph `inception-2015-12-05` (Szegedy et al., "Rethinking the Inception Architecture for
-Computer Vision", 2015), which FID (Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local
-Nash Equilibrium", 2017) is tied to: other weights, another resize or other pooling give numbers that compare with none.
+"""Inception-v3 features, the space in which the Fréchet inception distance is defined. The network is the TensorFlow
+graph `inception-2015-12-05` (Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2015), which
+FID (Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", 2017) is tied
+to: other weights, another resize or other pooling give numbers that compare with none.
 """
 
 from __future__ import annotations
