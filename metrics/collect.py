@@ -116,7 +116,7 @@ def evaluate_dataset(
     batch: int = 64,
     device: torch.device | str = "cpu",
     max_features: int | None = None,  # single features are kept of so many images, drawn at random; None = of all
-    progress: Callable[[int], object] | None = None,  # called with the number of images of all processes' batches
+    progress: Callable[[int], object] = lambda count: None,  # is given the number of images of all processes' batches
 ) -> dict[str, Collected]:
     """Collect features of a data set, each process its share. Collective. Raises ValueError for fewer than 2 images and
     for latents.
@@ -137,8 +137,7 @@ def evaluate_dataset(
             raise ValueError("metrics are taken of pixels, and this data set holds latents: decode it first")
         if images:
             collector.add(torch.from_numpy(np.stack(images)).to(device), own)
-        if progress is not None:
-            progress(len(part))
+        progress(len(part))
     return collector.gather()
 
 
@@ -150,7 +149,7 @@ def evaluate_network(
     seeds: Sequence[int],
     *,
     batch: int = 64,
-    progress: Callable[[int], object] | None = None,  # called with the number of images of all processes' batches
+    progress: Callable[[int], object] = lambda count: None,  # is given the number of images of all processes' batches
     on_batch: Callable[[GeneratedBatch], object] | None = None,  # sees every batch, to save it for example
     **sampling: Any,  # further arguments of generate_images: ts, zeta, num_steps, device, dtype, ...
 ) -> GeneratedFeatures:
@@ -160,7 +159,7 @@ def evaluate_network(
     if len(seeds) < 2:
         raise ValueError(f"at least 2 images are needed, got {len(seeds)}")
     collector = FeatureCollector(metrics, detectors)
-    position = {seed: i for i, seed in enumerate(seeds)}
+    position, world = {seed: i for i, seed in enumerate(seeds)}, distributed.world_size()
     count, seconds, started = 0, 0.0, time.perf_counter()
     for result in generate_images(net, encoder, seeds=seeds, batch=batch, **sampling):
         if result.images.is_cuda:
@@ -169,9 +168,7 @@ def evaluate_network(
         collector.add(result.images, [position[seed] for seed in result.seeds])
         if on_batch is not None:
             on_batch(result)
-        if progress is not None:
-            drawn = len(result.images) * distributed.world_size()
-            progress(max(0, min(drawn, len(seeds) - count * distributed.world_size())))
+        progress(max(0, min(len(result.images) * world, len(seeds) - count * world)))
         count += len(result.images)
         started = time.perf_counter()
     return GeneratedFeatures(collector.gather(), seconds / max(count, 1))
