@@ -88,9 +88,8 @@ def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: f
     if not dataset.has_onehot_labels or held_out + batch > len(dataset) or dataset.num_channels != 1:
         raise ValueError(f"{data} needs grey images with class labels, at least {held_out + batch} of them")
     pairs = [dataset[i] for i in range(len(dataset))]
-    images = torch.from_numpy(np.stack([image for image, _ in pairs]))
-    classes = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
-    split = len(images) - held_out
+    images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    classes, split = labels.argmax(dim=1), len(images) - held_out
     torch.manual_seed(seed)
     net = DemoClassifier(dataset.label_dim, dataset.resolution).train()
     steps = epochs * (split // batch)

@@ -80,11 +80,10 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Inception block: branches, of a Layer or FORK after another, and a pooled copy of the input, projected to
-    `pool_width` channels unless that is 0, concatenated in channels. The pool is "max", or "average", which leaves the
-    padding out of the count; `stride` is its own and that of each branch's last convolution. The convolutions of a
-    branch are `name_1`, `name_2`, ..., or plain `name` if there is only one; those of a fork, both kept, `name_3a` and
-    `name_3b`.
+    """Inception block: branches, each of Layers and FORKs in turn, and a pooled copy of the input (projected to
+    `pool_width` channels unless that is 0), concatenated in channels. The pool is "max", or "average", which leaves the
+    padding out; `stride` is its own and each branch's last. The convolutions of a branch are `name_1`, `name_2`, ...,
+    or plain `name` if there is only one; those of a fork `name_3a` and `name_3b`, say.
     """
 
     def __init__(
