@@ -205,8 +205,10 @@ def inception_score(logits: Features, *, splits: int = 10) -> MeanStd:
     Raises ValueError for fewer images than splits and for values that are not finite.
     """
     (logits,) = _checked(logits=logits)
-    if not 1 <= splits <= len(logits):
-        raise ValueError(f"inception score: {splits} splits need as many images, and at least 1, got {len(logits)}")
+    if splits < 1:
+        raise ValueError(f"inception score: {splits} splits; at least 1 is needed")
+    if len(logits) < splits:
+        raise ValueError(f"inception score: {splits} splits need as many images, got {len(logits)}")
     log_p = torch.log_softmax(logits.to(torch.float64), dim=1)
     scores = []
     for part in (log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits] for i in range(splits)):
