@@ -10,7 +10,11 @@ from torch_utils.errors import user_errors
 from torch_utils.options import SEED, batch_option, device_option, dtype_option, quiet_option
 from torch_utils.threads import wait_passively
 
-PUBLISHED_SEED = 123456789  # the first of 50,000
+METRICS = """Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes another
+detector's features.  [default: fid; with --detector its distance]"""
+OWN = """A detector of your own, a TorchScript program (of a source that you trust) from uint8 images to features; its
+distance is reported as fd_NAME."""
+WEIGHTS = "Weights of the published detector, or their folder.  [default: $NCVSD_DETECTORS, else downloaded]"
 
 
 def common_options(command: Callable) -> Callable:
@@ -20,25 +24,9 @@ def common_options(command: Callable) -> Callable:
         device_option,
         batch_option(64, "Images at once, per process."),
         click.option("--detector-name", metavar="NAME", help="Of --detector.  [default: the file's name]"),
-        click.option(
-            "--detector",
-            "custom",
-            metavar="FILE",
-            help="A detector of your own, a TorchScript program (of a source that you trust) from uint8 images to "
-            "features; its distance is reported as fd_NAME.",
-        ),
-        click.option(
-            "--detector-path",
-            metavar="PATH",
-            help="Weights of the published detector, or their folder.  [default: $NCVSD_DETECTORS, else downloaded]",
-        ),
-        click.option(
-            "--metrics",
-            "metric_names",
-            metavar="LIST",
-            help="Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes "
-            "another detector's features.  [default: fid; with --detector its distance]",
-        ),
+        click.option("--detector", "custom", metavar="FILE", help=OWN),
+        click.option("--detector-path", metavar="PATH", help=WEIGHTS),
+        click.option("--metrics", "metric_names", metavar="LIST", help=METRICS),
     ):
         command = option(command)
     return command
@@ -67,7 +55,7 @@ def cli() -> None:
 @click.option("--ref", "ref_path", metavar="FILE|URL", required=True, help="Reference: .npz, or EDM2's .pkl.")
 @common_options
 @click.option("--num", "--num-images", "num", type=click.IntRange(min=2), default=50000, help="Images.")
-@click.option("--seed", type=SEED, default=PUBLISHED_SEED, help="First seed; one seed per image.")
+@click.option("--seed", type=SEED, default=123456789, help="First seed; one seed per image.")  # of the published 50,000
 @click.option("--ts", "schedules", metavar="LIST", multiple=True, help="Indices; repeatable.")
 @click.option("--zeta", type=click.FloatRange(0, 1), default=1.0, help="With --ts: share of fresh noise between steps.")
 @click.option("--sampler", type=click.Choice(["few-step", "heun"]), help="[default: by the network's kind]")

@@ -2,15 +2,13 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import reduce
 from typing import Any
 
 import click
 
 from torch_utils.errors import user_errors
 from torch_utils.threads import wait_passively
-
-_option = partial(click.option, show_default=True)
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -24,28 +22,23 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 
 
 def _options(*added: Callable) -> Callable[[Callable], Callable]:
-    def add(command: Callable) -> Callable:
-        for option in reversed(added):
-            command = option(command)
-        return command
-
-    return add
+    return lambda command: reduce(lambda known, option: option(known), reversed(added), command)
 
 
 _common = _options(
-    _option("--source", help="Input folder or file", metavar="PATH", required=True),
-    _option("--dest", help="Output folder, or archive if it ends in .zip", metavar="PATH", required=True),
-    _option("--max-images", help="Take only the first so many", metavar="INT", type=click.IntRange(min=1)),
+    click.option("--source", help="Input folder or file", metavar="PATH", required=True),
+    click.option("--dest", help="Output folder, or archive if it ends in .zip", metavar="PATH", required=True),
+    click.option("--max-images", help="Take only the first so many", metavar="INT", type=click.IntRange(min=1)),
 )
 _autoencoder = _options(
-    _option("--vae", help="Autoencoder: local diffusers folder or Hub id", metavar="NAME",
-            default="stabilityai/sd-vae-ft-mse"),
-    _option("--batch", help="Images per pass", metavar="INT", type=click.IntRange(min=1), default=16),
-    _option("--device", help="auto, cpu, cuda, cuda:1, mps, ...", metavar="NAME", default="auto"),
+    click.option("--vae", help="Autoencoder: local diffusers folder or Hub id", metavar="NAME",
+                 default="stabilityai/sd-vae-ft-mse"),
+    click.option("--batch", help="Images per pass", metavar="INT", type=click.IntRange(min=1), default=16),
+    click.option("--device", help="auto, cpu, cuda, cuda:1, mps, ...", metavar="NAME", default="auto"),
 )  # fmt: skip
 
 
-@click.group()
+@click.group(context_settings={"show_default": True})
 def cli() -> None:
     """Make data sets in the EDM2 layout: a folder or an uncompressed ZIP of PNG pixels or NPY latents with labels.
 
@@ -64,17 +57,17 @@ def cli() -> None:
 @cli.command()
 @_common
 @_options(
-    _option("--resolution", "size", help="Output size, such as 64 or 512x384", metavar="WxH", callback=_size),
-    _option("--transform", help="How to reach that size", default="none",
-            type=click.Choice(["none", "center-crop", "center-crop-wide", "center-crop-dhariwal"])),
-    _option("--filter", "resample", help="Filter for scaling (dhariwal has its own)", default="lanczos",
-            type=click.Choice(["lanczos", "box"])),
-    _option("--pad", help="Black pixels to add on every side first", metavar="INT", default=0,
-            type=click.IntRange(0, 4096)),
-    _option("--labels", help="Where labels come from", default="auto",
-            type=click.Choice(["auto", "none", "folders", "json"])),
-    _option("--rgb", help="Store grey images with three channels", is_flag=True),
-    _option("--compress", help="Compress the PNG files (smaller, slower to read)", is_flag=True),
+    click.option("--resolution", "size", help="Output size, such as 64 or 512x384", metavar="WxH", callback=_size),
+    click.option("--transform", help="How to reach that size", default="none",
+                 type=click.Choice(["none", "center-crop", "center-crop-wide", "center-crop-dhariwal"])),
+    click.option("--filter", "resample", help="Filter for scaling (dhariwal has its own)", default="lanczos",
+                 type=click.Choice(["lanczos", "box"])),
+    click.option("--pad", help="Black pixels to add on every side first", metavar="INT", default=0,
+                 type=click.IntRange(0, 4096)),
+    click.option("--labels", help="Where labels come from", default="auto",
+                 type=click.Choice(["auto", "none", "folders", "json"])),
+    click.option("--rgb", help="Store grey images with three channels", is_flag=True),
+    click.option("--compress", help="Compress the PNG files (smaller, slower to read)", is_flag=True),
 )  # fmt: skip
 def convert(dest: str, **options: Any) -> None:
     """Convert images to a data set.

@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from data.archives import MAX_PIXELS, DatasetError, FileSource, decode_pixels, is_image_name, read_labels
 from data.pictures import SMALL, STORED, encode_png, to_array, to_picture
-from data.writer import Conversion, DatasetWriter
+from data.writer import DatasetWriter, summary
 from dnnlib.files import open_regular
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide", "center-crop-dhariwal")
@@ -40,56 +41,51 @@ def convert_dataset(
     labels: str = "auto",  # none; json = the source's; folders = number of the top-level one; auto = as there is
     max_images: int | None = None,  # take the first so many in sorted order; None = all
     compress: bool = False,  # compress the PNG files (smaller, slower to read)
-) -> Conversion:
-    """Write `source` as an EDM2 data set to `dest`. Labels of IDX files stand in a file beside them.
-
-    Raises `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that
-    exists; ValueError as `transform_image`. Nothing is left at `dest` then.
+) -> str:
+    """Write `source` as an EDM2 data set to `dest` and return a summary. Labels of IDX files stand beside them. Raises
+    `DatasetError` (one line, naming the file) for damaged or mixed images, missing labels and a `dest` that exists;
+    ValueError as `transform_image`. Nothing is left at `dest` then.
     """
     idx = _find_idx(source)
+    opened = _open_idx(idx, labels) if idx else nullcontext(_open_images(source, labels))
     shape: list[int] = []
     written = skipped = 0
-    with _open_idx(idx, labels) if idx else nullcontext(_open_images(source, labels)) as (count, images):
-        with DatasetWriter(dest) as writer:
-            steps = tqdm(range(min(count, max_images or count)), unit="img", dynamic_ncols=True)
-            for _, (where, image, label) in zip(steps, images, strict=False):
-                if rgb and image.shape[0] == 1:
-                    image = np.repeat(image, 3, axis=0)
-                image = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
-                try:
-                    result = transform_image(image, transform, size, resample)
-                except DatasetError as error:
-                    raise DatasetError(f"{where}: {error}") from None
-                if result is None:
-                    skipped += 1
-                    continue
-                shape = shape or list(result.shape)
-                _check_shape(result.shape, shape, where)
-                png = encode_png(result, SMALL if compress else STORED)
-                writer.add(f"{written // 1000:05d}/img{written:08d}.png", png, label)
-                written += 1
-            if not written:
-                raise DatasetError(f"{source}: all {skipped} images are smaller than the resolution asked for")
-    return Conversion(written, shape, label is not None, skipped)
-
-
-# Crops and scaling; images are uint8 [C,H,W], sizes (width, height)
+    with opened as (count, images), DatasetWriter(dest) as writer:
+        total = min(count, max_images or count)
+        for where, image, label in tqdm(islice(images, total), total=total, unit="img", dynamic_ncols=True):
+            if rgb and image.shape[0] == 1:
+                image = np.repeat(image, 3, axis=0)
+            image = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+            try:
+                result = transform_image(image, transform, size, resample)
+            except DatasetError as error:
+                raise DatasetError(f"{where}: {error}") from None
+            if result is None:
+                skipped += 1
+                continue
+            shape = shape or list(result.shape)
+            _check_shape(result.shape, shape, where)
+            png = encode_png(result, SMALL if compress else STORED)
+            writer.add(f"{written // 1000:05d}/img{written:08d}.png", png, label)
+            written += 1
+        if not written:
+            raise DatasetError(f"{source}: all {skipped} images are smaller than the resolution asked for")
+    return summary(written, shape, label is not None, skipped)
 
 
 def _resize(image: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+    """uint8 [C,H,W] scaled to (width, height)."""
     if (image.shape[2], image.shape[1]) == size:
         return image
     if size[0] * max(size[1], image.shape[1]) > MAX_PIXELS:
         raise DatasetError(f"{image.shape[2]}x{image.shape[1]} scaled to {size[0]}x{size[1]} are too many pixels")
     picture = to_picture(image)
-    factors = (picture.width // size[0], picture.height // size[1])
-    if resample == "box" and (picture.width, picture.height) == (size[0] * factors[0], size[1] * factors[1]):
-        picture = picture.reduce(factors)  # exact block means, rounded once
-    else:
-        filters = {"lanczos": Image.LANCZOS, "box": Image.BOX, "bicubic": Image.BICUBIC, "box-halve": Image.BOX}
-        # Columns, then rows: left to choose, Pillow versions differ in the order, and so in the rounding between them.
-        picture = picture.resize((size[0], picture.height), filters[resample]).resize(size, filters[resample])
-    return to_array(picture)
+    if resample == "box" and picture.width % size[0] == picture.height % size[1] == 0:
+        # Exact block means, rounded once.
+        return to_array(picture.reduce((picture.width // size[0], picture.height // size[1])))
+    kernel = {"lanczos": Image.LANCZOS, "bicubic": Image.BICUBIC}.get(resample, Image.BOX)
+    # Columns, then rows: left to choose, Pillow versions differ in the order, and so in the rounding between them.
+    return to_array(picture.resize((size[0], picture.height), kernel).resize(size, kernel))
 
 
 def _center(image: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -109,9 +105,8 @@ def transform_image(
     - center-crop-dhariwal: halve by 2x2 means while the short side is at least twice the target, scale it to the
       target (bicubic), cut the central square (the preparation of ImageNet by Dhariwal and Nichol).
 
-    `resample` (lanczos or box) is the filter of the first three. Raises ValueError for an unknown transform, or
-    where one needs a size, or a square one, and does not get it; DatasetError for pictures so narrow, or sizes so
-    large, that scaling gives more than MAX_PIXELS.
+    `resample` (lanczos or box) is the filter of the first three. Raises ValueError for an unknown transform and a size
+    that does not fit it; DatasetError where scaling gives more than MAX_PIXELS.
     """
     if transform not in TRANSFORMS:
         raise ValueError(f"unknown transform {transform!r}; known are {', '.join(TRANSFORMS)}")
@@ -126,15 +121,15 @@ def transform_image(
         kept = round(width * rows / columns)
         if columns < width or kept < height:
             return None
-        top = (width - height) // 2
         canvas = np.zeros([channels, width, width], dtype=np.uint8)
-        canvas[:, top : top + height] = _resize(_center(image, columns, kept), size, resample)
+        _center(canvas, width, height)[:] = _resize(_center(image, columns, kept), size, resample)
         return canvas
     if transform != "none" and width != height:
         raise ValueError(f"transform {transform} needs a square resolution, not {width}x{height}")
-    if transform != "center-crop-dhariwal":
-        side = min(rows, columns)
-        return _resize(image if transform == "none" else _center(image, side, side), size, resample)
+    if transform == "none":
+        return _resize(image, size, resample)
+    if transform == "center-crop":
+        return _resize(_center(image, min(rows, columns), min(rows, columns)), size, resample)
     while min(image.shape[1:]) >= 2 * width:
         image = _resize(image, (image.shape[2] // 2, image.shape[1] // 2), "box-halve")
     scale = width / min(image.shape[1:])
@@ -153,36 +148,27 @@ def _check_shape(shape: tuple[int, ...], expected: list[int], where: str) -> Non
         raise DatasetError(f"{where}: {channels} channels where images before have {expected[0]}; use --rgb")
 
 
-# Sources: a number of images, and those in a fixed order, each decoded only when it is asked for
-
-
-def _folder_labels(names: list[str], where: str, required: bool) -> list[int] | None:
-    """Index of each file's top-level folder among all of them; None where folders say nothing about classes."""
-    loose = [name for name in names if "/" not in name]
-    folders = sorted({name.split("/")[0] for name in names})
-    if required and loose:
-        raise DatasetError(f"{where}: {loose[0]} is in no class folder, so it has no label")
-    if not required and (loose or len(folders) < 2 or all(_SHARD.match(name) for name in names)):
-        return None
-    index = {folder: i for i, folder in enumerate(folders)}
-    return [index[name.split("/")[0]] for name in names]
-
-
 def _open_images(path: str, labels: str) -> tuple[int, Iterable[_Item]]:
+    """Number of images, and those in a fixed order, each decoded only when it is asked for."""
     source = FileSource(path)
     names = [name for name in source.names if is_image_name(name)]
     if not names:
         raise DatasetError(f"{path}: no image files found")
     values: Any = None
     if labels in ("json", "auto") and "dataset.json" in source.names:
-        array = read_labels(source, names)
-        if array is None and labels == "json":
+        values = read_labels(source, names)
+        if values is None and labels == "json":
             raise DatasetError(f"{source.where('dataset.json')}: holds no labels")
-        values = None if array is None else array.tolist()
+        values = values if values is None else values.tolist()
     elif labels == "json":
         raise DatasetError(f"{path}: has no dataset.json to take labels from")
-    elif labels != "none":
-        values = _folder_labels(names, path, required=labels == "folders")
+    elif labels != "none":  # the number of each file's top-level folder, unless folders say nothing about classes
+        loose = [name for name in names if "/" not in name]
+        index = {folder: i for i, folder in enumerate(sorted({name.split("/")[0] for name in names}))}
+        if labels == "folders" and loose:
+            raise DatasetError(f"{path}: {loose[0]} is in no class folder, so it has no label")
+        if labels == "folders" or not (loose or len(index) < 2 or all(_SHARD.match(name) for name in names)):
+            values = [index[name.split("/")[0]] for name in names]
 
     def read(name: str, label: Any) -> _Item:
         where = source.where(name)
@@ -214,22 +200,19 @@ def _find_idx(path: str) -> str | None:
     if os.path.isfile(path):
         return path if _IDX_IMAGES.match(os.path.basename(path)) else None
     found = sorted(n for n in os.listdir(path) if _IDX_IMAGES.match(n)) if os.path.isdir(path) else []
-    train = [n for n in found if n.startswith("train")]
-    if not found:
-        return None
-    if len(train or found) > 1:
-        raise DatasetError(f"{path}: holds {', '.join(train or found)}; name one of them as the source")
-    return os.path.join(path, (train or found)[0])
+    found = [n for n in found if n.startswith("train")] or found
+    if len(found) > 1:
+        raise DatasetError(f"{path}: holds {', '.join(found)}; name one of them as the source")
+    return os.path.join(path, found[0]) if found else None
 
 
 def _find_labels(path: str) -> str:
     folder, base = os.path.split(path)
     stem, separator, suffix = _IDX_IMAGES.match(base).groups()
     candidates = [os.path.join(folder, f"{stem}labels{separator}idx1-ubyte{s}") for s in (suffix or "", ".gz", "")]
-    existing = [c for c in candidates if os.path.exists(c)]
-    if not existing:
-        raise DatasetError(f"{path}: no labels beside it ({candidates[0]}); choose labels none to do without")
-    return existing[0]
+    for candidate in filter(os.path.exists, candidates):
+        return candidate
+    raise DatasetError(f"{path}: no labels beside it ({candidates[0]}); choose labels none to do without")
 
 
 @contextmanager
@@ -243,9 +226,8 @@ def _opened(path: str, dims: int) -> Iterator[tuple[BinaryIO, list[int]]]:
         magic, *shape = struct.unpack(f">{1 + dims}i", _read(file, 4 + 4 * dims, path))
         if magic != 0x800 + dims or min(shape) < 1:
             raise DatasetError(f"{path}: not an IDX file of bytes with {dims} dimensions")
-        size = math.prod(shape)
+        size, limits = math.prod(shape), f"{_MAX_IDX_BYTES:,} bytes or {MAX_PIXELS:,} pixels"
         if size > _MAX_IDX_BYTES or math.prod(shape[1:]) > MAX_PIXELS:
-            limits = f"{_MAX_IDX_BYTES:,} bytes or {MAX_PIXELS:,} pixels"
             raise DatasetError(f"{path}: claims shape {shape}, more than {limits}")
         if file is packed and os.fstat(packed.fileno()).st_size < file.tell() + size:
             raise DatasetError(f"{path}: damaged: its size does not fit shape {shape}")

@@ -1,7 +1,6 @@
 """Image data sets in the EDM2 layout: a folder or a ZIP of PNG pixels or NPY latents with an optional `dataset.json`.
-
-The data set yields plain numpy arrays, and neither it nor the sampler needs torch; `torch.utils.data.DataLoader`
-takes both as they are.
+The data set yields plain numpy arrays, and neither it nor the sampler needs torch; `torch.utils.data.DataLoader` takes
+both as they are.
 """
 
 import hashlib
@@ -13,30 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from data.archives import (
-    LATENT_EXTENSION,
-    DatasetError,
-    FileSource,
-    decode_latents,
-    decode_pixels,
-    is_image_name,
-    one_line,
-    read_labels,
-)
+from data.archives import DatasetError, FileSource, decode_latents, decode_pixels, is_image_name, read_labels
 
 _FINGERPRINT_BYTES = 256 << 20  # of a folder, to be read
 
-__all__ = ["DatasetError", "ImageDataset", "InfiniteSampler", "one_line"]
+
+def one_line(error: DatasetError) -> str:
+    """The message alone, without the traceback that PyTorch puts before it when a loader process raised the error."""
+    last = str(error).rstrip().rpartition("\n")[2]
+    return last.removeprefix(f"{DatasetError.__module__}.{DatasetError.__qualname__}: ")
 
 
 class ImageDataset:
-    """Map-style data set over a folder or ZIP in the EDM2 layout, for use with `torch.utils.data.DataLoader`.
-
-    `ds[i]` is (image, label): image uint8 [C,H,W] for pixels or float32 [C,H,W] for latents; label float32
-    [label_dim], one-hot for class indices, as stored for vectors, of length 0 without labels.
-
-    Raises `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first
-    are checked against it when they are read.
+    """Map-style data set over a folder or ZIP in the EDM2 layout. `ds[i]` is image, label: uint8 [C,H,W] for pixels or
+    float32 [C,H,W] for latents, and float32 [label_dim], one-hot for class indices, of length 0 without labels. Raises
+    `DatasetError` (one line, naming the file) for anything that cannot be used; images other than the first are checked
+    against it when they are read.
     """
 
     def __init__(
@@ -54,10 +45,9 @@ class ImageDataset:
         self.path = self._source.path
         base = os.path.basename(os.path.normpath(self.path))
         self.name = os.path.splitext(base)[0] if self._source.is_zip else base
-        self.xflip = bool(xflip)
-        self.max_size = max_size
+        self.xflip, self.max_size = bool(xflip), max_size
         images = [n for n in self._source.names if is_image_name(n)]
-        latents = [n for n in self._source.names if n.lower().endswith(LATENT_EXTENSION)]
+        latents = [n for n in self._source.names if n.lower().endswith(".npy")]
         if images and latents:
             raise DatasetError(f"{self.path}: mixes images ({images[0]}) and latents ({latents[0]}); keep one kind")
         self._names = images or latents
@@ -69,12 +59,14 @@ class ImageDataset:
         self.label_dim = 0  # of all images, also where a subset lacks some classes
         if self._labels is not None:
             self.label_dim = int(self._labels.max()) + 1 if self.has_onehot_labels else self._labels.shape[1]
-        if max_size is not None:
-            self._keep(max_size, random_seed)
-
-        self._cache: np.ndarray | None = None
-        self._fingerprint: str | None = None
-        self.image_shape: list[int] | None = None
+        if max_size is not None and max_size < 1:
+            raise DatasetError(f"{self.path}: max_size is {max_size}; it must be at least 1")
+        if max_size is not None and max_size < len(self._names):  # drawn without replacement; their order stays
+            drawn = np.random.RandomState(random_seed % (1 << 31)).permutation(len(self._names))[:max_size]
+            drawn.sort()
+            self._names = [self._names[i] for i in drawn]
+            self._labels = None if self._labels is None else self._labels[drawn]
+        self._cache = self._fingerprint = self.image_shape = None
         self.image_shape = list(self._read(0).shape)
         self.num_channels, self.resolution, width = self.image_shape
         found = f"{self._source.where(self._names[0])}: {width}x{self.resolution} pixels"
@@ -84,16 +76,6 @@ class ImageDataset:
             raise DatasetError(f"{found}, but {resolution}x{resolution} are needed")
         if cache:
             self._cache = np.stack([self._read(i) for i in range(len(self._names))])
-
-    def _keep(self, count: int, seed: int) -> None:
-        """Reduce the data set to `count` images that a seed draws without replacement; their order stays."""
-        if count < 1:
-            raise DatasetError(f"{self.path}: max_size is {count}; it must be at least 1")
-        if count < len(self._names):
-            drawn = np.random.RandomState(seed % (1 << 31)).permutation(len(self._names))[:count]
-            drawn.sort()
-            self._names = [self._names[i] for i in drawn]
-            self._labels = None if self._labels is None else self._labels[drawn]
 
     def _read(self, number: int) -> np.ndarray:
         """One file's image."""
@@ -126,26 +108,17 @@ class ImageDataset:
 
     def get_raw_label(self, index: int) -> int | list[float] | None:
         """Label of image `index` as `dataset.json` stores it: class index, vector, or None without labels."""
-        _, number = self._locate(index)
+        number = self._locate(index)[1]
         return None if self._labels is None else self._labels[number].tolist()
 
     def facts(self) -> dict[str, Any]:
         """What to record beside a model trained on these images; JSON-able. num_images is without mirrored copies."""
-        return {
-            "name": self.name,
-            "num_images": len(self._names),
-            "resolution": self.resolution,
-            "channels": self.num_channels,
-            "label_dim": self.label_dim,
-            "xflip": self.xflip,
-            "max_size": self.max_size,
-        }
+        images = {"num_images": len(self._names), "resolution": self.resolution, "channels": self.num_channels}
+        return dict(name=self.name, **images, label_dim=self.label_dim, xflip=self.xflip, max_size=self.max_size)
 
     def fingerprint(self) -> str:
-        """SHA-256 hex digest over names, sizes, labels, mirroring and CRCs, without reading all images.
-
-        A ZIP's directory holds the CRCs of all files; of a folder, evenly spaced files are read for theirs, 256 MiB of
-        them and at least 256: all of a small one.
+        """SHA-256 hex digest over names, sizes, labels, mirroring and CRCs: of all files of a ZIP, whose directory has
+        them; of a folder, those of evenly spaced files, 256 MiB and at least 256 of them: all of a small one.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps([self.image_shape, self.label_dim, self.xflip]).encode())
@@ -162,52 +135,26 @@ class ImageDataset:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def close(self) -> None:
-        self._source.close()
-
 
 class InfiniteSampler:
-    """Endless order of images for training: each epoch takes every image once, in a sequence of its own.
-
-    Epoch e sorts the images by 64-bit keys, the output of the Philox generator with the key (seed, e): a function of
-    seed and epoch alone, whatever the release of NumPy. The processes take entries in turn, process r of w the entries
-    r, r + w, ... of the endless order, so that it can be taken up at any position, by any number of them.
-
-    Args:
-        dataset_size: number of images, mirrored copies included.
-        rank, num_replicas: this process and the number of processes.
-        shuffle: False = the data set's own order in every epoch.
-        seed: below 2^64.
-        start_index: position of the first entry, counted over all ranks (images consumed so far).
-
-    Raises ValueError for numbers out of range.
+    """Endless order of images for training: each epoch takes every image once, in a sequence of its own. Epoch e sorts
+    the images by 64-bit keys, the output of the Philox generator with the key (seed, e): a function of seed and epoch
+    alone, whatever the release of NumPy. The processes take entries in turn, process r of w the entries r, r + w, ...
+    of the endless order, so that it can be taken up at any position, by any number of them: `start_index` counts the
+    images that all have consumed so far. Raises ValueError for numbers out of range.
     """
 
     version = 2  # of the order; a run that resumes keeps to the one it began with
 
-    def __init__(
-        self,
-        dataset_size: int,
-        *,
-        rank: int = 0,
-        num_replicas: int = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-        start_index: int = 0,
-    ):
-        if dataset_size < 1:
-            raise ValueError(f"dataset_size is {dataset_size}; a sampler needs at least one image")
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank {rank} is not below num_replicas {num_replicas}")
-        if seed < 0 or start_index < 0:
-            raise ValueError(f"seed ({seed}) and start_index ({start_index}) must not be negative")
-        self.size, self.seed, self.shuffle = dataset_size, seed, shuffle
+    def __init__(self, dataset_size: int, *, rank: int = 0, num_replicas: int = 1, seed: int = 0, start_index: int = 0):
+        if dataset_size < 1 or not 0 <= rank < num_replicas or seed < 0 or start_index < 0:
+            given = f"{dataset_size} images, rank {rank} of {num_replicas}, seed {seed}, start_index {start_index}"
+            raise ValueError(f"out of range: {given} (needed: an image, a rank below their number, nothing negative)")
+        self.size, self.seed = dataset_size, seed
         self.first, self.stride = start_index + rank, num_replicas
 
     def epoch(self, number: int) -> np.ndarray:
         """All images [dataset_size] in the sequence of one epoch."""
-        if not self.shuffle:
-            return np.arange(self.size)
         key = np.array([self.seed, number], dtype=np.uint64)
         return np.argsort(np.random.Philox(key=key).random_raw(self.size), kind="stable")
 

@@ -26,6 +26,5 @@ def to_array(picture: Image.Image) -> np.ndarray:
 
 def encode_png(image: np.ndarray, options: Mapping[str, Any] = STORED) -> bytes:
     """PNG file of uint8 [C,H,W], C = 1 or 3; `options` are those of Pillow's writer, {} its defaults."""
-    stream = io.BytesIO()
-    to_picture(image).save(stream, format="PNG", **options)
+    to_picture(image).save(stream := io.BytesIO(), format="PNG", **options)
     return stream.getvalue()

@@ -7,9 +7,7 @@ import json
 import os
 import secrets
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,55 +19,36 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed: the same images give the same bytes
 
 def encode_npy(latents: np.ndarray) -> bytes:
     """NPY file of float32 [C,H,W]."""
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
+    np.save(stream := io.BytesIO(), np.asarray(latents, dtype=np.float32, order="C"), allow_pickle=False)
     return stream.getvalue()
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What was written."""
-
-    num_images: int
-    image_shape: list[int]  # [C,H,W]
-    labelled: bool
-    num_skipped: int = 0  # images left out as too small
-
-    def __str__(self) -> str:
-        shape = "x".join(map(str, self.image_shape))
-        labels = "with labels" if self.labelled else "without labels"
-        skipped = f"; {self.num_skipped} too small for the resolution were left out" if self.num_skipped else ""
-        return f"{self.num_images} files of {shape} (channels, height, width) {labels}{skipped}"
+def summary(num_images: int, shape: Sequence[int], labelled: bool, num_skipped: int = 0) -> str:
+    """What was written, files of one shape [C,H,W], and how many images were left out."""
+    labels = "with labels" if labelled else "without labels"
+    skipped = f"; {num_skipped} too small for the resolution were left out" if num_skipped else ""
+    return f"{num_images} files of {'x'.join(map(str, shape))} (channels, height, width) {labels}{skipped}"
 
 
 class DatasetWriter:
-    """Collects files under a temporary name beside `dest` and renames it on success; on error nothing remains.
-
-    Where `dest` cannot take the finished files at the end, they stay under another name, which the error gives. What
-    killed processes left of the same data set is removed at the start.
-
-    A `dest` ending in `.zip` becomes an uncompressed archive, anything else a folder. Use as a context manager:
-
-        with DatasetWriter('out.zip') as writer:
-            writer.add('00000/img00000000.png', data, label=3)
-
-    Labels may be class indices or lists of numbers; without any the file says `{"labels": null}`.
-    Raises `DatasetError` where `dest` exists already (an empty folder, or a link to one, is accepted) or cannot be
-    written.
+    """Context manager that collects files under a temporary name beside `dest`, an uncompressed archive where that ends
+    in `.zip`, else a folder, and renames it on success; on error nothing remains. Where `dest` cannot take the finished
+    files at the end, they stay under another name, which the error gives. What killed processes left of the same data
+    set is removed at the start. Labels may be class indices or lists of numbers; without any, `dataset.json` says
+    `{"labels": null}`. Raises `DatasetError` where `dest` exists already (an empty folder, or a link to one, is
+    accepted) or cannot be written.
     """
 
     def __init__(self, dest: str | os.PathLike):
         self.dest = os.path.normpath(os.fspath(dest))
         self._is_zip = self.dest.lower().endswith(".zip")
         self._target = os.path.realpath(self.dest)
-        self._labels: list[list[Any]] = []
-        self._zip: zipfile.ZipFile | None = None
-        self._place = contextlib.ExitStack()
+        self._labels, self._finished, self._place = [], False, contextlib.ExitStack()
         with self._telling():
             self._check_free()
             self._temporary = self._place.enter_context(temporary_beside(self._target, folder=not self._is_zip))
-            if self._is_zip:
-                self._zip = zipfile.ZipFile(self._temporary, "w")
+            self._place.callback(self._abandon)
+            self._zip = zipfile.ZipFile(self._temporary, "w") if self._is_zip else None
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -102,33 +81,29 @@ class DatasetWriter:
         with self._telling():
             if self._zip is not None:
                 info = zipfile.ZipInfo(name, date_time=_ZIP_DATE)
-                info.create_system = 3  # the same on every platform
-                info.external_attr = 0o644 << 16
-                info.compress_type = compression
-                self._zip.writestr(info, data)
+                info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every platform
+                self._zip.writestr(info, data, compression)
             else:
                 path = self._temporary / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        complete = False
         with self._place, self._telling():
-            try:
-                if kind is None:
-                    content = json.dumps({"labels": self._labels or None})
-                    self._store("dataset.json", content.encode(), zipfile.ZIP_DEFLATED)
-                    if self._zip is not None:
-                        self._zip.close()
-                    complete = True
-            finally:
-                if not complete:
-                    with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
-                        if self._zip is not None:
-                            self._zip.close()
-                    discard(self._temporary)
-            if complete:
+            if kind is None:
+                self._store("dataset.json", json.dumps({"labels": self._labels or None}).encode(), zipfile.ZIP_DEFLATED)
+                if self._zip is not None:
+                    self._zip.close()
+                self._finished = True
                 self._publish()
+
+    def _abandon(self) -> None:
+        """Remove what is not finished."""
+        if not self._finished:
+            with contextlib.suppress(OSError, ValueError):  # closing writes, which a full disk refuses
+                if self._zip is not None:
+                    self._zip.close()
+            discard(self._temporary)
 
     def _publish(self) -> None:
         """Give the complete files their name; they are kept where that fails."""
@@ -139,9 +114,7 @@ class DatasetWriter:
                     os.rmdir(self._target)
                 os.replace(self._temporary, self._target)
         except DatasetError as reason:
-            kept = self._temporary.with_name(f"{self._temporary.stem}.{secrets.token_hex(4)}")  # no later leftover
-            try:
-                os.replace(self._temporary, kept)
-            except OSError:
-                kept = self._temporary
+            kept = self._temporary
+            with contextlib.suppress(OSError):  # under another name it is no later leftover
+                kept = kept.rename(kept.with_name(f"{kept.stem}.{secrets.token_hex(4)}"))
             raise DatasetError(f"{reason}; the finished data set is in {kept}") from None

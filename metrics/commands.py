@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,10 +14,11 @@ import torch
 from tqdm import tqdm
 
 from data.dataset import ImageDataset
-from dnnlib.files import check_output, file_sha256, write_json
+from data.pictures import encode_png
+from data.writer import DatasetWriter
+from dnnlib.files import check_output, discard, file_sha256, temporary_beside, write_json
 from generation.command import load_networks
-from generation.images import count_evaluations, generate_images
-from metrics.archive import image_archive
+from generation.images import GeneratedBatch, count_evaluations, generate_images
 from metrics.collect import Collected, FeatureCollector, evaluate_dataset, evaluate_network
 from metrics.compute import check_dimensions, check_reference, compute_metrics
 from metrics.features.detectors import LoadedDetector, load_custom_detector, load_detector
@@ -64,78 +67,105 @@ def gen(
     def prepare() -> tuple:
         """Everything that is needed, loaded and checked; nothing is drawn yet."""
         loaded, guiding = load_networks(net_path, gnet_path, place)
-        options = dict(num_steps=steps, guidance=guidance, zeta=zeta, class_idx=class_idx)
+        options = dict(num_steps=steps, guidance=guidance, zeta=zeta, class_idx=class_idx, gnet=guiding and guiding.net)
         options |= dict(device=place, dtype=distributed.compute_dtype(dtype, place))
-        settings = [options | dict(ts=ts, gnet=None if guiding is None else guiding.net) for ts in grids]
+        settings = [options | dict(ts=ts) for ts in grids]
         _check_settings(loaded, settings, seeds, sampler, save_images)
         reference = load_reference(ref_path, quiet=quiet)
         return loaded, guiding, settings, reference, *choose_detectors(place, reference, **detector_options)
 
     loaded, guiding, settings, reference, metrics, detectors = distributed.main_first(prepare)
-    hashes = [_hash(loaded), _hash(guiding)]
+    hashes = [network and file_sha256(network.path) for network in (loaded, guiding) if distributed.is_main()]
     records = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(_bar(num * len(settings), "sampling", quiet))
-        keep = None if save_images is None else stack.enter_context(image_archive(save_images))
-        show = dict(progress=bar.update, on_batch=keep)
+    keeping = nullcontext() if save_images is None else _image_archive(save_images)
+    with _bar(num * len(settings), "sampling", quiet) as bar, keeping as keep:
         for setting in settings:
-            nets = loaded.net, loaded.encoder
-            found = evaluate_network(*nets, metrics, detectors, seeds, batch=batch, **show, **setting)
+            how = dict(batch=batch, progress=bar.update, on_batch=keep, **setting)
+            found = evaluate_network(loaded.net, loaded.encoder, metrics, detectors, seeds, **how)
             if distributed.is_main():
                 facts = _describe_sampling(loaded, hashes, setting, seeds, found.seconds_per_image)
                 records.append(facts | _evaluate(metrics, found.collected, num, reference))
-    _report(records, out)
+    if records:
+        _report(records, out)
 
 
-def calc(
-    *,
-    images_path: str,
-    ref_path: str,
-    num: int | None,  # size of a random subset; None = all images
-    seed: int,  # of the subset
-    out: str | None,
-    device: str,
-    batch: int,
-    quiet: bool,
-    **detector_options: str | None,  # of `choose_detectors`
-) -> None:
-    """Evaluate images on disk."""
-    _check_report(out, [images_path, ref_path], detector_options, ".json")
-    place = distributed.init(device)
-
-    def prepare() -> tuple:
-        dataset = ImageDataset(images_path, use_labels=False, max_size=num, random_seed=seed)
-        if num is not None and num > len(dataset):
-            raise ValueError(f"{images_path} holds {len(dataset)} images: --num {num} cannot be drawn")
-        reference = load_reference(ref_path, quiet=quiet)
-        return dataset, reference, *choose_detectors(place, reference, **detector_options)
-
-    dataset, reference, metrics, detectors = distributed.main_first(prepare)
-    with _bar(len(dataset), "features", quiet) as bar:
-        collected = evaluate_dataset(dataset, metrics, detectors, batch=batch, device=place, progress=bar.update)
+def calc(*, images_path: str, ref_path: str, num: int | None, seed: int, out: str | None, **options: Any) -> None:
+    """Evaluate images on disk, or a random subset of `num` of them that `seed` draws."""
+    _check_report(out, [images_path, ref_path], options, ".json")
+    dataset, reference, metrics, collected = _evaluate_images(images_path, ref_path, num, seed, **options)
+    facts = {"images": dataset.path, "subset_seed": None if num is None else seed}
+    facts["pixel_rounding"] = None  # as they are stored
     if distributed.is_main():
-        facts = {"images": dataset.path, "subset_seed": None if num is None else seed}
-        facts["pixel_rounding"] = None  # as they are stored
         _report([facts | _evaluate(metrics, collected, len(dataset), reference)], out)
 
 
-def ref(*, data_path: str, dest: str, device: str, batch: int, quiet: bool, **detector_options: str | None) -> None:
+def ref(*, data_path: str, dest: str, **options: Any) -> None:
     """Compute the statistics of a data set; with kid or pr among the metrics, its features as well."""
-    _check_report(dest, [data_path], detector_options, ".npz")
-    place = distributed.init(device)
-
-    def prepare() -> tuple:
-        dataset = ImageDataset(data_path, use_labels=False)
-        return dataset, *choose_detectors(place, None, **detector_options)
-
-    dataset, metrics, detectors = distributed.main_first(prepare)
-    options = dict(batch=batch, device=place, max_features=MAX_FEATURES)
-    with _bar(len(dataset), "features", quiet) as bar:
-        collected = evaluate_dataset(dataset, metrics, detectors, progress=bar.update, **options)
+    _check_report(dest, [data_path], options, ".npz")
+    dataset, _, _, collected = _evaluate_images(data_path, **options, max_features=MAX_FEATURES)
     if distributed.is_main():
         save_reference(dest, collected)
         counts = ", ".join(f"{name} [{len(part.moments.mean())}]" for name, part in collected.items())
         click.echo(f"statistics of {len(dataset)} images in the features of {counts}: {dest}", err=True)
+
+
+def _evaluate_images(
+    path: str,
+    ref_path: str | None = None,  # None = nothing to compare with
+    num: int | None = None,  # size of a random subset; None = all images
+    seed: int = 0,  # of the subset
+    *,
+    device: str,
+    batch: int,
+    quiet: bool,
+    max_features: int | None = None,  # as in `evaluate_dataset`
+    **detector_options: str | None,  # of `choose_detectors`
+) -> tuple[ImageDataset, Reference | None, list[Metric], dict[str, Collected]]:
+    place = distributed.init(device)
+
+    def prepare() -> tuple:
+        dataset = ImageDataset(path, use_labels=False, max_size=num, random_seed=seed)
+        if num is not None and num > len(dataset):
+            raise ValueError(f"{path} holds {len(dataset)} images: --num {num} cannot be drawn")
+        reference = None if ref_path is None else load_reference(ref_path, quiet=quiet)
+        return dataset, reference, *choose_detectors(place, reference, **detector_options)
+
+    dataset, reference, metrics, detectors = distributed.main_first(prepare)
+    with _bar(len(dataset), "features", quiet) as bar:
+        how = dict(batch=batch, device=place, max_features=max_features, progress=bar.update)
+        return dataset, reference, metrics, evaluate_dataset(dataset, metrics, detectors, **how)
+
+
+@contextmanager
+def _image_archive(path: str) -> Iterator[Callable[[GeneratedBatch], None]]:
+    """Give a function that keeps a batch; at the end all processes' images become one EDM2 data set at `path`, in the
+    order of their seeds, with their classes as labels. Collective at both ends: every process leaves its images in a
+    folder beside `path`. On error nothing remains.
+    """
+    with ExitStack() as stack:
+
+        def begin() -> tuple[DatasetWriter | None, Path | None]:
+            if not distributed.is_main():
+                return None, None
+            writer = stack.enter_context(DatasetWriter(path))  # refuses what stands there, before anything is drawn
+            parts = stack.enter_context(temporary_beside(os.path.realpath(path), folder=True))
+            stack.callback(discard, parts)
+            return writer, parts
+
+        writer, parts = distributed.main_first(begin)
+        parts = distributed.from_main(parts)
+
+        def add(batch: GeneratedBatch) -> None:
+            classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.argmax(dim=1).tolist()
+            for seed, image, label in zip(batch.seeds, batch.images.cpu().numpy(), classes, strict=True):
+                name = f"{seed:020d}.png" if label is None else f"{seed:020d}-{label}.png"
+                (parts / name).write_bytes(encode_png(image))
+
+        yield add
+        distributed.barrier()
+        for i, file in enumerate(sorted(parts.iterdir()) if writer is not None else ()):
+            _, dash, label = file.stem.partition("-")
+            writer.add(f"{i // 1000:05d}/img{i:08d}.png", file.read_bytes(), int(label) if dash else None)
 
 
 def choose_detectors(
@@ -150,21 +180,19 @@ def choose_detectors(
     """Metrics, checked against what the reference holds, and their detectors on the device. Raises ValueError."""
     if detector_name is not None and custom is None:
         raise ValueError("--detector-name names the file of --detector: give that as well")
-    own = load_custom_detector(custom, detector_name, device) if custom is not None else None
-    names = () if own is None else (own.name,)
+    own = () if custom is None else (load_custom_detector(custom, detector_name, device),)
+    names = tuple(detector.name for detector in own)
     metrics = parse_metrics(metric_names if metric_names is not None else "".join(names) or "fid", names)
-    if own is not None and own.name not in {m.detector for m in metrics}:
-        metrics += parse_metrics(own.name, names)
+    for name in set(names) - {metric.detector for metric in metrics}:
+        metrics += parse_metrics(name, names)
     if reference is not None:
         check_reference(metrics, reference)
-    needed = list(dict.fromkeys(m.detector for m in metrics))
+    needed = list(dict.fromkeys(metric.detector for metric in metrics))
     published = [name for name in needed if name not in names]
     if detector_path is not None and len(published) != 1:
-        raise ValueError(
-            f"--detector-path names one detector's weights, and the metrics need {' and '.join(published) or 'none'}: "
-            "put the files into a folder named by $NCVSD_DETECTORS"
-        )
-    detectors = {n: load_detector(n, detector_path, device) if n in published else own for n in needed}
+        need = f"names one detector's weights, and the metrics need {' and '.join(published) or 'none'}"
+        raise ValueError(f"--detector-path {need}: put the files into a folder named by $NCVSD_DETECTORS")
+    detectors = {name: load_detector(name, detector_path, device) if name in published else own[0] for name in needed}
     FeatureCollector(metrics, detectors)  # checks what they can give
     if reference is not None:
         check_dimensions(metrics, detectors, reference)
@@ -196,24 +224,14 @@ def _check_settings(
         generate_images(loaded.net, loaded.encoder, seeds=[seeds[0], seeds[-1]], **setting)
 
 
-def _hash(loaded: LoadedNetwork | None) -> str | None:
-    return file_sha256(loaded.path) if loaded is not None and distributed.is_main() else None
-
-
 def _describe_sampling(
-    loaded: LoadedNetwork,
-    hashes: list[str | None],  # of the networks' files
-    setting: Record,  # arguments of generate_images
-    seeds: range,
-    seconds_per_image: float,
+    loaded: LoadedNetwork, hashes: list[str | None], setting: Record, seeds: range, seconds_per_image: float
 ) -> Record:
-    """How images were drawn."""
-    few_step = isinstance(loaded.net, GenerativeDenoiser)
-    ts = setting["ts"]
+    """How images were drawn: `hashes` are of the networks' files, `setting` holds arguments of generate_images."""
+    few_step, ts = isinstance(loaded.net, GenerativeDenoiser), setting["ts"]
     return {
         "net": loaded.config["source"],
-        "net_sha256": hashes[0],
-        "gnet_sha256": hashes[1],
+        **dict(zip(("net_sha256", "gnet_sha256"), hashes, strict=True)),
         "sampler": "few-step" if few_step else "heun",
         "ts": None if ts is None else list(ts),
         "zeta": setting["zeta"] if few_step else None,
@@ -232,30 +250,23 @@ def _evaluate(metrics: list[Metric], collected: dict[str, Collected], num_images
     """The part of a record that all reports share."""
     values, warnings = compute_metrics(metrics, collected, reference)
     known = {"source": reference.source, "sha256": reference.sha256, "num_images": reference.num_images}
-    measured = [asdict(value) for value in values]
-    return {"num_images": num_images, "reference": known, "metrics": measured, "warnings": warnings}
+    return {"num_images": num_images, "reference": known, "metrics": list(map(asdict, values)), "warnings": warnings}
 
 
 def _report(records: list[Record], out: str | None) -> None:
     """Write the JSON file, whole or not at all, then print the warnings, once each, and the table."""
-    if not distributed.is_main():
-        return
     if out is not None:
         write_json(out, {"results": records})
     for warning in dict.fromkeys(w for record in records for w in record["warnings"]):
         click.echo(f"warning: {warning}", err=True)
-    click.echo(format_table(records))
-
-
-def format_table(records: list[Record]) -> str:
-    """Table of a report: one line per record, one column per number."""
     rows = [_row(record) for record in records]
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    click.echo("\n".join("  ".join(map(str.rjust, line, widths)) for line in lines))
 
 
 def _row(record: Record) -> dict[str, str]:
+    """A record's line of the table, by column."""
     row = {}
     if "sampler" in record:
         few_step = ",".join(map(str, record["ts"])) if record["ts"] else "1 direct step"

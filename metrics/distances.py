@@ -1,7 +1,6 @@
-"""Distances between sets of features, and scores of one set; all sums are taken in float64.
-
-Fréchet distance of moments; kernel distance, precision and recall of single features; inception score of logits.
-Features and logits are arrays or tensors [N,D] on any device with float64.
+"""Distances between sets of features, and scores of one set; all sums are taken in float64. Fréchet distance of
+moments; kernel distance, precision and recall of single features; inception score of logits. Features and logits are
+arrays or tensors [N,D] on any device with float64.
 """
 
 from __future__ import annotations
@@ -16,24 +15,21 @@ from torch import Tensor
 
 from torch_utils import distributed
 
+Features = Tensor | np.ndarray
 _ROUNDING = 1e-6  # of tr(C1 + C2): how far below 0 a distance may come out
 _TIE = 1e-12  # squared distances this close, relative to the squared norms, are equal: they are rounded at 1e-15
 
 
 class FeatureMoments:
-    """Mean and covariance of features that arrive in batches, accumulated in float64; memory is O(D²).
-
-    Sums are taken about the first batch's mean, so that features far from 0 lose no digits. They stay on `device`,
-    except on devices without float64 (MPS), whose features come to the CPU.
+    """Mean and covariance of features that arrive in batches, summed in float64 about the first batch's mean, so that
+    features far from 0 lose no digits, on `device` (on the CPU for MPS, which has no float64); memory is O(D²).
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        device = torch.device(device)
-        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.count = 0
         self._shift: Tensor | None = None
-        self._sum = torch.zeros(dim, dtype=torch.float64, device=self.device)
-        self._outer = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
+        self._sum, self._outer = (torch.zeros(n, dtype=torch.float64, device=self.device) for n in (dim, (dim, dim)))
 
     def add(self, features: Tensor) -> None:
         """Take in features [N,D]. Raises ValueError for another shape or for values that are not finite."""
@@ -44,8 +40,7 @@ class FeatureMoments:
         if not len(features):
             return
         x = features.detach().to(self.device).to(torch.float64)
-        if self._shift is None:
-            self._shift = x.mean(dim=0)
+        self._shift = x.mean(dim=0) if self._shift is None else self._shift
         x = x - self._shift
         self.count += len(x)
         self._sum += x.sum(dim=0)
@@ -61,7 +56,7 @@ class FeatureMoments:
         torch.distributed.all_reduce(counts)
         if not counts.any():
             return
-        shift = self._sum.new_zeros(len(self._sum)) if self._shift is None else self._shift
+        shift = torch.zeros_like(self._sum) if self._shift is None else self._shift
         common = shift.to(device, copy=True)
         torch.distributed.broadcast(common, src=int(counts.nonzero()[0]))
         common = common.to(self.device)
@@ -70,8 +65,7 @@ class FeatureMoments:
         self._outer += cross + cross.T + self.count * torch.outer(change, change)
         self._sum += self.count * change
         for total in (self._sum, self._outer):
-            message = total.to(device, copy=True)
-            torch.distributed.all_reduce(message)
+            torch.distributed.all_reduce(message := total.to(device, copy=True))
             total.copy_(message)
         self._shift, self.count = common, int(counts.sum())
 
@@ -91,11 +85,10 @@ class FeatureMoments:
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """|mu1 - mu2|² + tr(C1 + C2 - 2·(C1·C2)^½) for means [D] and covariances [D,D], in float64.
 
-    The trace of the root is the sum of square roots of the eigenvalues of Rᵀ·C2·R with R·Rᵀ = C1 (see below), which
-    is symmetric, so that nothing turns complex for singular covariances. The roots of rounding errors then amount to
-    about 1e-8 of tr(C1 + C2): a result below 0 by at most 1e-6 of that sum is rounding and returned as 0; one further
-    below, which no two covariances have, is returned as it is. Tensors or arrays; computed where `mu1` is (on the CPU
-    for devices without float64). Raises ValueError where shapes differ or values are not finite.
+    The trace of the root is the sum of roots of the eigenvalues of Rᵀ·C2·R with R·Rᵀ = C1, which is symmetric, so that
+    nothing turns complex for singular covariances. Their rounding amounts to about 1e-8 of tr(C1 + C2): a result below
+    0 by at most 1e-6 of that sum is returned as 0; one further below, which no two covariances have, as it is. Tensors
+    or arrays; computed where `mu1` is (on the CPU for MPS). Raises ValueError for shapes and values that do not fit.
     """
     device = mu1.device if isinstance(mu1, Tensor) and mu1.device.type != "mps" else torch.device("cpu")
     arrays = [torch.as_tensor(a).detach().to(device).to(torch.float64) for a in (mu1, cov1, mu2, cov2)]
@@ -104,24 +97,19 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
         raise ValueError(f"statistics do not fit together: shapes {', '.join(str(list(a.shape)) for a in arrays)}")
     if not all(torch.isfinite(a).all() for a in arrays):
         raise ValueError("statistics are not finite")
-    eigenvalues = torch.linalg.eigvalsh(_symmetric_product(cov1, cov2))
-    variances = float(cov1.trace() + cov2.trace())
-    distance = float((mu1 - mu2).square().sum()) + variances - 2 * float(eigenvalues.clamp(min=0).sqrt().sum())
-    return 0.0 if -_ROUNDING * abs(variances) <= distance < 0 else distance
-
-
-def _symmetric_product(cov1: Tensor, cov2: Tensor, block: int = 256) -> Tensor:
-    """Lower triangle of R^T·C2·R, whose eigenvalues are those of C1·C2, with R·R^T = C1."""
     root, singular = torch.linalg.cholesky_ex(cov1)
     if singular:
         values, vectors = torch.linalg.eigh(cov1)
         root = vectors * values.clamp(min=0).sqrt()
-        return root.T @ cov2 @ root
-    product = torch.zeros_like(cov2)
-    for i in range(0, len(cov1), block):  # R is triangular too: a third of the work
-        columns = slice(i, i + block)
-        product[i:, columns] = root[i:, i:].T @ (cov2[i:, i:] @ root[i:, columns])
-    return product
+        product = root.T @ cov2 @ root
+    else:
+        product = torch.zeros_like(cov2)
+        for i in range(0, len(cov1), 256):  # R is triangular, and the lower triangle enough: a third of the work
+            product[i:, i : i + 256] = root[i:, i:].T @ (cov2[i:, i:] @ root[i:, i : i + 256])
+    eigenvalues = torch.linalg.eigvalsh(product)
+    variances = float(cov1.trace() + cov2.trace())
+    distance = float((mu1 - mu2).square().sum()) + variances - 2 * float(eigenvalues.clamp(min=0).sqrt().sum())
+    return 0.0 if -_ROUNDING * abs(variances) <= distance < 0 else distance
 
 
 class MeanStd(NamedTuple):
@@ -140,58 +128,36 @@ class PrecisionRecall:
 
 
 def kernel_distance(
-    features1: Tensor | np.ndarray,  # [N1,D]
-    features2: Tensor | np.ndarray,  # [N2,D]
-    *,
-    num_subsets: int = 100,
-    subset_size: int = 1000,  # samples of each set in a subset; at most min(N1, N2) are taken
-    seed: int = 0,
+    features1: Features, features2: Features, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> MeanStd:
-    """Squared maximum mean discrepancy with the kernel (x·y/D + 1)³, unbiased, over random subsets: the kernel
-    distance of Binkowski et al. (2018, arXiv 1801.01401, section 4), KID in Inception features.
-
-    Being unbiased, it is negative about as often as positive for sets of the same distribution. Each subset draws
-    without replacement, first from set 1, then from set 2. Raises ValueError for fewer than 2 samples, values that are
-    not finite and shapes that do not fit.
+    """Squared maximum mean discrepancy of sets [N,D] and [M,D] with the kernel (x·y/D + 1)³, unbiased, over random
+    subsets: the kernel distance of Binkowski et al. (2018, arXiv 1801.01401, section 4), KID in Inception features.
+    Each subset draws `subset_size` samples, or N or M where that is less, without replacement, first from set 1. Being
+    unbiased, it may be negative. Raises ValueError for fewer than 2 samples, and values and shapes that do not fit.
     """
-    features1, features2 = _pair(features1, features2, ("features1", "features2"))
+    features1, features2 = _checked(features1=features1, features2=features2)
     if num_subsets < 1 or subset_size < 2:
         raise ValueError(f"kernel distance: {num_subsets} subsets of {subset_size}; at least 1 of 2 samples are needed")
     size = min(subset_size, len(features1), len(features2))
     if size < 2:
         raise ValueError(f"kernel distance: at least 2 samples per set, got {len(features1)} and {len(features2)}")
-    rng = np.random.default_rng(seed)
-    values = []
+    rng, values = np.random.default_rng(seed), []
     for _ in range(num_subsets):
-        x, y = (
-            f[torch.from_numpy(rng.choice(len(f), size, replace=False)).to(f.device)].to(torch.float64)
-            for f in (features1, features2)
-        )
-        values.append(_unbiased_mmd(x, y))
+        rows = [torch.from_numpy(rng.choice(len(f), size, replace=False)) for f in (features1, features2)]
+        x, y = (f[i.to(f.device)].to(torch.float64) for f, i in zip((features1, features2), rows, strict=True))
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        values.append(float(within / (size * (size - 1)) - 2 * xy.mean()))
     return MeanStd(float(np.mean(values)), float(np.std(values)))
 
 
-def _unbiased_mmd(x: Tensor, y: Tensor) -> float:
-    n, dim = x.shape
-    xx, yy, xy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-    return float(within / (n * (n - 1)) - 2 * xy.mean())
-
-
-def precision_recall(
-    real: Tensor | np.ndarray,  # [N,D]
-    fake: Tensor | np.ndarray,  # [M,D]
-    *,
-    k: int = 3,
-    chunk: int = 4096,  # rows and columns of a block of distances; takes about 24·chunk² bytes, whatever N and M
-) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
-
-    The manifold of a set is the union of balls around its samples, each reaching to the sample's k-th nearest
-    neighbour in the set, border included. Raises ValueError where a set has fewer than k + 1 samples, for values that
-    are not finite and for shapes that do not fit.
+def precision_recall(real: Features, fake: Features, *, k: int = 3, chunk: int = 4096) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991) of sets [N,D] and [M,D], whose
+    distances take about 24·chunk² bytes at a time. The manifold of a set is the union of balls around its samples, each
+    reaching to the sample's k-th nearest neighbour in the set, border included. Raises ValueError for fewer than k + 1
+    samples, and what does not fit.
     """
-    real, fake = _pair(real, fake, ("real", "fake"))
+    real, fake = _checked(real=real, fake=fake)
     if k < 1 or chunk < 1:
         raise ValueError(f"precision and recall: k = {k} and chunk = {chunk} must be at least 1")
     for name, features in (("real", real), ("fake", fake)):
@@ -199,8 +165,7 @@ def precision_recall(
             raise ValueError(f"precision and recall: k = {k} needs {k + 1} {name} samples or more, got {len(features)}")
     center = real.mean(dim=0, dtype=torch.float64)  # features far from 0 lose no digits in the distances
     real_radii, fake_radii = (_squared_radii(f, center, k, chunk) for f in (real, fake))
-    fake_inside = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
-    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    real_inside, fake_inside = (torch.zeros(len(f), dtype=torch.bool, device=f.device) for f in (real, fake))
     for i in range(0, len(fake), chunk):
         for j in range(0, len(real), chunk):
             rows, cols = slice(i, i + chunk), slice(j, j + chunk)
@@ -234,14 +199,12 @@ def _squared_distances(x: Tensor, y: Tensor, center: Tensor) -> tuple[Tensor, Te
     return torch.addmm(norms, x, y.T, alpha=-2).clamp_(min=0), norms.mul_(_TIE)
 
 
-def inception_score(logits: Tensor | np.ndarray, *, splits: int = 10) -> MeanStd:
+def inception_score(logits: Features, *, splits: int = 10) -> MeanStd:
     """exp of the mean KL divergence of p(class | image) from its mean over images, in each of `splits` contiguous
-    blocks of images (Salimans et al. 2016, arXiv 1606.03498), for logits [N,classes].
-
-    Between 1 and the number of classes. Published values leave out the bias of Inception's last layer. Raises
-    ValueError for fewer images than splits and for values that are not finite.
+    blocks of images (Salimans et al. 2016, arXiv 1606.03498), for logits [N,classes]; from 1 to the number of classes.
+    Raises ValueError for fewer images than splits and for values that are not finite.
     """
-    logits = _checked(logits, "logits")
+    (logits,) = _checked(logits=logits)
     if splits < 1:
         raise ValueError(f"inception score: {splits} splits; at least 1 is needed")
     if len(logits) < splits:
@@ -254,19 +217,17 @@ def inception_score(logits: Tensor | np.ndarray, *, splits: int = 10) -> MeanStd
     return MeanStd(float(np.mean(scores)), float(np.std(scores)))
 
 
-def _checked(values: Tensor | np.ndarray, name: str) -> Tensor:
-    values = torch.as_tensor(values).detach()
-    if values.ndim != 2 or not values.shape[1]:
-        raise ValueError(f"{name} must have the shape [N,D], got {list(values.shape)}")
-    if not values.dtype.is_floating_point:
-        raise ValueError(f"{name} must be floating-point numbers, got {values.dtype}")
-    if not torch.isfinite(values).all():
-        raise ValueError(f"{name} are not finite")
-    return values
-
-
-def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
-    a, b = _checked(a, names[0]), _checked(b, names[1])
+def _checked(**sets: Features) -> list[Tensor]:
+    """The sets [N,D], whose D is one, as tensors on the device of the first. Raises ValueError, naming one."""
+    tensors = {name: torch.as_tensor(values).detach() for name, values in sets.items()}
+    for name, values in tensors.items():
+        if values.ndim != 2 or not values.shape[1]:
+            raise ValueError(f"{name} must have the shape [N,D], got {list(values.shape)}")
+        if not values.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating-point numbers, got {values.dtype}")
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} are not finite")
+    (first, a), (last, b) = list(tensors.items())[0], list(tensors.items())[-1]
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"{names[0]} have {a.shape[1]} dimensions, {names[1]} {b.shape[1]}")
-    return a, b.to(a.device)
+        raise ValueError(f"{first} have {a.shape[1]} dimensions, {last} {b.shape[1]}")
+    return [values.to(a.device) for values in tensors.values()]

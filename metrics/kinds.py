@@ -18,24 +18,18 @@ Outcome = tuple[float, dict[str, float]]  # a metric's value, and what else is t
 
 @dataclass(frozen=True)
 class Kind:
-    """How a metric is taken of images in a detector's features.
-
-    `needs` says what `compute` is given: "moments" (mean [D] and covariance [D,D] of the images, then of the
-    reference), "features" ([N,D] of the images, then [M,D] of the reference), or "logits" ([N,classes] of the images).
+    """How a metric is taken of images in a detector's features. `needs` says what `compute` is given: "moments" (mean
+    [D] and covariance [D,D] of the images, then of the reference), "features" ([N,D] of the images, then [M,D] of the
+    reference), or "logits" ([N,classes] of the images).
     """
 
     needs: str
     compute: Callable[..., Outcome]
 
 
-def _frechet(mean: Tensor, cov: Tensor, reference_mean: Tensor, reference_cov: Tensor) -> Outcome:
-    return frechet_distance(mean, cov, reference_mean, reference_cov), {}
-
-
 def _kernel(images: Tensor, reference: Tensor) -> Outcome:
-    distance = kernel_distance(images, reference)
-    size = min(1000, len(reference), len(images))
-    return distance.mean, {"std": distance.std, "subsets": 100, "subset_size": size}
+    mean, std = kernel_distance(images, reference)
+    return mean, {"std": std, "subsets": 100, "subset_size": min(1000, len(reference), len(images))}
 
 
 def _precision_recall(images: Tensor, reference: Tensor) -> Outcome:
@@ -45,12 +39,12 @@ def _precision_recall(images: Tensor, reference: Tensor) -> Outcome:
 
 def _inception(logits: Tensor) -> Outcome:
     # In blocks of random images: data sets are often sorted by class, and a block of one class scores 1.
-    score = inception_score(logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))])
-    return score.mean, {"std": score.std, "splits": 10}
+    mean, std = inception_score(logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))])
+    return mean, {"std": std, "splits": 10}
 
 
 KINDS = {
-    "fd": Kind("moments", _frechet),
+    "fd": Kind("moments", lambda *moments: (frechet_distance(*moments), {})),
     "kid": Kind("features", _kernel),
     "pr": Kind("features", _precision_recall),
     "is": Kind("logits", _inception),
@@ -72,10 +66,9 @@ class Metric:
 
 
 def parse_metrics(text: str, custom: tuple[str, ...] = ()) -> list[Metric]:
-    """Read a list such as `fid,fd_dinov2,kid,pr:fd_demo`; `custom` names detectors that were given as files.
-
-    fid, fd_dinov2, fd_demo and fd:NAME are Fréchet distances; kid, pr (precision and recall) and is (inception score)
-    are taken in Inception features unless `:DETECTOR` says otherwise. Raises ValueError for anything else.
+    """Read a list such as `fid,fd_dinov2,kid,pr:fd_demo`; `custom` names detectors that were given as files. fid,
+    fd_dinov2, fd_demo and fd:NAME are Fréchet distances; kid, pr (precision and recall) and is (inception score) are
+    taken in Inception features unless `:DETECTOR` says otherwise. Raises ValueError for anything else.
     """
     metrics: dict[str, Metric] = {}
     known = (*DETECTORS, *custom)
@@ -87,10 +80,9 @@ def parse_metrics(text: str, custom: tuple[str, ...] = ()) -> list[Metric]:
         detector = detector or DEFAULT_DETECTOR
         if detector not in known:
             raise ValueError(f"metric {item!r}: no detector {detector!r}; there are {', '.join(known)}")
+        name = kind if detector == DEFAULT_DETECTOR else f"{kind}:{detector}"
         if kind == "fd":
             name = detector if detector in DETECTORS else f"fd_{detector}"
-        else:
-            name = kind if detector == DEFAULT_DETECTOR else f"{kind}:{detector}"
         metrics[name] = Metric(name, kind, detector)
     if not metrics:
         raise ValueError("no metric is named: use a list such as fid,fd_dinov2")

@@ -1,8 +1,7 @@
-"""Statistics of a data set that generated images are compared with: own files, and those of EDM2 and EDM.
-
-Own files are `.npz` archives of plain arrays: `num_images`, and for each detector `DETECTOR/mu` [D], `DETECTOR/sigma`
-[D,D], optionally `DETECTOR/features` [M,D] (for kid, precision and recall; of all images, or of MAX_FEATURES of them)
-and `DETECTOR/sha256` (of its weights).
+"""Statistics of a data set that generated images are compared with: own files, and those of EDM2 and EDM. Own files are
+`.npz` archives of plain arrays: `num_images`, and for each detector `DETECTOR/mu` [D], `DETECTOR/sigma` [D,D],
+optionally `DETECTOR/features` [M,D] (for kid, precision and recall; of all images, or of MAX_FEATURES of them) and
+`DETECTOR/sha256` (of its weights).
 """
 
 from __future__ import annotations
@@ -80,11 +79,9 @@ def save_reference(path: str | os.PathLike[str], collected: Mapping[str, Collect
 
 
 def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Reference:
-    """Read reference statistics from a path or URL: own `.npz`, EDM's `.npz` (mu, sigma: `fid`), EDM2's pickle.
-
-    The kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for
-    damaged files, arrays that cannot be statistics, and anything else; DownloadError for failed downloads. Eigenvalues
-    are left to `Statistics.has_covariance`.
+    """Read reference statistics from a path or URL: own `.npz`, EDM's `.npz` (mu, sigma: `fid`), EDM2's pickle. The
+    kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for what
+    cannot be statistics, but for eigenvalues (`Statistics.has_covariance`); DownloadError for failed downloads.
     """
     path = open_url(source, quiet=quiet)
     try:
@@ -103,7 +100,8 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
     for name, value in statistics.items():
         if not re.fullmatch(r"\w+", name):
             raise ReferenceFileError(f"{path}: no usable reference statistics: {name!r} is not a detector's name")
-        _check(path, name, value)
+        if reason := _fault(value):
+            raise ReferenceFileError(f"{path}: the statistics for {name} cannot be used: {reason}")
     if count is not None and count < 2:
         raise ReferenceFileError(f"{path}: num_images is {count}; a covariance needs at least 2")
     return Reference(statistics, count, redact(os.fspath(source)), file_sha256(path))
@@ -112,10 +110,10 @@ def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Re
 def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        single = "mu" in members and "sigma" in members
-        names = {"fid": ""} if single else {k[:-3]: k[:-2] for k in members if k.endswith("/mu")}
-        parts = _DATA[:2] if single else (*_DATA, "sha256")
-        keys = [f"{prefix}{part}" for prefix in names.values() for part in parts] + ["num_images"] * (not single)
+        if "mu" in members and "sigma" in members:  # of EDM
+            members = {"fid/mu": members["mu"], "fid/sigma": members["sigma"]}
+        names = [key.removesuffix("/mu") for key in members if key.endswith("/mu")]
+        keys = [f"{name}/{part}" for name in names for part in (*_DATA, "sha256")] + ["num_images"]
         shapes = {}
         for key in (key for key in keys if key in members):
             if members[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -124,42 +122,32 @@ def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
                 shapes[key], dtype, _ = read_npy_header(member)
             if key.endswith(_DATA):
                 _check_kind(dtype)
-        for name, prefix in names.items():
-            if f"{prefix}sigma" not in shapes:
-                raise ValueError(f"there is no array {prefix}sigma")
-            _check_shapes(name, *(shapes.get(f"{prefix}{part}") for part in _DATA))
-        size = sum(8 * math.prod(shape) for shape in shapes.values())
-        if size > MAX_BYTES:
+        for name in names:
+            if f"{name}/sigma" not in shapes:
+                raise ValueError(f"there is no array {name}/sigma")
+            _check_shapes(name, *(shapes.get(f"{name}/{part}") for part in _DATA))
+        if (size := sum(8 * math.prod(shape) for shape in shapes.values())) > MAX_BYTES:
             raise ValueError(f"its arrays take {size} bytes, more than the limit of {MAX_BYTES}")
-
-        def read(key: str) -> np.ndarray | None:
-            if key not in shapes:
-                return None
+        found: dict[str, Any] = {}
+        for key, shape in shapes.items():
             with archive.open(members[key]) as member:
-                return read_npy(member, 8 * math.prod(shapes[key]) if key.endswith(_DATA) else _MAX_TEXT)
-
-        statistics = {}
-        for name, prefix in names.items():
-            mu, sigma, features, sha256 = (read(f"{prefix}{part}") for part in (*_DATA, "sha256"))
-            features = None if features is None else _floats(features).astype(np.float32)
-            sha256 = None if sha256 is None else str(sha256)
-            statistics[name] = Statistics(_floats(mu), _floats(sigma), features, sha256)
-        count = read("num_images")
-        if count is not None and count.shape != ():
-            raise ValueError(f"num_images must be one number, not an array of shape {list(count.shape)}")
-        return statistics, None if count is None else int(count)
+                found[key] = read_npy(member, 8 * math.prod(shape) if key.endswith(_DATA) else _MAX_TEXT)
+    statistics = {}
+    for name in names:
+        mu, sigma, features, sha256 = (found.get(f"{name}/{part}") for part in (*_DATA, "sha256"))
+        features = None if features is None else features.astype(np.float32)
+        statistics[name] = Statistics(*map(_floats, (mu, sigma)), features, None if sha256 is None else str(sha256))
+    count = found.get("num_images")
+    if count is not None and count.shape != ():
+        raise ValueError(f"num_images must be one number, not an array of shape {list(count.shape)}")
+    return statistics, None if count is None else int(count)
 
 
-Shape = tuple[int, ...]
-
-
-def _check_shapes(name: str, mu: Shape, sigma: Shape, features: Shape | None = None) -> None:
+def _check_shapes(name: str, mu: tuple, sigma: tuple, features: tuple | None = None) -> None:
     """Refuse what cannot be statistics by its shape alone, before data are read. Raises ValueError."""
     if len(mu) != 1 or not 1 <= mu[0] <= MAX_DIM or sigma != (*mu, *mu):
-        raise ValueError(
-            f"for {name}, mu has shape {str(list(mu))[:60]}, sigma {str(list(sigma))[:60]}; [D] and [D,D] are needed, "
-            f"with D up to {MAX_DIM}"
-        )
+        found = f"mu has shape {str(list(mu))[:60]}, sigma {str(list(sigma))[:60]}"
+        raise ValueError(f"for {name}, {found}; [D] and [D,D] are needed, with D up to {MAX_DIM}")
     if features is not None and (len(features) != 2 or features[1:] != mu):
         raise ValueError(f"for {name}, features have shape {str(list(features))[:60]}; [N,{mu[0]}] is needed")
 
@@ -171,19 +159,11 @@ def _read_pickle(path: Path) -> tuple[dict[str, Statistics], int | None]:
     statistics = {}
     for name, value in content.items():
         if isinstance(value, dict) and "mu" in value and "sigma" in value:
-            arrays = [_array(value["mu"]), _array(value["sigma"])]
-            _check_shapes(str(name), *(array.shape for array in arrays))
-            statistics[str(name)] = Statistics(*map(_floats, arrays))
+            mu, sigma = _floats(value["mu"]), _floats(value["sigma"])
+            _check_shapes(str(name), mu.shape, sigma.shape)
+            statistics[str(name)] = Statistics(mu, sigma)
     count = content.get("num_images")
     return statistics, int(count) if isinstance(count, (int, np.integer)) else None
-
-
-def _array(value: Any) -> np.ndarray:
-    if hasattr(value, "numpy"):
-        value = value.numpy()
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"mu and sigma must be arrays of numbers, not {type(value).__name__}")
-    return value
 
 
 def _check_kind(dtype: np.dtype) -> None:
@@ -191,21 +171,22 @@ def _check_kind(dtype: np.dtype) -> None:
         raise ValueError(f"mu and sigma must be arrays of numbers, not of {str(dtype)[:60]}")
 
 
-def _floats(value: np.ndarray) -> np.ndarray:
+def _floats(value: Any) -> np.ndarray:
+    value = value.numpy() if hasattr(value, "numpy") else value
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"mu and sigma must be arrays of numbers, not {type(value).__name__}")
     _check_kind(value.dtype)
     return np.asarray(value, np.float64)
 
 
-def _check(path: Path, name: str, value: Statistics) -> None:
-    """Refuse what cannot be a mean and a covariance, before it becomes a plausible number."""
-    reason, sigma = None, value.sigma
-    if not (np.isfinite(value.mu).all() and np.isfinite(sigma).all()):
-        reason = "they are not finite"
-    elif np.abs(sigma - sigma.T).max() > _TOLERANCE * np.abs(sigma).max():
-        reason = "sigma is not symmetric"
-    elif value.features is not None and not np.isfinite(value.features).all():
-        reason = "features are not finite"
-    elif value.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", value.sha256):
-        reason = "sha256 is no SHA-256"
-    if reason is not None:
-        raise ReferenceFileError(f"{path}: the statistics for {name} cannot be used: {reason}")
+def _fault(value: Statistics) -> str | None:
+    """Why these can be no mean and covariance, told before they become a plausible number; None if they can."""
+    if not (np.isfinite(value.mu).all() and np.isfinite(value.sigma).all()):
+        return "they are not finite"
+    if np.abs(value.sigma - value.sigma.T).max() > _TOLERANCE * np.abs(value.sigma).max():
+        return "sigma is not symmetric"
+    if value.features is not None and not np.isfinite(value.features).all():
+        return "features are not finite"
+    if value.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", value.sha256):
+        return "sha256 is no SHA-256"
+    return None

@@ -23,10 +23,7 @@ DEMO_CLASSIFIER = ROOT / "assets" / "demo" / "classifier.safetensors"
 
 
 class DemoClassifier(nn.Module):
-    """A small convolutional classifier of the embedded 16x16 grey images; its pooled features define `fd_demo`.
-
-    Distances in its features compare models on that data with one another and with nothing else: they are no FID.
-    """
+    """Three convolutions. Distances in its pooled features compare models on that data alone: they are no FID."""
 
     name = "fd_demo"
     feature_dim = 128
@@ -35,9 +32,8 @@ class DemoClassifier(nn.Module):
         super().__init__()
         self.resolution = resolution
         widths = (32, 64, self.feature_dim)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip((1, *widths), widths, strict=False)
-        )
+        pairs = zip((1, *widths), widths, strict=False)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairs)
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
         self.head = nn.Linear(self.feature_dim, num_classes)
 
@@ -45,8 +41,8 @@ class DemoClassifier(nn.Module):
         """Features float32 [N,128] of uint8 images [N,1,H,W]. Raises ValueError for any other shape or type."""
         expected = (1, self.resolution, self.resolution)
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise ValueError(f"{self.name} takes uint8 images [N,{','.join(map(str, expected))}], got {found}")
+            shape, found = ",".join(map(str, expected)), f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{self.name} takes uint8 images [N,{shape}], got {found}")
         x = images.to(torch.float32) / 127.5 - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = F.relu(norm(conv(x)))
@@ -60,24 +56,20 @@ class DemoClassifier(nn.Module):
 
 def save_demo_classifier(path: str | Path, classifier: DemoClassifier, facts: dict) -> None:
     """Write the classifier as safetensors with its training facts as metadata, atomically."""
-    metadata = {
-        "detector": classifier.name,
-        "config": json.dumps({"resolution": classifier.resolution}),
-        "training": json.dumps(facts),
-    }
+    config = json.dumps({"resolution": classifier.resolution})
+    metadata = {"detector": classifier.name, "config": config, "training": json.dumps(facts)}
     with atomic_write(path) as file:
         file.write(save({k: v.contiguous() for k, v in classifier.state_dict().items()}, metadata))
 
 
-def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.device | str = "cpu") -> DemoClassifier:
+def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER) -> DemoClassifier:
     """Read the classifier, in eval mode. Raises DetectorError naming the file if it is missing or something else."""
     try:
         with open_regular(path), safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata, weights = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DetectorError(f"cannot read the demo classifier {path or repr(path)}: {reason}") from None
+        reason = f"{path or repr(path)}: {getattr(error, 'strerror', None) or error}"
+        raise DetectorError(f"cannot read the demo classifier {reason}") from None
     if metadata.get("detector") != DemoClassifier.name:
         raise DetectorError(f"{path} is not a {DemoClassifier.name} classifier")
     try:
@@ -86,7 +78,7 @@ def load_demo_classifier(path: str | Path = DEMO_CLASSIFIER, device: torch.devic
         classifier.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DetectorError(f"the demo classifier {path} is damaged: {first_line(error)}") from None
-    return classifier.eval().requires_grad_(False).to(device)
+    return classifier.eval().requires_grad_(False)
 
 
 def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: float, held_out: int, seed: int) -> None:
@@ -96,10 +88,8 @@ def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: f
     if not dataset.has_onehot_labels or held_out + batch > len(dataset) or dataset.num_channels != 1:
         raise ValueError(f"{data} needs grey images with class labels, at least {held_out + batch} of them")
     pairs = [dataset[i] for i in range(len(dataset))]
-    images = torch.from_numpy(np.stack([image for image, _ in pairs]))
-    classes = torch.from_numpy(np.stack([label for _, label in pairs])).argmax(dim=1)
-    split = len(images) - held_out
-
+    images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    classes, split = labels.argmax(dim=1), len(images) - held_out
     torch.manual_seed(seed)
     net = DemoClassifier(dataset.label_dim, dataset.resolution).train()
     steps = epochs * (split // batch)
@@ -115,7 +105,6 @@ def train_demo_classifier(*, data: str, out: str, epochs: int, batch: int, lr: f
                 schedule.step()
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
-
     net.eval()
     with torch.no_grad():
         guesses = torch.cat([net.logits(net(part)).argmax(dim=1) for part in images[split:].split(500)])

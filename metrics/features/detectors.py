@@ -1,8 +1,7 @@
-"""Feature extractors: from uint8 images to the features that distances are taken in.
-
-A detector is a module with `name`, `feature_dim` and `detector(images uint8 [N,C,H,W]) -> float32 [N,feature_dim]`;
-one whose features lead to class logits also has `logits(features) -> [N,classes]`. `load_detector` builds those that
-define a metric (`fid`, `fd_dinov2`, `fd_demo`); any other module is welcome under a name of its own.
+"""Feature extractors: from uint8 images to the features that distances are taken in. A detector is a module with
+`name`, `feature_dim` and `detector(images uint8 [N,C,H,W]) -> float32 [N,feature_dim]`; one whose features lead to
+class logits also has `logits(features) -> [N,classes]`. `load_detector` builds those that define a metric (`fid`,
+`fd_dinov2`, `fd_demo`); any other module is welcome under a name of its own.
 """
 
 from __future__ import annotations
@@ -58,36 +57,28 @@ class ScriptedDetector(nn.Module):
 
 
 def load_detector(
-    name: str,  # fid, fd_dinov2 or fd_demo
-    path: str | os.PathLike[str] | None = None,  # its weights; None = found by $NCVSD_DETECTORS, or downloaded
-    device: torch.device | str = "cpu",
+    name: str, path: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
 ) -> LoadedDetector:
-    """Return a detector that defines a metric, in eval mode.
-
-    Raises DetectorError (a ValueError) where its weights are missing or not the right ones, saying where to get them.
+    """Return a detector that defines a metric (fid, fd_dinov2 or fd_demo), in eval mode; None = weights are found by
+    $NCVSD_DETECTORS, or downloaded. Raises DetectorError (a ValueError), saying where to get them.
     """
     if name not in DETECTORS:
         raise DetectorError(f"no detector is called {name!r}: use {', '.join(DETECTORS)}, or give a file")
     if name == "fd_demo":
         path = DEMO_CLASSIFIER if path is None else path
-        return _loaded(load_demo_classifier(path), name, file_sha256(path), device)
-    module, digest = load_inception(path) if name == "fid" else load_dinov2(path)
-    return _loaded(module, name, digest, device)
-
-
-def _loaded(module: nn.Module, name: str, digest: str, device: torch.device | str) -> LoadedDetector:
-    module = module.eval().requires_grad_(False).to(device)
-    return LoadedDetector(module, name, module.feature_dim, digest)
+        module, digest = load_demo_classifier(path), file_sha256(path)
+    else:
+        module, digest = load_inception(path) if name == "fid" else load_dinov2(path)
+    return LoadedDetector(module.eval().requires_grad_(False).to(device), name, module.feature_dim, digest)
 
 
 def load_custom_detector(
     path: str | os.PathLike[str], name: str | None = None, device: torch.device | str = "cpu"
 ) -> LoadedDetector:
     """Return a detector of one's own: a TorchScript file under `name` (default: the file's), or a safetensors file that
-    states which detector it is (`detector` in its metadata), as the demo classifier's does.
-
-    TorchScript is a program, in PyTorch's own language, and the only one that this project runs out of a file: name
-    files that you trust. Raises DetectorError for other files, and for a name that belongs to a published metric.
+    states which detector it is (`detector` in its metadata), as the demo classifier's does. TorchScript is a program,
+    in PyTorch's own language, and the only one that this project runs out of a file: name files that you trust. Raises
+    DetectorError for other files, and for a name that belongs to a published metric.
     """
     file = Path(path)
     if not file.is_file():
@@ -98,7 +89,7 @@ def load_custom_detector(
     if name in (*DETECTORS, "dinov2", "demo", *KINDS):
         raise DetectorError(f"a detector of your own cannot be called {name!r}, which means something else here")
     if file.suffix == ".safetensors":
-        module: nn.Module = load_demo_classifier(file)
+        module = load_demo_classifier(file)
         module.name = name
     elif is_torchscript(file):
         try:
@@ -109,4 +100,5 @@ def load_custom_detector(
             raise DetectorError(f"{file} is not a TorchScript module: {first_line(error)}") from None
     else:
         raise DetectorError(f"{file} is neither a TorchScript module nor a safetensors file")
-    return _loaded(module, name, file_sha256(file), device)
+    module = module.eval().requires_grad_(False).to(device)
+    return LoadedDetector(module, name, module.feature_dim, file_sha256(file))

@@ -1,8 +1,7 @@
-"""DINOv2 features of images (Oquab et al. 2023, arXiv 2304.07193), in which `fd_dinov2` is measured.
-
-The detector is that of Stein et al. (2023, arXiv 2306.04675) and of EDM2 (arXiv 2312.02696): ViT-L/14 at 224 pixels,
-class token after the last layer norm. The network comes from the optional package transformers, its weights from a
-safetensors file; no configuration, code or pickle is read from the place that the weights come from.
+"""DINOv2 features of images (Oquab et al. 2023, arXiv 2304.07193), in which `fd_dinov2` is measured. The detector is
+that of Stein et al. (2023, arXiv 2306.04675) and of EDM2 (arXiv 2312.02696): ViT-L/14 at 224 pixels, class token after
+the last layer norm. The network comes from the optional package transformers, its weights from a safetensors file; no
+configuration, code or pickle is read from the place that the weights come from.
 """
 
 from __future__ import annotations
@@ -25,42 +24,39 @@ from metrics.features.weights import FOLDER_VARIABLE, DetectorError
 HUB_ID = "facebook/dinov2-large"
 WEIGHTS_FILE = "model.safetensors"
 IMAGE_SIZE = 224  # pixels; 16 x 16 patches
-VIT_L14: Mapping[str, Any] = {  # the published network: positions were trained for 518 pixels, 37 x 37 patches
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 518,
-    "patch_size": 14,
-}
+# The published network; its positions were trained for 518 pixels, 37 x 37 patches.
+VIT_L14 = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, RGB
+_ADVICE = (
+    f"get {WEIGHTS_FILE} (1.2 GB) with: hf download {HUB_ID} {WEIGHTS_FILE} --local-dir FOLDER, and keep FOLDER as "
+    f"dinov2-large in the folder named by the environment variable {FOLDER_VARIABLE}, or name FOLDER with "
+    "--detector-path where the script has that option"
+)
 
 
 def prepare_images(images: Tensor) -> Tensor:
-    """Network inputs float32 [N,3,224,224] of uint8 images [N,C,H,W], C = 1 (grey) or 3 (RGB), of any size.
-
-    Bicubic resize, antialiased and not rounded, then (x/255 - mean)/std with ImageNet's mean and standard deviation.
-    Raises ValueError for any other shape or type.
+    """Network inputs float32 [N,3,224,224] of uint8 images [N,C,H,W], C = 1 (grey) or 3 (RGB), of any size. Bicubic
+    resize, antialiased and not rounded, then (x/255 - mean)/std with ImageNet's mean and standard deviation. Raises
+    ValueError for any other shape or type.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         found = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"{DINOv2.name} takes uint8 images [N,C,H,W] with 1 or 3 channels, got {found}")
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    x = F.interpolate(images.to(torch.float32), size, mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+    x = F.interpolate(images.to(torch.float32), (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (_MEAN, _STD))
-    return (x / 255 - mean) / std
+    return (x.expand(-1, 3, -1, -1) / 255 - mean) / std
 
 
 def resize_positions(positions: Tensor, size: int) -> Tensor:
-    """Position embeddings [1,1+M·M,D], class token first, for a grid of size x size patches: float32 [1,1+size²,D].
-
-    As in the original network: bicubic with the scale (size + 0.1)/M in place of size/M, so that output i is read at
-    (i + 0.5)·M/(size + 0.1) - 0.5; not antialiased. A grid that has this size already is returned as it is. Raises
+    """Position embeddings [1,1+M·M,D], class token first, for a grid of size x size patches: float32 [1,1+size²,D]. As
+    in the original network: bicubic with the scale (size + 0.1)/M in place of size/M, so that output i is read at (i +
+    0.5)·M/(size + 0.1) - 0.5; not antialiased. A grid that has this size already is returned as it is. Raises
     ValueError where the grid is not square.
     """
-    positions = positions.to(torch.float32)
-    m = round((positions.shape[1] - 1) ** 0.5)
-    if m * m != positions.shape[1] - 1:
-        raise ValueError(f"{positions.shape[1] - 1} position embeddings do not form a square grid")
+    positions, count = positions.to(torch.float32), positions.shape[1] - 1
+    m = round(count**0.5)
+    if m * m != count:
+        raise ValueError(f"{count} position embeddings do not form a square grid")
     if m == size:
         return positions
     grid = positions[:, 1:].unflatten(1, (m, m)).permute(0, 3, 1, 2)
@@ -69,11 +65,9 @@ def resize_positions(positions: Tensor, size: int) -> Tensor:
 
 
 class DINOv2(nn.Module):
-    """Class token of a DINOv2 transformer after its last layer norm.
-
-    Takes over `model`, a `transformers.Dinov2Model`: eval mode, float32, no gradients, and the position embeddings
-    replaced by those of the 224-pixel grid. transformers would interpolate them with the scale 16/37, which shifts
-    features away from the original network's; given the right grid it interpolates no more.
+    """Class token of a DINOv2 transformer after its last layer norm. Takes over a `transformers.Dinov2Model`, given
+    the position embeddings of the 224-pixel grid: transformers would interpolate them with the scale 16/37, which
+    shifts features away from the original network's.
     """
 
     name = "fd_dinov2"
@@ -82,9 +76,9 @@ class DINOv2(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False).to(torch.float32)
         self.feature_dim = int(model.config.hidden_size)  # 1024 for ViT-L/14
-        embeddings = model.embeddings
-        grid = resize_positions(embeddings.position_embeddings.detach(), IMAGE_SIZE // int(model.config.patch_size))
-        embeddings.position_embeddings = nn.Parameter(grid, requires_grad=False)
+        trained = model.embeddings.position_embeddings.detach()
+        grid = resize_positions(trained, IMAGE_SIZE // int(model.config.patch_size))
+        model.embeddings.position_embeddings = nn.Parameter(grid, requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features float32 [N,feature_dim] of uint8 images [N,C,H,W], C = 1 or 3. Raises ValueError for others."""
@@ -92,16 +86,12 @@ class DINOv2(nn.Module):
 
 
 def load_dinov2(
-    source: str | os.PathLike[str] | None = None,  # weight file, its folder, or Hub id owner/name[@revision]
-    device: torch.device | str = "cpu",
-    *,
-    architecture: Mapping[str, Any] = VIT_L14,  # arguments of transformers.Dinov2Config
+    source: str | os.PathLike[str] | None = None, *, architecture: Mapping[str, Any] = VIT_L14
 ) -> tuple[DINOv2, str]:
-    """Return the detector and the SHA-256 of its weight file.
-
-    Where no source is given, that is dinov2-large/model.safetensors in the folder $NCVSD_DETECTORS if it is there, else
-    `facebook/dinov2-large` on the Hub. Raises DetectorError (a ValueError), with how to get the file, where it is
-    missing, unreachable, damaged or of another network, and where transformers is not installed.
+    """Return the detector and the SHA-256 of its weight file: `source` is that file, its folder, or a Hub id
+    owner/name[@revision]; by default dinov2-large/model.safetensors in the folder $NCVSD_DETECTORS, or else
+    `facebook/dinov2-large`. Raises DetectorError (a ValueError), with how to get the file, where it is missing, damaged
+    or of another network, and where transformers is not installed.
     """
     try:
         from transformers import Dinov2Config, Dinov2Model
@@ -125,41 +115,29 @@ def load_dinov2(
             logging.enable_progress_bar()
     missing, unknown = len(report["missing_keys"]), len(report["unexpected_keys"])
     if missing or unknown:
-        raise DetectorError(
-            f"{DINOv2.name}: {path} holds another network: {missing} of this one's weights are missing, {unknown} are "
-            f"unknown; {_advice()}"
-        )
-    return DINOv2(model).to(device), digest
+        found = f"{missing} of this one's weights are missing, {unknown} are unknown"
+        raise DetectorError(f"{DINOv2.name}: {path} holds another network: {found}; {_ADVICE}")
+    return DINOv2(model), digest
 
 
 def _find_weights(source: str | os.PathLike[str] | None) -> Path:
     if source is None:
         folder = os.environ.get(FOLDER_VARIABLE)
-        own = Path(folder).expanduser() / "dinov2-large" / WEIGHTS_FILE if folder else None
-        source = own if own is not None and own.is_file() else HUB_ID
+        own = Path(folder or "").expanduser() / "dinov2-large" / WEIGHTS_FILE
+        source = own if folder and own.is_file() else HUB_ID
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        raise DetectorError(f"{DINOv2.name}: the folder {path} holds no {WEIGHTS_FILE}; {_advice()}")
+        raise DetectorError(f"{DINOv2.name}: the folder {path} holds no {WEIGHTS_FILE}; {_ADVICE}")
     if path.exists():
         return path / WEIGHTS_FILE if path.is_dir() else path
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", source)
     if match is None or source.endswith((".safetensors", ".bin", ".pth", ".pt")):
-        raise DetectorError(f"{DINOv2.name}: no file or folder {source}; {_advice()}")
+        raise DetectorError(f"{DINOv2.name}: no file or folder {source}; {_ADVICE}")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.hf_hub_download(match[1], WEIGHTS_FILE, revision=match[2]))
     except Exception as error:  # the Hub's client, its HTTP library and its cache have no common error
-        raise DetectorError(
-            f"{DINOv2.name}: {source} is neither a folder here nor reachable on the Hub ({first_line(error)}); "
-            f"{_advice()}"
-        ) from None
-
-
-def _advice() -> str:
-    return (
-        f"get {WEIGHTS_FILE} (1.2 GB) with: hf download {HUB_ID} {WEIGHTS_FILE} --local-dir FOLDER, and keep FOLDER as "
-        f"dinov2-large in the folder named by the environment variable {FOLDER_VARIABLE}, or name FOLDER with "
-        "--detector-path where the script has that option"
-    )
+        reason = f"is neither a folder here nor reachable on the Hub ({first_line(error)})"
+        raise DetectorError(f"{DINOv2.name}: {source} {reason}; {_ADVICE}") from None

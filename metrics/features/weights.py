@@ -31,6 +31,14 @@ class WeightFile:
     sha256_prefix: str  # leading hexadecimal digits of the file's SHA-256, as many as are published
     option: str = "--detector-path"  # of the scripts that have one for it
 
+    @property
+    def advice(self) -> str:
+        """Where to get the file and where to put it."""
+        return (
+            f"get it ({self.size}) from {self.url} and put it in a folder named by the environment variable "
+            f"{FOLDER_VARIABLE}, or name it with {self.option} where the script has that option"
+        )
+
 
 def load_published(
     net: nn.Module,
@@ -38,25 +46,22 @@ def load_published(
     path: str | os.PathLike[str] | None = None,
     *,
     ignored: tuple[str, ...] = (),  # beginnings of names in the file that the network has no use for
-    quiet: bool = False,
     download: bool = True,
 ) -> str:
     """Fill a network with published weights found as by `find_weights`, every name and shape as it has them; tensors
-    are read only, and nothing in the file is run. Returns the file's SHA-256.
-
-    Raises DetectorError, in one line that says where to get the file.
+    are read only, and nothing in the file is run. Returns the file's SHA-256. Raises DetectorError, in one line.
     """
-    file, digest = find_weights(weights, path, quiet=quiet, download=download)
+    file, digest = find_weights(weights, path, download=download)
     kind = f"the {type(net).__name__} weights {weights.name}"
     if is_torchscript(file):  # which some releases of PyTorch would run
         raise DetectorError(f"{file} is a TorchScript program, not {kind}")
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
         net.load_state_dict({name: tensor for name, tensor in found.items() if not name.startswith(ignored)})
-    except OSError as error:
-        raise DetectorError(f"cannot read {kind} at {file}: {error.strerror or error}") from None
     except MemoryError:
         raise
+    except OSError as error:
+        raise DetectorError(f"cannot read {kind} at {file}: {error.strerror or error}") from None
     except Exception:  # a damaged or foreign pickle may raise nearly anything
         raise DetectorError(f"{file} is damaged or not {kind}; fetch it again from {weights.url}") from None
     return digest
@@ -72,51 +77,31 @@ def is_torchscript(path: Path) -> bool:
 
 
 def find_weights(
-    weights: WeightFile,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    quiet: bool = False,
-    download: bool = True,  # False = what the cache holds already, and nothing from the network
+    weights: WeightFile, path: str | os.PathLike[str] | None = None, *, download: bool = True
 ) -> tuple[Path, str]:
     """Return the local file and its SHA-256, which is checked: `path` (the file, or a folder that holds it), else the
-    folder $NCVSD_DETECTORS, else a download into the cache.
-
-    Raises DetectorError, in one line that says where to get the file and where to put it.
+    folder $NCVSD_DETECTORS, else the cache, into which it is downloaded if `download` says so. Raises DetectorError, in
+    one line that says where to get the file and where to put it.
     """
-    for given in (path, os.environ.get(FOLDER_VARIABLE)):
-        if given is None or not str(given):
-            continue
-        candidate = Path(given).expanduser()
-        candidate = candidate / weights.name if candidate.is_dir() else candidate
-        if candidate.is_file():
-            return candidate, _checked(candidate, weights)
+    file, downloaded = None, False
+    for given in filter(str, (path or "", os.environ.get(FOLDER_VARIABLE, ""))):
+        file = Path(given).expanduser()
+        file = file / weights.name if file.is_dir() else file
+        if file.is_file():
+            break
         if given is path:
-            raise DetectorError(f"no {weights.name} at {given}: {_advice(weights)}")
-    if not download and not cache_path(weights.url).is_file():
-        raise DetectorError(f"{weights.name} is missing: {_advice(weights)}")
-    try:
-        downloaded = open_url(weights.url, quiet=quiet)
-    except DownloadError as error:
-        raise DetectorError(f"{weights.name} is missing, and no download ({error}): {_advice(weights)}") from None
-    try:
-        return downloaded, _checked(downloaded, weights)
-    except DetectorError:
-        downloaded.unlink(missing_ok=True)
-        raise
-
-
-def _checked(path: Path, weights: WeightFile) -> str:
-    found = file_sha256(path)
-    if not found.startswith(weights.sha256_prefix):
-        raise DetectorError(
-            f"{path} is not {weights.name}: its SHA-256 starts with {found[:8]}, not {weights.sha256_prefix[:8]}; "
-            f"{_advice(weights)}"
-        )
-    return found
-
-
-def _advice(weights: WeightFile) -> str:
-    return (
-        f"get it ({weights.size}) from {weights.url} and put it in a folder named by the environment variable "
-        f"{FOLDER_VARIABLE}, or name it with {weights.option} where the script has that option"
-    )
+            raise DetectorError(f"no {weights.name} at {given}: {weights.advice}")
+    else:
+        if not download and not cache_path(weights.url).is_file():
+            raise DetectorError(f"{weights.name} is missing: {weights.advice}")
+        try:
+            file, downloaded = open_url(weights.url), True
+        except DownloadError as error:
+            raise DetectorError(f"{weights.name} is missing, and no download ({error}): {weights.advice}") from None
+    digest = file_sha256(file)
+    if not digest.startswith(weights.sha256_prefix):
+        if downloaded:
+            file.unlink(missing_ok=True)
+        found = f"its SHA-256 starts with {digest[:8]}, not {weights.sha256_prefix[:8]}"
+        raise DetectorError(f"{file} is not {weights.name}: {found}; {weights.advice}")
+    return file, digest

@@ -59,8 +59,6 @@ def test_copies_in_other_processes_open_their_own_file(archive, contents):
         os._exit(0 if all(members.read(name) == contents[name] for name in members.names) else 1)
     assert all(members.read(name) == contents[name] for name in members.names)
     assert child is None or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    members.close()
-    members.close()
     assert pickle.loads(pickle.dumps(members.__getstate__()))["_file"] is None
     assert members.read(first) == contents[first]
 

@@ -52,7 +52,7 @@ def test_wrong_weights_are_refused_wherever_they_lie(tmp_path, monkeypatch):
 def test_wrong_downloads_do_not_stay(tmp_path, monkeypatch):
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     cached = tmp_path / "cached"
-    monkeypatch.setattr("metrics.features.weights.open_url", lambda url, quiet: cached)
+    monkeypatch.setattr("metrics.features.weights.open_url", lambda url: cached)
     weights = WeightFile("net.pth", "https://example.org/net.pth", "3 MB", "b94d27b9934d3e08")
     cached.write_bytes(b"hello")
     with pytest.raises(DetectorError, match="is not net.pth"):
