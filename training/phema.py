@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from torch_utils import distributed
-from training.run import parallel
 
 
 def std_to_exp(std: float | np.ndarray) -> np.ndarray:
@@ -70,17 +69,34 @@ def profile_errors(
     return np.sqrt(np.maximum(square, 0) / wanted)
 
 
-def _inner_products(
-    in_nimg: Sequence[float], in_std: Sequence[float], out_nimg: Sequence[float], out_std: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _inner_products(*profiles: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Those of stored with stored profiles, of stored with wanted ones, and of each wanted one with itself."""
-    t_in, t_out = (np.atleast_1d(np.asarray(t, dtype=np.float64)) for t in (in_nimg, out_nimg))
-    exp_in, exp_out = std_to_exp(np.atleast_1d(in_std)), std_to_exp(np.atleast_1d(out_std))
-    t_in, exp_in = np.broadcast_arrays(t_in, exp_in)
-    t_out, exp_out = np.broadcast_arrays(t_out, exp_out)
-    stored = profile_product(t_in[:, None], exp_in[:, None], t_in[None, :], exp_in[None, :])
-    mixed = profile_product(t_in[:, None], exp_in[:, None], t_out[None, :], exp_out[None, :])
-    return stored, mixed, profile_product(t_out, exp_out, t_out, exp_out)
+    a, b = (
+        np.broadcast_arrays(np.atleast_1d(np.asarray(t, dtype=np.float64)), std_to_exp(np.atleast_1d(std)))
+        for t, std in (profiles[:2], profiles[2:])
+    )
+    column = [v[:, None] for v in a]
+    return profile_product(*column, *a), profile_product(*column, *b), profile_product(*b, *b)
+
+
+# ----------------------------------------------------------------------------
+# averages, divided between processes where asked
+
+
+def divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """Owner of each named tensor, such that all processes hold about as much: the largest first, to the least laden."""
+    owners, load = {}, [0] * world
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += sizes[name]
+    return owners
+
+
+def spread(tensor: torch.Tensor, owner: int) -> torch.Tensor:
+    """The owner's tensor in every process; the others' says shape, dtype and device. Collective."""
+    message = tensor.detach().contiguous().clone()
+    torch.distributed.broadcast(message, src=owner)
+    return message
 
 
 class PowerFunctionEMA:
@@ -98,19 +114,15 @@ class PowerFunctionEMA:
         device: torch.device | str | None = None,  # None = the network's; the CPU saves GPU memory
         shard: bool = False,  # divide the averages between the processes
     ) -> None:
-        self.net = net
-        self.stds = tuple(stds)
-        self.device = device
+        self.net, self.stds, self.device = net, tuple(stds), device
         self._parameters = dict(net.named_parameters())
-        world = distributed.world_size() if shard else 1
-        self._owners = parallel.divide({name: p.numel() for name, p in self._parameters.items()}, world)
-        self.sharded = world > 1
-        own = distributed.rank() if self.sharded else 0
-        self._own = {name: p for name, p in self._parameters.items() if self._owners[name] == own}
-        self._shares = [{name: self._copy(p) for name, p in self._own.items()} for _ in self.stds]
-
-    def _copy(self, p: torch.Tensor) -> torch.Tensor:
-        return p.detach().to(self.device or p.device, torch.float32, copy=True)
+        self._sharded = shard and distributed.world_size() > 1
+        sizes = {name: p.numel() for name, p in self._parameters.items()}
+        self._owners = divide(sizes, distributed.world_size() if shard else 1)
+        rank = distributed.rank() if shard else 0
+        self._own = {name: p for name, p in self._parameters.items() if self._owners[name] == rank}
+        kind = dict(dtype=torch.float32, copy=True)
+        self._shares = [{k: p.detach().to(device or p.device, **kind) for k, p in self._own.items()} for _ in self.stds]
 
     @torch.no_grad()
     def update(self, nimg: int, batch: int) -> None:
@@ -120,25 +132,29 @@ class PowerFunctionEMA:
             beta = power_function_beta(std, nimg, batch)
             torch._foreach_lerp_(list(share.values()), weights, 1 - beta)
 
-    def average(self, index: int) -> dict[str, torch.Tensor]:
-        """One profile's average of every parameter; sharded, on the CPU of the main process alone. Collective then."""
-        if not self.sharded:
-            return dict(self._shares[index])
-        return parallel.gather(self._parameters, self._shares[index], self._owners, self._parameters)
+    def _average(self, index: int, name: str) -> torch.Tensor:
+        """One profile's average of a parameter; where shared out on the parameter's device, and collective."""
+        p = self._parameters[name]
+        share = self._shares[index].get(name, p)
+        return spread(share.to(p.device), self._owners[name]) if self._sharded else share
 
     @torch.no_grad()
     def network(self, index: int) -> nn.Module:
         """A new network on the trained one's device with one profile's average. Collective if sharded."""
         net = copy.deepcopy(self.net).eval().requires_grad_(False)
         for name, p in net.named_parameters():
-            share = self._shares[index].get(name, p)
-            message = parallel.spread(share.to(p.device), self._owners[name]) if self.sharded else share
-            p.copy_(message)
+            p.copy_(self._average(index, name))
         return net
 
     def state_dict(self) -> dict:
-        """Averages by profile, with the profiles; as complete as `average` is. Collective if sharded."""
-        return {"stds": list(self.stds), "averages": [self.average(index) for index in range(len(self.stds))]}
+        """Profiles, and copies of their averages in host memory, in the main process alone. Collective if sharded."""
+        averages: list[dict[str, torch.Tensor]] = [{} for _ in self.stds]
+        for index, average in enumerate(averages):
+            for name in self._parameters if self._sharded or distributed.is_main() else ():
+                tensor = self._average(index, name)
+                if distributed.is_main():
+                    average[name] = tensor.detach().to("cpu", copy=True)
+        return {"stds": list(self.stds), "averages": averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict, *, force: bool = False) -> None:
