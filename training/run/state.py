@@ -58,18 +58,12 @@ class Trained:
         self.optimizers = {p.name: build_optimizer(p.net, device, beta1=p.beta1, shard=shard) for p in task.phases}
         self.ema = PowerFunctionEMA(task.result, config.ema_stds, device=ema_device, shard=shard)
 
-    @property
-    def sound(self) -> bool:
-        """Whether the last update of every network had finite gradients."""
-        return not any(health.streak for health in self.health.values())
-
     def host_state(self, identity: State | None = None) -> State:
         """Plain data, what identifies the run among it, and in the main process copies of all tensors in host memory.
 
         The order of the images and all noise are functions of seed and position in the image sequence. Collective.
         """
-        copied = to_host if distributed.is_main() else (lambda tree: None)
-        averages = self.ema.state_dict()
+        main = distributed.is_main()
         return {
             "identity": identity,
             "nimg": self.nimg,
@@ -78,9 +72,9 @@ class Trained:
             "seed": self.seed,
             "position": self.nimg * len(self.task.order),
             "health": {name: dataclasses.asdict(health) for name, health in self.health.items()},
-            "nets": {p.name: copied(p.net.state_dict()) for p in self.task.phases},
+            "nets": {p.name: to_host(p.net.state_dict()) if main else None for p in self.task.phases},
             "optimizers": {name: optimizer_state(optimizer) for name, optimizer in self.optimizers.items()},
-            "ema": averages if self.ema.sharded else copied(averages),
+            "ema": self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: State, *, force: bool = False) -> None:
@@ -98,13 +92,13 @@ class Trained:
             self.snapshot_seconds = float(state.get("snapshot_seconds", 0))
             if self.nimg < 0:
                 raise ValueError(f"nimg is {self.nimg}")
-        except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
-            reason = str(error)
-            if isinstance(error, KeyError):
-                reason = f"no {error} in it"
-            elif not isinstance(error, (RuntimeError, ValueError)):
-                reason = "something else stands where a part should be"
-            raise StateError(f"the training state does not fit this run ({printable(reason)})") from error
+        except KeyError as error:
+            raise StateError(f"the training state does not fit this run (no {printable(error)} in it)") from error
+        except (RuntimeError, ValueError) as error:
+            raise StateError(f"the training state does not fit this run ({printable(error)})") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            reason = "something else stands where a part should be"
+            raise StateError(f"the training state does not fit this run ({reason})") from error
 
 
 # ----------------------------------------------------------------------------
@@ -118,17 +112,16 @@ class HashingFile:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
+        self.file, self.sha256 = file, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        if self.error is None:
-            try:
+        try:
+            if self.error is None:
                 self.file.write(data)
-            except OSError as error:
-                self.error = error
+        except OSError as error:
+            self.error = error
         return len(data)
 
     def flush(self) -> None:
@@ -167,22 +160,18 @@ def save_state(
     return path
 
 
-def prune(run_dir: str | Path, keep: int, keep_every: int = 0, warn: Log = print) -> None:
+def prune(run_dir: Path, keep: int, keep_every: int, warn: Log) -> None:
     """Remove all but the newest `keep` states and, with `keep_every` > 0, the first of each `keep_every` images.
 
     What cannot be removed stays, with a warning.
     """
     states = list_states(run_dir)
-    kept = set(states[:keep])
-    if keep_every:
-        first = {state_nimg(path) // keep_every: path for path in states}  # newest first: the oldest one stays
-        kept |= {path for multiple, path in first.items() if multiple > 0}
-    for path in states:
-        if path not in kept:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                warn(f"{path} could not be removed ({error.strerror or error})")
+    first = {state_nimg(path) // keep_every: path for path in states} if keep_every else {}  # the last, so the oldest
+    for path in set(states[keep:]) - {path for multiple, path in first.items() if multiple > 0}:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            warn(f"{path} could not be removed ({error.strerror or error})")
 
 
 class StateWriter:
@@ -199,9 +188,7 @@ class StateWriter:
         expected: int = 0,  # bytes of a state; 0 in processes that write none
         log: Log = print,
     ) -> None:
-        self.run_dir = run_dir
-        self.keep_every = keep_every
-        self.log = log
+        self.run_dir, self.keep_every, self.log = run_dir, keep_every, log
         self.failures = 0  # in a row
         self.last_good: Path | None = None  # newest state written while training was sound
         self.seconds = expected / _SLOW_DISK  # the longest write so far, a guess before the first one
@@ -231,14 +218,12 @@ class StateWriter:
         if self._thread is None:
             return
         self._thread.join()
-        self._thread = None
+        self._thread, outcome = None, self._outcome
         while self._warnings:
             self.log(self._warnings.pop(0))
-        outcome = self._outcome
         if isinstance(outcome, Path):
             self.failures = 0
-            if self._sound:
-                self.last_good = outcome
+            self.last_good = outcome if self._sound else self.last_good
             return
         if not isinstance(outcome, OSError):
             raise outcome
@@ -279,8 +264,7 @@ class StateWriter:
             options = dict(keep_every=self.keep_every, warn=self._warnings.append)
             self._outcome = save_state(self.run_dir, state, nimg, **options)
             seconds = spent + time.perf_counter() - started
-            self.seconds = max(self.seconds, seconds) if self._measured else seconds
-            self._measured = True
+            self.seconds, self._measured = max(self.seconds if self._measured else 0, seconds), True
         except BaseException as error:  # handed to the thread that trains
             self._outcome = error
 
@@ -332,19 +316,16 @@ def find_newest_state(
     for path in list_states(run_dir):
         try:
             return path, load_state(path)
-        except StateError as error:
-            aside, outcome = path.with_suffix(".damaged"), "the one before is used"
-            if set_aside:
+        except (StateError, OSError) as error:
+            reason, outcome = str(error), "the one before is used"
+            if isinstance(error, OSError):
+                reason = f"{path} cannot be read ({error.strerror or error})"
+            elif set_aside:
                 with contextlib.suppress(OSError):
-                    os.replace(path, aside)
-                    outcome = f"it is set aside as {aside.name}"
-            reasons.append(f"{error}; {outcome}")
-        except OSError as error:
-            reasons.append(f"{path} cannot be read ({error.strerror or error}); the one before is used")
+                    outcome = f"it is set aside as {path.replace(path.with_suffix('.damaged')).name}"
+        reasons.append(f"{reason}; {outcome}")
         warn(reasons[-1])
     if reasons or list(Path(run_dir).glob("training-state-*.damaged")):
-        found = "; ".join(reasons) or "all have been set aside as .damaged"
-        raise StateError(
-            f"no valid training state is left in {run_dir}: restore one, or use another --outdir ({found})"
-        )
+        why = "; ".join(reasons) or "all have been set aside as .damaged"
+        raise StateError(f"no valid training state is left in {run_dir}: restore one, or use another --outdir ({why})")
     return None, None
