@@ -13,7 +13,7 @@ from training.presets import TrainingConfig
 from training.tasks import Phase
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(ValueError):
     """Training cannot go on: gradients have been non-finite for too many updates in a row, or weights are."""
 
 
