@@ -64,8 +64,10 @@ def train(
                         run.means.add_losses(phase, terms)
                     lr = learning_rate(trained.nimg, config) * phase.rate(trained.nimg)
                     optimizer, health = trained.optimizers[phase.name], trained.health[phase.name]
-                    run.means.add_all(update_network(phase, optimizer, lr, health, config))
+                    for name, value in update_network(phase, optimizer, lr, health, config).items():
+                        run.means.add(name, value)
                     phase.net.eval().requires_grad_(False)
+                images = noise = terms = None  # their memory is free while a state is copied and snapshots are drawn
                 trained.nimg += config.batch
                 trained.ema.update(trained.nimg, config.batch)
                 run.after_step()

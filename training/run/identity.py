@@ -23,10 +23,9 @@ Log = Callable[[str], None]
 
 def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> Identity:
     """Settings that shape the result, seed, order of the images, and fingerprints of data set and teacher."""
-    fields = settings(config)
-    if config.cooldown_mimg > 0:
-        fields["duration"] = config.duration  # the learning rate falls to 0 at its end
-    return {**fields, "seed": seed, "data": data, "teacher": teacher, "image_order": InfiniteSampler.version}
+    end = {"duration": config.duration} if config.cooldown_mimg > 0 else {}  # where the learning rate falls to 0
+    other = {"seed": seed, "data": data, "teacher": teacher, "image_order": InfiniteSampler.version}
+    return {**settings(config), **end, **other}
 
 
 def settings(config: TrainingConfig) -> Identity:
@@ -56,14 +55,11 @@ def newest_state(run_dir: Path, warn: Log, *, writing: bool = True) -> tuple[Pat
     """
 
     def find() -> tuple[Path | None, State | None]:
-        if not distributed.is_main():
-            return None, None
-        if writing:
-            for path in run_dir.glob(".training-state-*.new"):  # what a killed process left
-                path.unlink()
+        for path in run_dir.glob(".training-state-*.new") if writing else ():  # what a killed process left
+            path.unlink()
         return find_newest_state(run_dir, warn, set_aside=writing)
 
-    path, state = distributed.main_first(find)
+    path, state = distributed.main_first(lambda: find() if distributed.is_main() else (None, None))
     name = distributed.from_main(path.name if path else None)
     if path is None and name is not None:
         path = run_dir / name
@@ -95,22 +91,24 @@ def check_identity(
         try:
             stored = settings(defaults) | {"image_order": 1} | json.loads(json.dumps(stored))
         except (TypeError, ValueError, RecursionError):
-            raise StateError(
-                f"the newest training state of {run_dir} is damaged: it does not say whose it is"
-            ) from None
+            told = "is damaged: it does not say whose it is"
+            raise StateError(f"the newest training state of {run_dir} {told}") from None
         if stored["image_order"] != identity["image_order"] and not force:
             raise StateError(
                 f"{run_dir} holds a run that takes the training images in another order, of another version of this "
                 "code: finish it with that version, give --force-resume to go on in the new order, or another --outdir"
             )
-        fields = [k for k in sorted(stored.keys() | identity.keys()) if stored.get(k) != identity.get(k)]
-        found = "; ".join(f"{k} is {_short(stored.get(k))}, now {_short(identity.get(k))}" for k in fields)
-        if fields and not force:
+        found = "; ".join(
+            f"{key} is {_short(stored.get(key))}, now {_short(identity.get(key))}"
+            for key in sorted(stored.keys() | identity.keys())
+            if stored.get(key) != identity.get(key)
+        )
+        if found and not force:
             raise StateError(
                 f"{run_dir} holds a run with other settings ({found}): give the same options to resume it, "
                 "--force-resume to go on with the new ones, or another --outdir"
             )
-        if fields and distributed.is_main():
+        if found and distributed.is_main():
             log(f"resuming with other settings, as --force-resume asks: {found}")
 
     distributed.main_first(check)

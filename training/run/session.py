@@ -53,7 +53,9 @@ class Run:
         with self.options.stop, sole_user(self.options.run_dir):
             self.begin()
             try:
-                self.show_missing()
+                self.agree()
+                if self.reason is None and (self.resumed is None or self.snapshot_is_missing()):
+                    self.snapshot()
                 yield
                 self.finish()
             except DivergenceError as error:
@@ -100,9 +102,11 @@ class Run:
         log = self.recorder.log
         for line in options.description:
             log(line, terminal=False)
-        for line in warnings:
+        for line in (
+            *warnings,
+            f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images",
+        ):
             log(line)
-        log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
         phases = [(p.name, p.net) for p in self.task.phases]
         expected = memory_plan(phases, [], self.task.result, len(config.ema_stds)).state if main else 0
         self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=expected, log=log)
@@ -119,12 +123,6 @@ class Run:
     def over(self) -> bool:
         """Whether there is no further step."""
         return self.done or self.reason is not None
-
-    def show_missing(self) -> None:
-        """Before the first step: the snapshot of a new run, or of one that was cut off between a state and it."""
-        self.agree()
-        if self.reason is None and (self.resumed is None or self.snapshot_is_missing()):
-            self.snapshot()
 
     def after_step(self) -> None:
         """Record, save and show what is due, and whether to go on."""
@@ -147,10 +145,10 @@ class Run:
         """
         self.await_write()
         if gravest(int(self.writer.failures > 0), self.device):
-            raise self.refused()
+            raise self.told_by_main(self.writer.error())
         if self.reason == TIME_IS_OVER and self.trained.nimg == self.first and not self.done:
-            message = "--max-time leaves no time for an iteration and its state: nothing was trained; give more"
-            raise ValueError(message) if distributed.is_main() else distributed.MainProcessError(message)
+            advice = "nothing was trained; give more"
+            raise self.told_by_main(ValueError(f"--max-time leaves no time for an iteration and its state: {advice}"))
         outcome = "finished" if self.done else f"stopped ({self.reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
         if self.interrupted and not self.done:
@@ -164,15 +162,14 @@ class Run:
         wish = INTERRUPT if reason == "SIGINT" else STOP if reason else GO_ON
         verdict = gravest(FAIL if self.writer.exhausted else wish, self.device)
         if verdict == FAIL:
-            raise self.refused()
+            raise self.told_by_main(self.writer.error())
         self.interrupted = verdict == INTERRUPT
         self.reason = None if verdict == GO_ON else reason or "another process was told to"
 
-    def refused(self) -> Exception:
-        """That the disk refuses states: told by the main process."""
-        return (
-            self.writer.error() if distributed.is_main() else distributed.MainProcessError("states cannot be written")
-        )
+    @staticmethod
+    def told_by_main(error: Exception) -> Exception:
+        """An error that all processes raise, for the main one to tell."""
+        return error if distributed.is_main() else distributed.MainProcessError(str(error))
 
     def await_write(self) -> None:
         """Wait for the state that is being written, together: a process alone in a collective would give up on it."""
@@ -205,24 +202,25 @@ class Run:
         state = self.trained.host_state(self.identity)
         if distributed.is_main():
             stall = time.perf_counter() - started
-            self.writer.start(state, self.trained.nimg, sound=self.trained.sound, spent=stall - waited)
+            sound = not any(health.streak for health in self.trained.health.values())  # all gradients were finite
+            self.writer.start(state, self.trained.nimg, sound=sound, spent=stall - waited)
             self.means.add("Checkpoint/stall_seconds", stall)
 
     def snapshot(self) -> None:
         """Averaged networks, one safetensors file per profile, sample sheets, and metrics if asked for; may take long,
         so that a reason to stop is asked for again.
         """
-        trained, options, nimg = self.trained, self.options, self.trained.nimg
+        trained, options, nimg, main = self.trained, self.options, self.trained.nimg, distributed.is_main()
         started = time.perf_counter()
         facts = dict(options.provenance, seed=options.seed, images_seen=nimg, training_seconds=round(trained.seconds))
         facts["config"] = dataclasses.asdict(self.config)
         for index, std in reversed(list(enumerate(trained.ema.stds))):
             measured = index == 0 and options.evaluate is not None
-            if not (distributed.is_main() or options.shard or measured):
+            if not (main or options.shard or measured):
                 continue
             average = trained.ema.network(index)
             try:
-                if distributed.is_main():
+                if main:
                     known = dict(dataset=self.dataset.facts(), provenance={**facts, "ema_std": std})
                     networks.save(self.snapshot_path(std), average, self.encoder, dtype=torch.float16, **known)
                     if index == 0:
@@ -232,7 +230,7 @@ class Run:
             if measured:
                 self.measure(average)
         trained.snapshot_seconds = time.perf_counter() - started
-        if distributed.is_main():
+        if main:
             self.means.add("Snapshot/seconds", trained.snapshot_seconds)
         self.clock = self.clock[0], self.clock[1] + trained.snapshot_seconds
         options.stop.skip()
@@ -251,16 +249,15 @@ class Run:
 
     def measure(self, average: nn.Module) -> None:
         """Metrics of a snapshot."""
-        nimg = self.trained.nimg
+        nimg, log = self.trained.nimg, self.recorder.log
         try:
             found = self.options.evaluate(average, self.encoder)
         except distributed.MainProcessError:
             raise
         except (ValueError, torch.linalg.LinAlgError) as error:  # the same in all processes: too few images, say
-            self.recorder.log(f"the snapshot at {nimg} images could not be measured: {error}")
-            return
+            return log(f"the snapshot at {nimg} images could not be measured: {error}")
         self.recorder.stats(nimg, {f"Metrics/{name}": value for name, value in found.items()})
-        self.recorder.log(f"{nimg} images: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        log(f"{nimg} images: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
     def sheets(self, average: nn.Module) -> None:
         """Sample sheets of the first average, one for each schedule of the task, and once the teacher's."""
@@ -271,8 +268,7 @@ class Run:
             if task.teacher is not None and not nimg:
                 grids["teacher"] = draw(task.teacher, *shown)
         except ValueError as error:  # latents whose autoencoder is not at hand
-            self.recorder.log(f"no sample grids: {error}")
-            return
+            return self.recorder.log(f"no sample grids: {error}")
         for name, images in grids.items():
             save_grid(self.options.run_dir / f"grid-{name}.png", images)
             self.recorder.image(nimg, f"Samples/{name.rpartition('-')[2]}", image_grid(images))
