@@ -1,7 +1,5 @@
 """NCVSD where everything is known: a mixture of Gaussians in the plane, its exact denoiser as the teacher."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import fields

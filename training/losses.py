@@ -4,8 +4,6 @@ Noisy images y = x0 + sigma·n and x_t = x0 + t·n are [N,C,H,W]; noise levels a
 Which network is in training mode, and which receives gradients, is the caller's choice except where a loss says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

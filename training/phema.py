@@ -1,7 +1,5 @@
 """Power-function EMA of weights and post-hoc reconstruction of other profiles (EDM2, Section 3)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 
@@ -56,16 +54,12 @@ def solve_posthoc_coefficients(
     return x / x.sum(axis=0)
 
 
-def profile_errors(
-    in_nimg: Sequence[float],
-    in_std: Sequence[float],
-    out_nimg: Sequence[float],
-    out_std: Sequence[float],
-    coefficients: np.ndarray,  # [stored, wanted]
-) -> np.ndarray:
-    """Relative errors |p - Σ x_i p_i| / |p| [wanted] of the profiles p that coefficients x make of stored ones p_i."""
-    stored, mixed, wanted = _inner_products(in_nimg, in_std, out_nimg, out_std)
-    square = wanted - 2 * (coefficients * mixed).sum(axis=0) + (coefficients * (stored @ coefficients)).sum(axis=0)
+def profile_errors(x: np.ndarray, *profiles: Sequence[float]) -> np.ndarray:
+    """Relative errors |p - Σ x_i p_i| / |p| [wanted] of the profiles p that coefficients x [stored, wanted] make of
+    stored ones p_i; `profiles` are the arguments of `solve_posthoc_coefficients`.
+    """
+    stored, mixed, wanted = _inner_products(*profiles)
+    square = wanted - 2 * (x * mixed).sum(axis=0) + (x * (stored @ x)).sum(axis=0)
     return np.sqrt(np.maximum(square, 0) / wanted)
 
 

@@ -1,7 +1,5 @@
 """A small metric of every snapshot: the losses of distillation oscillate and say little about the samples."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path

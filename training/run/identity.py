@@ -1,10 +1,8 @@
-"""Which run a folder holds: who is using it, settings, data and teacher, and the newest valid state."""
-
-from __future__ import annotations
+"""Which run a folder holds: who is using it, settings, data and teacher."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,11 @@ from data.dataset import InfiniteSampler
 from dnnlib.files import lock_folder, read_json, write_json
 from torch_utils import distributed
 from training.presets import MAY_CHANGE, TrainingConfig
-from training.run.state import State, StateError, find_newest_state, read_state
+from training.run.state import Log, State, StateError
 
 _MAX_BYTES = 1 << 20  # of run.json
 
 Identity = dict[str, Any]  # plain JSON data
-Log = Callable[[str], None]
 
 
 def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> Identity:
@@ -46,27 +43,6 @@ def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
     finally:
         if held is not None:
             held.close()
-
-
-def newest_state(run_dir: Path, warn: Log, *, writing: bool = True) -> tuple[Path | None, State | None]:
-    """As `find_newest_state`, the same in every process: the main one verifies files and, if `writing`, tidies up.
-
-    Raises StateError in a process that does not see that file. Collective.
-    """
-
-    def find() -> tuple[Path | None, State | None]:
-        for path in run_dir.glob(".training-state-*.new") if writing else ():  # what a killed process left
-            path.unlink()
-        return find_newest_state(run_dir, warn, set_aside=writing)
-
-    path, state = distributed.main_first(lambda: find() if distributed.is_main() else (None, None))
-    name = distributed.from_main(path.name if path else None)
-    if path is None and name is not None:
-        path = run_dir / name
-        if not path.is_file():
-            raise StateError(f"process {distributed.rank()} does not see {path}: all machines must share that folder")
-        state = read_state(path)
-    return path, state
 
 
 def check_identity(

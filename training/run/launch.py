@@ -1,7 +1,5 @@
 """From command-line options to a run: devices, data, networks, what is printed first, and what errors say."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

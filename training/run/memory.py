@@ -1,7 +1,5 @@
 """Bytes that each process needs before the first activation, network by network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

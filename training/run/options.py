@@ -1,7 +1,5 @@
 """What the command lines of training share. Imports no torch: scripts answer --help at once, and listen to signals."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -10,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -19,11 +17,6 @@ from torch_utils.errors import user_errors
 from torch_utils.options import DTYPES, FOLDER
 from training.presets import Config, TrainingConfig, load_config, preset_names
 from training.run.stop import StopRequest
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from networks.encoders import Encoder
 
 
 def option(text: str, default: Any = None, flags: tuple[str, ...] = (), **settings: Any) -> Any:
@@ -61,7 +54,7 @@ class RunOptions:
 
     # what no command line says
     stop: StopRequest = field(default_factory=StopRequest)  # what may end training early
-    evaluate: Callable[[nn.Module, Encoder], dict[str, float]] | None = None  # metrics of a snapshot; collective
+    evaluate: Callable[..., dict[str, float]] | None = None  # (network, encoder) -> metrics of a snapshot; collective
     provenance: Mapping[str, Any] = field(default_factory=dict)  # facts to keep in snapshots
     description: tuple[str, ...] = ()  # lines to begin log.txt with
 
@@ -83,7 +76,8 @@ def training_options(kind: type[TrainingConfig]) -> Callable[[Callable], Callabl
         elif "help" in f.metadata:
             metavar = "COUNT" if f.metadata["si"] else names.get(types[f.name], "TEXT")
             text = f"{f.metadata['help']}  [default: preset's]"
-            options.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=f.metadata["multiple"]))
+            several = types[f.name] == tuple[tuple[int, ...], ...]
+            options.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=several))
 
     def decorate(function: Callable) -> Callable:
         return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)

@@ -1,10 +1,8 @@
 """Training one network in several processes: replicated gradients, and what can be divided between the processes."""
 
-from __future__ import annotations
-
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +12,6 @@ from torch.utils._pytree import tree_map_only
 
 from torch_utils import distributed
 from training.phema import spread
-
-if TYPE_CHECKING:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 ADAM_BETA2 = 0.99
 GO_ON, STOP, INTERRUPT, FAIL = range(4)  # verdicts of a process on how training should proceed
@@ -95,8 +90,8 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     return {"state": to_host(optimizer.state_dict()["state"]) if distributed.is_main() else {}}
 
 
-def _collect(optimizer: ZeroRedundancyOptimizer) -> dict[int, dict[str, Tensor]]:
-    """Moments of a divided optimizer in the main process, tensor by tensor.
+def _collect(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Moments of a divided optimizer (ZeroRedundancyOptimizer) in the main process, tensor by tensor.
 
     torch's own way sends pickled shards to every process, which takes 40 times as long and several times the memory.
     """
@@ -127,13 +122,10 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         shapes = {key: list(value.shape) for key, value in entry.items()}
         if shapes != {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}:
             raise ValueError(f"moments of parameter {i} are {shapes}, where its shape is {list(p.shape)}")
-        mine = id(p) in own  # ZeRO drops the others
-        moments[i] = {key: _like(p, value) if mine else value for key, value in entry.items()}
+        if id(p) in own:  # copies, in the memory layout of the parameter, as fused Adam presumes; ZeRO drops the others
+            made = {k: torch.empty_like(p, device="cpu").copy_(v) for k, v in entry.items() if k != "step"}
+            entry = {"step": entry["step"].clone(), **made}
+        moments[i] = entry
     optimizer.load_state_dict({"state": moments, "param_groups": [settings]})
     if hasattr(optimizer, "optim"):
         optimizer.state.clear()  # the wrapped one has the moments; these are copies that nobody uses
-
-
-def _like(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of a tensor of a file; moments in the memory layout of their parameter, as fused Adam presumes."""
-    return torch.empty_like(p, device="cpu").copy_(value) if value.shape == p.shape else value.clone()

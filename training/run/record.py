@@ -1,7 +1,5 @@
 """What a run writes of itself: terminal, log.txt, stats.jsonl, TensorBoard, a progress bar; and what is worth it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

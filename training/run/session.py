@@ -1,7 +1,5 @@
 """One run from its first step to its last: what the processes agree on, what is saved, recorded and shown, and when."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +18,12 @@ from torch_utils import distributed
 from training.optim import DivergenceError, check_weights, learning_rate
 from training.presets import TrainingConfig
 from training.run import record
-from training.run.identity import check_identity, newest_state, run_identity, sole_user, write_identity
+from training.run.identity import check_identity, run_identity, sole_user, write_identity
 from training.run.memory import memory_plan
 from training.run.options import RunOptions
 from training.run.parallel import FAIL, GO_ON, INTERRUPT, STOP, gravest
 from training.run.record import Recorder, RunningMeans
-from training.run.state import StateWriter, Trained
+from training.run.state import StateWriter, Trained, newest_state
 from training.run.stop import TIME_IS_OVER
 from training.tasks import Task, draw
 
