@@ -123,8 +123,7 @@ class PowerFunctionEMA:
         """Take in the network's weights after the update that reached `nimg` images."""
         weights = [p.detach().to(self.device or p.device) for p in self._own.values()]
         for std, share in zip(self.stds, self._shares, strict=True):
-            beta = power_function_beta(std, nimg, batch)
-            torch._foreach_lerp_(list(share.values()), weights, 1 - beta)
+            torch._foreach_lerp_(list(share.values()), weights, 1 - power_function_beta(std, nimg, batch))
 
     def _average(self, index: int, name: str) -> torch.Tensor:
         """One profile's average of a parameter; where shared out on the parameter's device, and collective."""
@@ -142,12 +141,10 @@ class PowerFunctionEMA:
 
     def state_dict(self) -> dict:
         """Profiles, and copies of their averages in host memory, in the main process alone. Collective if sharded."""
-        averages: list[dict[str, torch.Tensor]] = [{} for _ in self.stds]
-        for index, average in enumerate(averages):
-            for name in self._parameters if self._sharded or distributed.is_main() else ():
-                tensor = self._average(index, name)
-                if distributed.is_main():
-                    average[name] = tensor.detach().to("cpu", copy=True)
+        main, averages = distributed.is_main(), []
+        for index in range(len(self.stds)):
+            whole = ((name, self._average(index, name)) for name in self._parameters if self._sharded or main)
+            averages.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in whole if main})
         return {"stds": list(self.stds), "averages": averages}
 
     @torch.no_grad()

@@ -114,14 +114,9 @@ class TrainingConfig:
         if (rise + fall) * 1e6 > self.duration:
             parts = f"rampup_mimg {rise:g} and cooldown_mimg {fall:g} take more than the run's {self.duration:,} images"
             told.append(f"the learning rate never reaches its full value: {parts}")
-        if rise > 0 and self.last_update == 0:
+        if rise > 0 and self.duration <= self.batch:
             told.append("no network learns: the run has one update, and a ramp-up begins with learning rate 0")
         return told
-
-    @property
-    def last_update(self) -> int:
-        """Images before the last update."""
-        return (self.duration - 1) // self.batch * self.batch
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -204,10 +199,11 @@ class NCVSDConfig(Recipe, TrainingConfig):
         parts = {"g_delay_kimg": "the generator never learns, and the student stays as it begins"}
         if self.gan_loss_scaling > 0:
             parts["gan_warmup_kimg"] = "the adversarial loss never begins"
+        last = (self.duration - 1) // self.batch * self.batch  # images before the last update
         return super().warnings() + [
             f"{what}: {name} {getattr(self, name):g} is not below the run's {self.duration:,} images"
             for name, what in parts.items()
-            if getattr(self, name) * 1e3 > self.last_update
+            if getattr(self, name) * 1e3 > last
         ]
 
 
@@ -311,7 +307,6 @@ def _kind_name(kind: type) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, _MAX_BYTES)
-    except ValueError as error:
-        raise PresetError(f"cannot read preset {error}") from None
-    except OSError as error:
-        raise PresetError(f"cannot read preset {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        told = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
+        raise PresetError(f"cannot read preset {told}") from None

@@ -38,10 +38,7 @@ def replicate(net: nn.Module) -> nn.Module:
 
     `net` must not require gradients, nor does it afterwards.
     """
-    if distributed.world_size() == 1:
-        return net
-    net.requires_grad_(True)
-    replica = Replica(net)
+    replica = net if distributed.world_size() == 1 else Replica(net.requires_grad_(True))
     net.requires_grad_(False)
     return replica
 
@@ -77,8 +74,8 @@ def build_optimizer(net: nn.Module, device: torch.device, *, beta1: float = 0.9,
     from torch.distributed.optim import ZeroRedundancyOptimizer  # not there on every system
 
     fused = device.type == "cpu"  # elsewhere fused Adam wants its step counts on the device, and gets them on the CPU
-    net.requires_grad_(True)  # as when it steps
-    optimizer = ZeroRedundancyOptimizer(net.parameters(), Adam, betas=betas, fused=fused)
+    parameters = net.requires_grad_(True).parameters()  # as when it steps
+    optimizer = ZeroRedundancyOptimizer(parameters, Adam, betas=betas, fused=fused)
     net.requires_grad_(False)
     return optimizer
 

@@ -90,8 +90,7 @@ class Run:
 
     def begin(self) -> None:
         """Take up the run, and open what records and saves it."""
-        options, config, main = self.options, self.config, distributed.is_main()
-        warnings: list[str] = []
+        options, config, main, warnings = self.options, self.config, distributed.is_main(), []
         self.take_up(warnings.append)
         self.first = nimg = self.trained.nimg
         if main:
@@ -105,8 +104,8 @@ class Run:
             f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images",
         ):
             log(line)
-        phases = [(p.name, p.net) for p in self.task.phases]
-        expected = memory_plan(phases, [], self.task.result, len(config.ema_stds)).state if main else 0
+        plan = memory_plan([(p.name, p.net) for p in self.task.phases], [], self.task.result, len(config.ema_stds))
+        expected = plan.state if main else 0
         self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=expected, log=log)
         self.writer.last_good = self.resumed
         self.means = RunningMeans()
@@ -241,9 +240,8 @@ class Run:
 
     def snapshot_is_missing(self) -> bool:
         """Whether a run that resumes was cut off between its state and the snapshot at the same image."""
-        if not self.done and not self.crossed(self.config.snapshot):
-            return False
-        return distributed.from_main(not all(self.snapshot_path(std).exists() for std in self.trained.ema.stds))
+        missing = not all(self.snapshot_path(std).exists() for std in self.trained.ema.stds)
+        return distributed.from_main(missing) and (self.done or self.crossed(self.config.snapshot))
 
     def measure(self, average: nn.Module) -> None:
         """Metrics of a snapshot."""
