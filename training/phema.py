@@ -73,10 +73,6 @@ def _inner_products(*profiles: Sequence[float]) -> tuple[np.ndarray, np.ndarray,
     return profile_product(*column, *a), profile_product(*column, *b), profile_product(*b, *b)
 
 
-# ----------------------------------------------------------------------------
-# averages, divided between processes where asked
-
-
 def divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     """Owner of each named tensor, such that all processes hold about as much: the largest first, to the least laden."""
     owners, load = {}, [0] * world

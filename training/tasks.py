@@ -79,17 +79,12 @@ class Task:
     teacher_digest: str | None = None  # SHA-256 of the teacher's weights
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # further networks that the phases evaluate
     teacher: Precond | None = None  # whose samples to show once, for comparison
-    views: Callable[[nn.Module, Encoder, Sequence[int], int], dict[str, Tensor]] | None = None  # more images
+    views: Callable[[nn.Module, Encoder, Sequence[int], int], dict[str, Tensor]] = lambda *drawn: {}  # more images
 
     @property
     def order(self) -> list[Phase]:
         """Phases of an iteration, each as often as it updates its network; each time on a fresh batch."""
         return [phase for phase in self.phases for _ in range(phase.updates)]
-
-    def sample_grids(self, net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
-        """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
-        grids = {name: draw(net, encoder, seeds, batch, **options) for name, options in self.schedules.items()}
-        return grids | (self.views(net, encoder, seeds, batch) if self.views is not None else {})
 
 
 def draw(net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int, **arguments: Any) -> Tensor:

@@ -21,7 +21,6 @@ from training.run.state import (
     list_states,
     load_state,
     newest_state,
-    read_state,
     save_state,
     state_nimg,
 )
@@ -161,7 +160,7 @@ def test_a_cut_off_state_is_called_so(tmp_path, share):
     data = save_state(tmp_path, state_at(1000), 1000).read_bytes()
     path = named_by_content(tmp_path, 2000, data[: int(len(data) * share)])
     with pytest.raises(StateError) as error:
-        read_state(path)
+        load_state(path, verified=True)
     assert str(error.value) == f"{path} is cut off, damaged or no training state"
 
 

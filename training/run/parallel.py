@@ -62,10 +62,6 @@ def to_host(tree: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tree)
 
 
-# ----------------------------------------------------------------------------
-# optimizers
-
-
 def build_optimizer(net: nn.Module, device: torch.device, *, beta1: float = 0.9, shard: bool = False) -> Optimizer:
     """Adam on all parameters; with `shard` its moments are divided between the processes (ZeRO, stage 1)."""
     betas = (beta1, ADAM_BETA2)

@@ -79,9 +79,15 @@ def by_level(values: Tensor, levels: Tensor, edges: tuple[float, ...]) -> Iterat
         yield f"t{low:.2g}-{high:.2g}", torch.where(inside, values, 0).sum(), inside.sum()
 
 
-def facts(trained: Trained, lr: float) -> Values:
-    """Weight norms, the weights that blend in the control branches, learning rates, non-finite gradients so far."""
-    values = {"Progress/lr": lr}
+def facts(trained: Trained, lr: float, device: torch.device) -> Values:
+    """Weight norms, the weights that blend in the control branches, learning rates, non-finite gradients so far.
+
+    Also memory in GiB: of this process and, on CUDA, the peak of what tensors held since the last call.
+    """
+    values = {"Progress/lr": lr, "Memory/host_gib": psutil.Process().memory_info().rss / 2**30}
+    if device.type == "cuda":
+        values["Memory/gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
     for phase in trained.task.phases:
         values[f"Weights/{phase.name}_norm"] = float(total_norm(phase.net.parameters()))
         values[f"Rates/{phase.name}"] = lr * phase.rate(trained.nimg) if trained.nimg > phase.start else 0.0
@@ -92,15 +98,6 @@ def facts(trained: Trained, lr: float) -> Values:
                 values[f"Control/{phase.name}_x"] = float(p.clamp(0, 1))  # as the network uses it
             elif kind == "additional_skips_weight":
                 values |= {f"Control/{phase.name}_skip{i:02d}": w for i, w in enumerate(p.clamp(0, 1).tolist())}
-    return values
-
-
-def memory(device: torch.device) -> Values:
-    """Resident memory of this process and, on CUDA, the peak of what tensors held since the last call, in GiB."""
-    values = {"Memory/host_gib": psutil.Process().memory_info().rss / 2**30}
-    if device.type == "cuda":
-        values["Memory/gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        torch.cuda.reset_peak_memory_stats(device)
     return values
 
 

@@ -186,7 +186,7 @@ class Run:
         trained.seconds, self.clock = trained.seconds + now - started, (trained.nimg, now)
         progress = {"Progress/img_per_s": (trained.nimg - since) / (now - started), "Progress/seconds": trained.seconds}
         lr = learning_rate(trained.nimg - config.batch, config)  # of the last update
-        values = {**self.means.read(), **record.facts(trained, lr), **record.memory(self.device), **progress}
+        values = {**self.means.read(), **record.facts(trained, lr, self.device), **progress}
         self.recorder.stats(trained.nimg, values)
         self.recorder.log(record.status_line(trained.nimg, config.duration, values))
 
@@ -260,7 +260,8 @@ class Run:
         nimg, task = self.trained.nimg, self.task
         shown = self.encoder, GRID_SEEDS, self.config.split_batch(distributed.world_size())[0]
         try:
-            grids = {f"{nimg:09d}-{name}": images for name, images in task.sample_grids(average, *shown).items()}
+            grids = {name: draw(average, *shown, **options) for name, options in task.schedules.items()}
+            grids = {f"{nimg:09d}-{name}": images for name, images in (grids | task.views(average, *shown)).items()}
             if task.teacher is not None and not nimg:
                 grids["teacher"] = draw(task.teacher, *shown)
         except ValueError as error:  # latents whose autoencoder is not at hand

@@ -100,10 +100,6 @@ class Trained:
             raise StateError(f"the training state does not fit this run ({reason})") from error
 
 
-# ----------------------------------------------------------------------------
-# writing
-
-
 class HashingFile:
     """File for torch.save that takes the SHA-256 of what passes through, and keeps the first OSError.
 
@@ -257,10 +253,6 @@ class StateWriter:
         return OSError(f"training stopped: states cannot be written to {self.run_dir}, {newest}; {advice}")
 
 
-# ----------------------------------------------------------------------------
-# reading
-
-
 def list_states(run_dir: str | Path) -> list[Path]:
     """Training states of a run, the newest first."""
     found = [path for path in Path(run_dir).glob("training-state-*.pt") if _NAME.fullmatch(path.name)]
@@ -272,15 +264,13 @@ def state_nimg(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def load_state(path: Path) -> State:
-    """Read a verified state, mapped from the file; nothing in it is executed. Raises StateError if it is damaged."""
-    if file_sha256(path)[:8] != _NAME.fullmatch(path.name)[2]:
+def load_state(path: Path, *, verified: bool = False) -> State:
+    """Read a state, mapped from the file; nothing in it is executed. Raises StateError if it is damaged.
+
+    `verified`: by another process.
+    """
+    if not verified and file_sha256(path)[:8] != _NAME.fullmatch(path.name)[2]:
         raise StateError(f"{path} is damaged: its SHA-256 does not begin with the digits in its name")
-    return read_state(path)
-
-
-def read_state(path: Path) -> State:
-    """Read a state that another process has verified; otherwise as `load_state`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, MemoryError):
@@ -328,5 +318,5 @@ def newest_state(run_dir: str | Path, warn: Log = print, *, writing: bool = True
         path = Path(run_dir) / name
         if not path.is_file():
             raise StateError(f"process {distributed.rank()} does not see {path}: all machines must share that folder")
-        state = read_state(path)
+        state = load_state(path, verified=True)
     return path, state
