@@ -186,9 +186,9 @@ def distillation_phases(
 ) -> list[Phase]:
     """The phases of an iteration in their order: score network, discriminator, generator."""
     c, observer = config, Observer(generator, config)
-    s_levels, d_levels = observer.levels(c.s_p_mean, c.s_p_std), observer.levels(c.d_p_mean, c.d_p_std)
-    g_levels = observer.levels(c.g_p_mean, c.g_p_std)
-    recipe = {name: getattr(c, name) for name in ("direction", "alpha", "scale", "divergence")}
+    parts = ((c.s_p_mean, c.s_p_std), (c.d_p_mean, c.d_p_std), (c.g_p_mean, c.g_p_std))
+    s_levels, d_levels, g_levels = (observer.levels(*part) for part in parts)
+    recipe = dict(direction=c.direction, alpha=c.alpha, scale=c.scale, divergence=c.divergence, balance=c.gan_balance)
 
     def score_phase(batch: Batch, score_net: nn.Module) -> LossTerms:
         y, sigma, t = observer.observe(batch, s_levels, c.own_states)
@@ -207,7 +207,7 @@ def distillation_phases(
     def generator_phase(batch: Batch, generator: nn.Module) -> LossTerms:
         y, sigma, t = observer.observe(batch, g_levels, c.own_states)
         nets = generator, teacher, score_net, discriminator if batch.nimg >= c.gan_warmup_kimg * 1000 else None
-        options = dict(recipe, balance=c.gan_balance, combine=combine, randn_like=batch.noise.randn_like)
+        options = dict(recipe, combine=combine, randn_like=batch.noise.randn_like)
         vsd, gan = generator_loss(*nets, y, sigma, t, batch.labels, **options)
         if gan is None:
             return LossTerms(vsd, {"vsd": vsd}, t)

@@ -78,11 +78,7 @@ def training_options(kind: type[TrainingConfig]) -> Callable[[Callable], Callabl
             text = f"{f.metadata['help']}  [default: preset's]"
             several = types[f.name] == tuple[tuple[int, ...], ...]
             options.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=several))
-
-    def decorate(function: Callable) -> Callable:
-        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
-
-    return decorate
+    return lambda function: functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
 
 
 @contextmanager

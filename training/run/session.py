@@ -99,14 +99,11 @@ class Run:
         log = self.recorder.log
         for line in options.description:
             log(line, terminal=False)
-        for line in (
-            *warnings,
-            f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images",
-        ):
+        warnings.append(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
+        for line in warnings:
             log(line)
         plan = memory_plan([(p.name, p.net) for p in self.task.phases], [], self.task.result, len(config.ema_stds))
-        expected = plan.state if main else 0
-        self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=expected, log=log)
+        self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=plan.state * main, log=log)
         self.writer.last_good = self.resumed
         self.means = RunningMeans()
         self.clock = nimg, time.perf_counter()  # of the last statistics; snapshots do not count
