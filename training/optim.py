@@ -43,9 +43,8 @@ def learning_rate(nimg: int, config: TrainingConfig) -> float:
 def update_network(
     phase: Phase, optimizer: torch.optim.Optimizer, lr: float, health: Health, config: TrainingConfig
 ) -> dict[str, Tensor | int]:
-    """Check gradients, take one step, and bring `health` up to date; return what to record of them.
-
-    Raises DivergenceError after `config.nonfinite_limit` affected updates.
+    """Check gradients, take one step, and bring `health` up to date; return what to record of them. Raises
+    DivergenceError after `config.nonfinite_limit` affected updates.
     """
     name, parameters = phase.name, list(phase.net.parameters())
     norm, bad = total_norm(_gradients(parameters)), count_nonfinite(parameters)

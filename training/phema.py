@@ -11,9 +11,8 @@ from torch_utils import distributed
 
 
 def std_to_exp(std: float | np.ndarray) -> np.ndarray:
-    """Exponent gamma >= 0 of the profile of relative width std: std² = (γ+1)/((γ+2)²(γ+3)) (EDM2, Section 3).
-
-    Raises ValueError unless 0 < std <= 1/sqrt(12), the width at gamma = 0.
+    """Exponent gamma >= 0 of the profile of relative width std: std² = (γ+1)/((γ+2)²(γ+3)) (EDM2, Section 3). Raises
+    ValueError unless 0 < std <= 1/sqrt(12), the width at gamma = 0.
     """
     std = np.asarray(std, dtype=np.float64)
     if not np.all((std > 0) & (std <= 12**-0.5)):
@@ -33,9 +32,8 @@ def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
 
 
 def profile_product(t_a: np.ndarray, exp_a: np.ndarray, t_b: np.ndarray, exp_b: np.ndarray) -> np.ndarray:
-    """Inner product of two power-function profiles ending at t_a and t_b images (EDM2, Algorithm 3).
-
-    Written with ratios, since raw powers of image counts overflow.
+    """Inner product of two power-function profiles ending at t_a and t_b images (EDM2, Algorithm 3). Written with
+    ratios, since raw powers of image counts overflow.
     """
     t_min = np.minimum(t_a, t_b)
     scale = (exp_a + 1) * (exp_b + 1) / (exp_a + exp_b + 1)
@@ -145,9 +143,8 @@ class PowerFunctionEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict, *, force: bool = False) -> None:
-        """Restore the averages, whatever the number of processes was.
-
-        Raises ValueError if profiles differ; with `force`, a new one begins with the network's present weights.
+        """Restore the averages, whatever the number of processes was. Raises ValueError if profiles differ; with
+        `force`, a new one begins with the network's present weights.
         """
         if tuple(state["stds"]) != self.stds and not force:
             raise ValueError(f"the state holds EMA profiles {state['stds']}, this run asks for {list(self.stds)}")

@@ -42,7 +42,6 @@ def read_entry(line: bytes) -> dict[str, Any] | None:
 
 def read_curves(run_dir: str | Path) -> dict[str, Curve]:
     """Every quantity of a run's stats.jsonl by name; numbers beyond 1e300 are left out, those within 1e-300 are 0.
-
     Raises PlotError for no file or no numbers in it, OSError for one that cannot be read.
     """
     path = Path(run_dir) / "stats.jsonl"
@@ -79,9 +78,8 @@ def png(figure: Figure) -> bytes:
 
 
 def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
-    """A panel for each quantity that matches one of the patterns `keys`, the runs over one another.
-
-    Raises PlotError if there is none, and without matplotlib.
+    """A panel for each quantity that matches one of the patterns `keys`, the runs over one another. Raises PlotError if
+    there is none, and without matplotlib.
     """
     known = list(dict.fromkeys(key for curves in runs.values() for key in curves))
     chosen = list(dict.fromkeys(key for pattern in keys for key in known if fnmatch(key, pattern.strip())))

@@ -34,9 +34,8 @@ def snapshot_metrics(
     schedules: Mapping[str, dict[str, Any]],  # name -> arguments of generate_images, each measured on its own
     writing: bool = True,  # False = check everything, with two images for the reference, and write nothing
 ) -> Callable[[nn.Module, Encoder], dict[str, float]]:
-    """Function of a network and its encoder that returns metrics by name, METRIC_SCHEDULE. Both are collective.
-
-    Raises ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
+    """Function of a network and its encoder that returns metrics by name, METRIC_SCHEDULE. Both are collective. Raises
+    ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
     """
     metrics = distributed.main_first(lambda: parse_metrics(names))
     if num < 2:

@@ -32,9 +32,8 @@ def settings(config: TrainingConfig) -> Identity:
 
 @contextmanager
 def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
-    """Keep other runs out of a folder, by a lock that ends with the main process at the latest. Collective.
-
-    Raises FolderInUseError where another run holds it; without `create`, a folder without lock is free.
+    """Keep other runs out of a folder, by a lock that ends with the main process at the latest. Collective. Raises
+    FolderInUseError where another run holds it; without `create`, a folder without lock is free.
     """
     wanted = distributed.is_main() and (create or (run_dir / ".lock").exists())
     held = distributed.main_first(lambda: lock_folder(run_dir) if wanted else None)
@@ -55,7 +54,6 @@ def check_identity(
     log: Log = print,
 ) -> None:
     """Compare a run with the one that the folder holds, by run.json or, without that, by its newest state. Collective.
-
     Raises StateError, listing every difference, where settings or data are others; with `force` they are logged.
     """
 

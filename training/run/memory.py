@@ -29,7 +29,6 @@ def tensor_bytes(tree: Any) -> int:
 
 class MemoryPlan(NamedTuple):
     """What networks, gradients, optimizers and averages take up; activations and the workspace of kernels come on top.
-
     A single process has the gradients of one network at a time. Several keep a buffer for those of each network.
     """
 

@@ -83,9 +83,8 @@ def training_options(kind: type[TrainingConfig]) -> Callable[[Callable], Callabl
 
 @contextmanager
 def checked(kind: type[Config], given: dict[str, Any]) -> Iterator[tuple[Config, RunOptions]]:
-    """Settings and options of a command line, listening to signals and to --max-time from here on.
-
-    Every mistake of the user's ends in one line and a non-zero exit.
+    """Settings and options of a command line, listening to signals and to --max-time from here on. Every mistake of the
+    user's ends in one line and a non-zero exit.
     """
     with user_errors("--batch-gpu"):
         with StopRequest(None if given["max_time"] is None else parse_duration(given["max_time"])) as stop:

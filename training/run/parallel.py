@@ -34,9 +34,8 @@ class Replica(DistributedDataParallel):
 
 
 def replicate(net: nn.Module) -> nn.Module:
-    """The network to call in training: a Replica where there are several processes, else `net` itself.
-
-    `net` must not require gradients, nor does it afterwards.
+    """The network to call in training: a Replica where there are several processes, else `net` itself. `net` must not
+    require gradients, nor does it afterwards.
     """
     replica = net if distributed.world_size() == 1 else Replica(net.requires_grad_(True))
     net.requires_grad_(False)
@@ -84,9 +83,8 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _collect(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
-    """Moments of a divided optimizer (ZeroRedundancyOptimizer) in the main process, tensor by tensor.
-
-    torch's own way sends pickled shards to every process, which takes 40 times as long and several times the memory.
+    """Moments of a divided optimizer (ZeroRedundancyOptimizer) in the main process, tensor by tensor. torch's own way
+    sends pickled shards to every process, which takes 40 times as long and several times the memory.
     """
     params = optimizer.param_groups[0]["params"]
     index = {p: i for i, p in enumerate(params)}

@@ -80,9 +80,8 @@ def by_level(values: Tensor, levels: Tensor, edges: tuple[float, ...]) -> Iterat
 
 
 def facts(trained: Trained, lr: float, device: torch.device) -> Values:
-    """Weight norms, the weights that blend in the control branches, learning rates, non-finite gradients so far.
-
-    Also memory in GiB: of this process and, on CUDA, the peak of what tensors held since the last call.
+    """Weight norms, the weights that blend in the control branches, learning rates, non-finite gradients so far. Also
+    memory in GiB: of this process and, on CUDA, the peak of what tensors held since the last call.
     """
     values = {"Progress/lr": lr, "Memory/host_gib": psutil.Process().memory_info().rss / 2**30}
     if device.type == "cuda":

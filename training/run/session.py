@@ -68,9 +68,8 @@ class Run:
                 self.recorder.close()
 
     def take_up(self, warn: Callable[[str], None]) -> None:
-        """Take what is trained from the newest valid state of the folder.
-
-        Raises StateError where the folder holds another run, or no state that can be used.
+        """Take what is trained from the newest valid state of the folder. Raises StateError where the folder holds
+        another run, or no state that can be used.
         """
         options, config, force = self.options, self.config, self.options.force_resume
         self.identity = run_identity(config, options.seed, self.dataset.fingerprint(), self.task.teacher_digest)

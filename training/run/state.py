@@ -59,7 +59,6 @@ class Trained:
 
     def host_state(self, identity: State | None = None) -> State:
         """Plain data, what identifies the run among it, and in the main process copies of all tensors in host memory.
-
         The order of the images and all noise are functions of seed and position in the image sequence. Collective.
         """
         main = distributed.is_main()
@@ -77,9 +76,8 @@ class Trained:
         }
 
     def load_state_dict(self, state: State, *, force: bool = False) -> None:
-        """Take in a state of any number of processes, with `force` one of other EMA profiles too.
-
-        Raises StateError where it does not fit.
+        """Take in a state of any number of processes, with `force` one of other EMA profiles too. Raises StateError
+        where it does not fit.
         """
         try:
             for p in self.task.phases:
@@ -101,9 +99,8 @@ class Trained:
 
 
 class HashingFile:
-    """File for torch.save that takes the SHA-256 of what passes through, and keeps the first OSError.
-
-    Raised in the middle of torch.save, its archive writer would try to finish a file that cannot be finished.
+    """File for torch.save that takes the SHA-256 of what passes through, and keeps the first OSError. Raised in the
+    middle of torch.save, its archive writer would try to finish a file that cannot be finished.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -153,9 +150,8 @@ def save_state(run_dir: Path, state: State, nimg: int, *, keep_every: int = 0, w
 
 
 def prune(run_dir: Path, keep_every: int, warn: Log) -> None:
-    """Remove all but the newest two states and, with `keep_every` > 0, the first of each `keep_every` images.
-
-    What cannot be removed stays, with a warning.
+    """Remove all but the newest two states and, with `keep_every` > 0, the first of each `keep_every` images. What
+    cannot be removed stays, with a warning.
     """
     states = list_states(run_dir)
     first = {state_nimg(path) // keep_every: path for path in states} if keep_every else {}  # the last, so the oldest
@@ -167,9 +163,8 @@ def prune(run_dir: Path, keep_every: int, warn: Log) -> None:
 
 
 class StateWriter:
-    """Writes one state at a time in a thread of its own. Training waits for the copy to host memory only.
-
-    A failed write leaves the previous states in place; it is reported, and the next one is tried when it comes.
+    """Writes one state at a time in a thread of its own. Training waits for the copy to host memory only. A failed
+    write leaves the previous states in place; it is reported, and the next one is tried when it comes.
     """
 
     def __init__(
@@ -189,7 +184,6 @@ class StateWriter:
 
     def start(self, state: State, nimg: int, *, sound: bool = True, spent: float = 0.0) -> None:
         """Begin to write a state that nobody changes any more, after the write before it, if that is still going on.
-
         `sound` states are those that `last_good` may name; `spent` is how many seconds the copy took.
         """
 
@@ -265,9 +259,8 @@ def state_nimg(path: Path) -> int:
 
 
 def load_state(path: Path, *, verified: bool = False) -> State:
-    """Read a state, mapped from the file; nothing in it is executed. Raises StateError if it is damaged.
-
-    `verified`: by another process.
+    """Read a state, mapped from the file; nothing in it is executed. Raises StateError if it is damaged. `verified`: by
+    another process.
     """
     if not verified and file_sha256(path)[:8] != _NAME.fullmatch(path.name)[2]:
         raise StateError(f"{path} is damaged: its SHA-256 does not begin with the digits in its name")

@@ -44,9 +44,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def reason(self, save_seconds: float) -> str | None:
-        """Why to stop now, or None. `save_seconds` is what the last state will take to write.
-
-        Kept in reserve before the deadline: that time and the longest step so far, both half as long again.
+        """Why to stop now, or None. `save_seconds` is what the last state will take to write. Kept in reserve before
+        the deadline: that time and the longest step so far, both half as long again.
         """
         now = clock()
         if self._asked is not None:
