@@ -88,19 +88,15 @@ def spread(tensor: torch.Tensor, owner: int) -> torch.Tensor:
 
 
 class PowerFunctionEMA:
-    """Averages of one network's parameters under several profiles, in float32.
+    """Averages of one network's parameters under several profiles, in float32, on `device` (None = the network's; the
+    CPU saves GPU memory). Buffers are constants: they stay those of the network.
 
     With `shard` each process keeps and updates its share of the parameters only; averages are elementwise, so that
-    takes no messages until a whole network is asked for. Buffers are constants: they stay those of the network.
+    takes no messages until a whole network is asked for.
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        stds: Sequence[float] = (0.05, 0.10),
-        *,
-        device: torch.device | str | None = None,  # None = the network's; the CPU saves GPU memory
-        shard: bool = False,  # divide the averages between the processes
+        self, net: nn.Module, stds: Sequence[float] = (0.05, 0.1), *, device: str | None = None, shard: bool = False
     ) -> None:
         self.net, self.stds, self.device = net, tuple(stds), device
         self._parameters = dict(net.named_parameters())

@@ -130,15 +130,11 @@ def reconstruct(plan: Plan, *, quiet: bool = True) -> tuple[list[dict[str, torch
 
 
 def reconstruct_files(
-    paths: Sequence[str],  # run folders or snapshots
-    stds: Sequence[float],  # relative widths of the wanted profiles
-    nimg: int | None,  # images at which they end; None = of the last snapshot
-    outdir: str,
-    *,
-    half: bool = True,  # kernels in float16; False = in float32
-    quiet: bool = False,  # no progress bar
+    paths: Sequence[str], stds: Sequence[float], nimg: int | None, outdir: str, *, half: bool, quiet: bool
 ) -> Iterator[str]:
-    """Write phema-IMAGES-STD.safetensors for each width; yields a line for each. Raises ReconstructionError."""
+    """Write phema-IMAGES-STD.safetensors, of kernels in float16 or not `half`, for each width; yields a line for each.
+    For `stds` and `nimg` see `plan_reconstruction`; `paths` are folders or snapshots. Raises ReconstructionError.
+    """
     plan = plan_reconstruction(find_snapshots(paths), stds, nimg)
     results, last = reconstruct(plan, quiet=quiet)
     for std, weights, column, error in zip(stds, results, plan.coefficients.T, plan.errors, strict=True):

@@ -24,6 +24,7 @@ from training.presets import EDM2Config, NCVSDConfig
 
 Levels = LogNormalSigma | UniformKarrasSigma
 ScoreNet = PrecondCondition | CombinedScore
+Seeds = Sequence[int]
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Task:
     teacher_digest: str | None = None  # SHA-256 of the teacher's weights
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # further networks that the phases evaluate
     teacher: Precond | None = None  # whose samples to show once, for comparison
-    views: Callable[[nn.Module, Encoder, Sequence[int], int], dict[str, Tensor]] = lambda *drawn: {}  # more images
+    views: Callable[[nn.Module, Encoder, Seeds, int], dict[str, Tensor]] = lambda *drawn: {}  # more images
 
     @property
     def order(self) -> list[Phase]:
@@ -87,7 +88,7 @@ class Task:
         return [phase for phase in self.phases for _ in range(phase.updates)]
 
 
-def draw(net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int, **arguments: Any) -> Tensor:
+def draw(net: nn.Module, encoder: Encoder, seeds: Seeds, batch: int, **arguments: Any) -> Tensor:
     """Images [N,C,H,W] uint8 on the CPU, all drawn by this process; arguments are those of generate_images."""
     batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
     return torch.cat([b.images.cpu() for b in batches])
@@ -226,13 +227,7 @@ def distillation_phases(
 
 @torch.no_grad()
 def denoised_views(
-    score_net: nn.Module,
-    teacher: nn.Module,
-    t: float,  # noise level of x_t
-    generator: nn.Module,  # GenerativeDenoiser whose samples are looked at
-    encoder: Encoder,
-    seeds: Sequence[int],
-    batch: int,
+    score_net: nn.Module, teacher: nn.Module, t: float, generator: nn.Module, encoder: Encoder, seeds: Seeds, batch: int
 ) -> dict[str, Tensor]:
     """Images [N,C,H,W] uint8 on the CPU: E[x | x_t, y] for x_t = x + t·n and samples x of y at the highest level.
 

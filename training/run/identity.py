@@ -45,16 +45,11 @@ def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
 
 
 def check_identity(
-    run_dir: Path,
-    identity: Identity,
-    state: State | None,  # the training state to resume from
-    defaults: TrainingConfig,  # what a run had of settings that did not exist when it began
-    *,
-    force: bool = False,
-    log: Log = print,
+    run_dir: Path, identity: Identity, state: State | None, defaults: TrainingConfig, *, force: bool, log: Log
 ) -> None:
-    """Compare a run with the one that the folder holds, by run.json or, without that, by its newest state. Collective.
-    Raises StateError, listing every difference, where settings or data are others; with `force` they are logged.
+    """Compare a run with the one that the folder holds, by run.json or, without that, by its newest state; `defaults`
+    are of settings that did not exist when it began. Raises StateError, listing every difference, where settings or
+    data are others; with `force` they are logged. Collective.
     """
 
     def check() -> None:

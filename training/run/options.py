@@ -44,9 +44,7 @@ class RunOptions:
     ema_device: str = option(
         "Where averages are kept: with the networks, or in host memory.", "same", type=click.Choice(("same", "cpu"))
     )
-    checkpoint_activations: bool = option(
-        "Compute activations again in the backward pass: less memory, more time.", False
-    )
+    checkpoint_activations: bool = option("Compute activations again going backward: less memory, more time.", False)
     eval_metric: str | None = option("Measure each snapshot: fd_demo, fid, ...  [default: none]", metavar="LIST")
     eval_num: int = option("Images drawn for that.", 2000, type=click.IntRange(2))
     eval_ref: str | None = option("Statistics to compare with.  [default: the data's]", metavar="FILE|URL")

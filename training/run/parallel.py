@@ -104,8 +104,7 @@ def _collect(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Take in what `optimizer_state` returned, whatever the number of processes was then."""
     (group,) = optimizer.param_groups
-    settings = {key: value for key, value in group.items() if key != "params"}
-    settings["params"] = list(range(len(group["params"])))
+    settings = group | {"params": list(range(len(group["params"])))}
     own = {id(p) for g in getattr(optimizer, "optim", optimizer).param_groups for p in g["params"]}
     moments = {}
     for i, entry in state["state"].items():

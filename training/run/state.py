@@ -47,7 +47,7 @@ class Trained:
         device: torch.device,
         *,
         shard: bool = False,  # divide Adam's moments and the averages between the processes
-        ema_device: torch.device | str | None = None,  # where the averages are kept; None = `device`
+        ema_device: str | None = None,  # where the averages are kept; None = `device`
     ) -> None:
         self.task, self.seed = task, seed
         self.nimg = 0  # images seen
@@ -164,17 +164,11 @@ def prune(run_dir: Path, keep_every: int, warn: Log) -> None:
 
 class StateWriter:
     """Writes one state at a time in a thread of its own. Training waits for the copy to host memory only. A failed
-    write leaves the previous states in place; it is reported, and the next one is tried when it comes.
+    write leaves the previous states in place; it is reported, and the next one is tried when it comes. `keep_every` as
+    in `prune`; `expected` bytes of a state, 0 in processes that write none.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        keep_every: int = 0,  # see `prune`
-        expected: int = 0,  # bytes of a state; 0 in processes that write none
-        log: Log = print,
-    ) -> None:
+    def __init__(self, run_dir: Path, *, keep_every: int = 0, expected: int = 0, log: Log = print) -> None:
         self.run_dir, self.keep_every, self.log = run_dir, keep_every, log
         self.failures = 0  # in a row
         self.last_good: Path | None = None  # newest state written while training was sound
