@@ -21,7 +21,6 @@ PRESET_DIR = ROOT / "presets"
 MAY_CHANGE = frozenset(  # settings that need not stay on resume
     "duration status snapshot checkpoint keep_every batch_gpu eval_ts eval_steps nonfinite nonfinite_limit".split()
 )
-_MAX_BYTES = 1 << 20
 
 
 class PresetError(ValueError):
@@ -306,7 +305,7 @@ def _kind_name(kind: type) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, _MAX_BYTES)
+        return read_json(path, max_bytes=1 << 20)
     except (OSError, ValueError) as error:
         told = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
         raise PresetError(f"cannot read preset {told}") from None

@@ -13,8 +13,6 @@ from torch_utils import distributed
 from training.presets import MAY_CHANGE, TrainingConfig
 from training.run.state import Log, State, StateError
 
-_MAX_BYTES = 1 << 20  # of run.json
-
 Identity = dict[str, Any]  # plain JSON data
 
 
@@ -98,6 +96,6 @@ def _short(value: Any) -> str:
 
 def _read(path: Path) -> Identity:
     try:
-        return read_json(path, _MAX_BYTES)
+        return read_json(path, max_bytes=1 << 20)
     except ValueError as error:
         raise StateError(f"{error}: restore it, or use another --outdir") from None

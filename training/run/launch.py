@@ -27,10 +27,6 @@ from training.run.options import RunOptions
 from training.run.session import Run
 from training.tasks import Task, distillation_task, pretraining_task
 
-CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
-
-Build = Callable[[ImageDataset, torch.device], tuple[Task, Encoder]]
-
 
 def distil(config: NCVSDConfig, options: RunOptions, net: str) -> None:
     """Train a student of the teacher `net`, a file or URL. Raises ValueError where teacher and data do not fit."""
@@ -82,14 +78,14 @@ def check_teacher(loaded: networks.LoadedNetwork, net: str, dataset: ImageDatase
         raise ValueError(f"the teacher has {teacher.label_dim} classes and {data} has no labels in use")
 
 
-def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
+def launch(config: TrainingConfig, options: RunOptions, build: Callable[..., tuple[Task, Encoder]]) -> None:
     """Load the data, build the task and train. Mistakes of the user's are ValueError or ClickException, in one line."""
     device = distributed.init(options.device)
     configure_backends(options.deterministic)
     dtype = distributed.main_first(lambda: distributed.compute_dtype(options.dtype, device))
     batch, _ = config.split_batch(distributed.world_size())
     path = Path(options.data)
-    small = path.is_file() and path.stat().st_size <= CACHE_LIMIT // 8  # a folder is read file by file
+    small = path.is_file() and path.stat().st_size <= 32 << 20  # kept in memory, decoded; a folder is read file by file
     arguments = dict(use_labels=config.cond, xflip=config.xflip, cache=small)
     dataset = distributed.main_first(lambda: ImageDataset(options.data, **arguments))
     torch.manual_seed(options.seed)

@@ -9,8 +9,6 @@ from torch.utils._pytree import tree_leaves
 
 from dnnlib.text import format_bytes
 
-FLOAT32 = 4  # bytes
-
 
 class NetworkMemory(NamedTuple):
     """Bytes of one network in one process."""
@@ -73,7 +71,7 @@ def memory_plan(
     parts = world if shard else 1
     ema_host = state = 0
     for name, net in trained:
-        weights, gradients = tensor_bytes(net.state_dict()), FLOAT32 * sum(p.numel() for p in net.parameters())
+        weights, gradients = tensor_bytes(net.state_dict()), 4 * sum(p.numel() for p in net.parameters())  # float32
         ema = profiles * gradients if net is averaged else 0
         state += weights + 2 * gradients + ema
         ema_host += ema // parts if ema_on_host else 0

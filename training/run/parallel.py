@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map_only
 from torch_utils import distributed
 from training.phema import spread
 
-ADAM_BETA2 = 0.99
 GO_ON, STOP, INTERRUPT, FAIL = range(4)  # verdicts of a process on how training should proceed
 
 
@@ -63,7 +62,7 @@ def to_host(tree: Any) -> Any:
 
 def build_optimizer(net: nn.Module, device: torch.device, *, beta1: float = 0.9, shard: bool = False) -> Optimizer:
     """Adam on all parameters; with `shard` its moments are divided between the processes (ZeRO, stage 1)."""
-    betas = (beta1, ADAM_BETA2)
+    betas = (beta1, 0.99)
     if not shard or distributed.world_size() == 1:
         return Adam(net.parameters(), betas=betas, fused=device.type in ("cpu", "cuda"))
     from torch.distributed.optim import ZeroRedundancyOptimizer  # not there on every system
