@@ -1,7 +1,5 @@
 """NCVSD where everything is known: a mixture of Gaussians in the plane, its exact denoiser as the teacher."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,9 +20,8 @@ STUDENT = "assets/toy/student.safetensors"
 def setting_options(function: Callable) -> Callable:
     """One option per field of ToySettings; those that switch an ingredient are written --x/--no-x."""
     for field in reversed(fields(ToySettings)):
-        name = field.name.replace("_", "-")
-        flag = f"--{name}/--no-{name}" if isinstance(field.default, bool) else f"--{name}"
-        kind = None if isinstance(field.default, bool) else type(field.default)
+        name, switch = field.name.replace("_", "-"), isinstance(field.default, bool)
+        flag, kind = (f"--{name}/--no-{name}", None) if switch else (f"--{name}", type(field.default))
         option = click.option(flag, field.name, type=kind, default=field.default, help=field.metadata["help"] + ".")
         function = option(function)
     return function
@@ -47,23 +44,19 @@ def main() -> None:
 @setting_options
 def train(out: Path, quiet: bool, **settings: Any) -> None:
     """Distil the exact denoiser into a small network with the losses of image training."""
-
-    def work() -> str:
+    with user_errors():
         from dnnlib.files import check_output
         from toy.check import probe
         from toy.mixture import spiral_arms
         from toy.training import save_student
         from toy.training import train as distil
 
-        checked = ToySettings(**settings)
+        checked, mixture = ToySettings(**settings), spiral_arms()
         check_output(out, ".safetensors")
-        mixture = spiral_arms()
         log = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
         student = distil(mixture, checked, probe=probe(mixture), log=log)
         save_student(out, student)
-        return f"{out}: {checked.iterations} iterations, {student.seconds:.0f} s of processor time"
-
-    _run(work)
+        click.echo(f"{out}: {checked.iterations} iterations, {student.seconds:.0f} s of processor time")
 
 
 @main.command()
@@ -74,8 +67,7 @@ def train(out: Path, quiet: bool, **settings: Any) -> None:
 @click.option("--out", type=FILE, help="Also write all numbers as JSON.")
 def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> None:
     """Compare the student's draws with the true posterior at eight noise levels; check the score identity and PnP."""
-
-    def work() -> str:
+    with user_errors():
         from dnnlib.files import check_output, write_json
         from toy.check import report
         from toy.mixture import spiral_arms
@@ -87,9 +79,7 @@ def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> 
         result = report(spiral_arms(), load_student(net), points=points, samples=samples, seed=seed)
         if out is not None:
             write_json(out, result)
-        return tables(result)
-
-    _run(work)
+        click.echo(tables(result))
 
 
 @main.command()
@@ -98,30 +88,15 @@ def check(net: Path, points: int, samples: int, seed: int, out: Path | None) -> 
 @click.option("--out", type=FILE, required=True, help="The figure, a PNG.")
 def plot(net: Path, seed: int, out: Path) -> None:
     """Draw samples beside the true posterior for four observations, and the course of training."""
-
-    def work() -> str:
+    with user_errors():
         from dnnlib.files import check_output
         from toy.figure import draw_figure
         from toy.mixture import spiral_arms
         from toy.training import load_student
 
         check_output(out, ".png", [net])
-        student = load_student(net)
-        draw_figure(out, spiral_arms(), student, seed)
-        return str(out)
-
-    _run(work)
-
-
-def _run(work: Callable[[], str]) -> None:
-    """Print what `work` returns; what the user can put right comes as one line."""
-    with user_errors():
-        from training.optim import DivergenceError
-
-        try:
-            click.echo(work())
-        except DivergenceError as error:
-            raise click.ClickException(str(error)) from error
+        draw_figure(out, spiral_arms(), load_student(net), seed)
+        click.echo(str(out))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main(gib: float, folder: str, device: str, out: str | None) -> None:
     from torch_utils import distributed
     from torch_utils.errors import user_errors
     from training.run.parallel import to_host
-    from training.run.state import StateWriter, find_newest_state
+    from training.run.state import StateWriter, newest_state
 
     with user_errors("--gib"):
         resolved = distributed.device_for(device)
@@ -46,7 +46,7 @@ def main(gib: float, folder: str, device: str, out: str | None) -> None:
             if writer.failures:
                 raise click.ClickException("the state could not be written")
             started = time.perf_counter()
-            find_newest_state(run_dir)
+            newest_state(run_dir)
             verified = time.perf_counter() - started
         stages = {"training is held up": stall, "until written": total, "verified and mapped": verified}
         rows = [{"stage": name, "seconds": s, "mib_per_s": 4 * count / s} for name, s in stages.items()]

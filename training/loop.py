@@ -1,7 +1,5 @@
 """The training loop of teachers and students: data, phases, averages."""
 
-from __future__ import annotations
-
 from contextlib import closing
 
 import torch
@@ -56,7 +54,8 @@ def train(
                     phase.net.train().requires_grad_(True)
                     for k in range(rounds):
                         raw, labels, noise = next(batches)
-                        images = encode(encoder, raw, noise)
+                        images = encoder.encode(raw.to(device), randn_like=noise.randn_like)
+                        images = images.contiguous(memory_format=torch.channels_last)
                         with accumulate(nets[phase.name], last=k == rounds - 1):
                             terms = phase.loss(Batch(images, labels, noise, trained.nimg), nets[phase.name])
                             scale = config.loss_scaling * distributed.world_size() / config.batch
@@ -64,8 +63,10 @@ def train(
                         run.means.add_losses(phase, terms)
                     lr = learning_rate(trained.nimg, config) * phase.rate(trained.nimg)
                     optimizer, health = trained.optimizers[phase.name], trained.health[phase.name]
-                    run.means.add_all(update_network(phase, optimizer, lr, health, config))
+                    for name, value in update_network(phase, optimizer, lr, health, config).items():
+                        run.means.add(name, value)
                     phase.net.eval().requires_grad_(False)
+                images = noise = terms = None  # their memory is free while a state is copied and snapshots are drawn
                 trained.nimg += config.batch
                 trained.ema.update(trained.nimg, config.batch)
                 run.after_step()
@@ -76,27 +77,17 @@ class ImageBatches:
     """This process's endless batches: raw images as stored, labels [N,label_dim], the random stream of each image."""
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_gpu: int,  # images per batch
-        first: int,  # position in the run's image sequence, over all processes
-        options: RunOptions,
-        device: torch.device,
+        self, dataset: ImageDataset, batch_gpu: int, first: int, options: RunOptions, device: torch.device
     ) -> None:
+        """Batches of `batch_gpu` images, from position `first` of the run's image sequence over all processes."""
         self.seed, self.device, self.size = options.seed, device, batch_gpu
         self.rank, self.world, self.position = distributed.rank(), distributed.world_size(), first
         workers = options.workers if options.workers is not None else 2 * (device.type == "cuda")
-        split = dict(rank=self.rank, num_replicas=self.world)
-        loader = DataLoader(
-            dataset,
-            batch_size=batch_gpu,
-            sampler=InfiniteSampler(len(dataset), seed=options.seed, start_index=first, **split),
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=ignore_signals,
-        )
-        self.loaded = iter(loader)
+        split = dict(start_index=first, rank=self.rank, num_replicas=self.world)
+        sampler = InfiniteSampler(len(dataset), seed=options.seed, **split)
+        given = dict(num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=ignore_signals)
+        pinned = device.type == "cuda"
+        self.loaded = iter(DataLoader(dataset, batch_gpu, sampler=sampler, pin_memory=pinned, **given))
 
     def __next__(self) -> tuple[Tensor, Tensor, SeededNoise]:
         raw, labels = next(self.loaded)
@@ -119,9 +110,3 @@ class ImageBatches:
 def seed_dropout(seed: int, iteration: int) -> None:
     """Seed what has no stream of its own, apart for each process and iteration."""
     torch.manual_seed(stream_seed((seed + 1 << 32) + iteration * distributed.world_size() + distributed.rank()))
-
-
-def encode(encoder: Encoder, raw: Tensor, noise: SeededNoise) -> Tensor:
-    """Images or latents [N,C,H,W] of a batch as it is stored."""
-    latents = encoder.encode(raw.to(noise.device), randn_like=noise.randn_like)
-    return latents.contiguous(memory_format=torch.channels_last)

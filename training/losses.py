@@ -4,8 +4,6 @@ Noisy images y = x0 + sigma·n and x_t = x0 + t·n are [N,C,H,W]; noise levels a
 Which network is in training mode, and which receives gradients, is the caller's choice except where a loss says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from sampling.posterior import RandnLike, combine_observations, expand_sigma
 
 Sigma = float | Tensor
+Labels = Tensor | None  # class weights [N,label_dim]
 
 
 def denoising_weight(t: Tensor, sigma_data: float) -> Tensor:
@@ -27,7 +26,7 @@ def weighted_error(error: Tensor, t: Tensor, logvar: Tensor, sigma_data: float) 
     return denoising_weight(t, sigma_data) / logvar.exp() * error.square() + logvar
 
 
-def edm2_loss(net, images: Tensor, sigma: Sigma, labels: Tensor | None = None, *, randn_like: RandnLike) -> Tensor:
+def edm2_loss(net, images: Tensor, sigma: Sigma, labels: Labels = None, *, randn_like: RandnLike) -> Tensor:
     """Denoising loss [N,C,H,W] of a teacher on clean images [N,C,H,W] (EDM2, Eq. 21)."""
     sigma = expand_sigma(sigma, images)
     noisy = images + sigma * randn_like(images)
@@ -43,7 +42,7 @@ def generator_loss(
     y: Tensor,
     sigma: Sigma,  # level of y
     t: Sigma,  # level of x_t
-    labels: Tensor | None = None,  # class weights [N,label_dim]
+    labels: Labels = None,
     *,
     randn_like: RandnLike,
     combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # (y, sigma, x_t, t) -> teacher's (x, sigma)
@@ -66,13 +65,11 @@ def generator_loss(
         target = teacher(combined, level, labels)
         estimate = score_net(x_t, t, y, sigma, labels)
     if scale == "learned":
-        error = x - (target - estimate + x).detach()
-        loss = weighted_error(error, t, logvar, score_net.sigma_data)
+        loss = weighted_error(x - (target - estimate + x).detach(), t, logvar, score_net.sigma_data)
     else:
         gap, step = (x - target).detach(), (target - estimate).detach()
-        levels = (expand_sigma(level, y), expand_sigma(sigma, y))
-        loss = distillation_error(direction, x, target, estimate, alpha)
-        loss = loss * inverse_scale(scale, gap, step, *levels, score_net.sigma_data)
+        factor = inverse_scale(scale, gap, step, expand_sigma(level, y), expand_sigma(sigma, y), score_net.sigma_data)
+        loss = distillation_error(direction, x, target, estimate, alpha) * factor
     if discriminator is None:
         return loss, None
     logits = discriminator(x_t, t, y, sigma, labels)
@@ -128,7 +125,7 @@ def divergence_weight(divergence: str, logits: Tensor, t: Tensor, bins: int = 4)
 
 
 def score_loss(
-    generator, score_net, y: Tensor, sigma: Sigma, t: Sigma, labels: Tensor | None = None, *, randn_like: RandnLike
+    generator, score_net, y: Tensor, sigma: Sigma, t: Sigma, labels: Labels = None, *, randn_like: RandnLike
 ) -> Tensor:
     """Denoising loss [N,C,H,W] of the score network on the generator's samples (NCVSD, Section 4)."""
     t = expand_sigma(t, y)
@@ -139,25 +136,18 @@ def score_loss(
 
 
 def discriminator_loss(
-    generator,
-    discriminator,
-    images: Tensor,  # clean images [N,C,H,W], those that y was made of
-    y: Tensor,
-    sigma: Sigma,
-    t: Sigma,
-    labels: Tensor | None = None,
-    *,
-    randn_like: RandnLike,
+    generator, discriminator, images, y: Tensor, sigma: Sigma, t: Sigma, labels: Labels = None, *, randn_like: RandnLike
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies [N,1,1,1] on generated and on real images; the discriminator's loss is half their sum (SiDA)."""
+    """Cross-entropies [N,1,1,1] on generated and on real images, the clean ones [N,C,H,W] that y was made of; the
+    discriminator's loss is half their sum (SiDA).
+    """
     t = expand_sigma(t, y)
     with torch.no_grad():
         x = generator(y, sigma, labels, randn_like=randn_like)
         real_t = images + t * randn_like(images)
         fake_t = x + t * randn_like(x)
     real = _bce(discriminator(real_t, t, y, sigma, labels), 1.0)
-    fake = _bce(discriminator(fake_t, t, y, sigma, labels), 0.0)
-    return fake, real
+    return _bce(discriminator(fake_t, t, y, sigma, labels), 0.0), real
 
 
 def _bce(logits: Tensor, target: float) -> Tensor:

@@ -1,7 +1,5 @@
 """Distributions of noise levels, and the random stream of each training image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

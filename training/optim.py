@@ -1,7 +1,5 @@
 """Learning rate schedule, updates, and what is done about gradients and weights that are not finite."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,7 +11,7 @@ from training.presets import TrainingConfig
 from training.tasks import Phase
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(ValueError):
     """Training cannot go on: gradients have been non-finite for too many updates in a row, or weights are."""
 
 
@@ -43,28 +41,23 @@ def learning_rate(nimg: int, config: TrainingConfig) -> float:
 
 
 def update_network(
-    phase: Phase,
-    optimizer: torch.optim.Optimizer,
-    lr: float,  # of this update
-    health: Health,  # of the phase's network; brought up to date
-    config: TrainingConfig,
+    phase: Phase, optimizer: torch.optim.Optimizer, lr: float, health: Health, config: TrainingConfig
 ) -> dict[str, Tensor | int]:
-    """Check gradients and take one step; return what to record of them.
-
-    Raises DivergenceError after `config.nonfinite_limit` affected updates.
+    """Check gradients, take one step, and bring `health` up to date; return what to record of them. Raises
+    DivergenceError after `config.nonfinite_limit` affected updates.
     """
-    norm = total_norm(_gradients(phase.net.parameters()))
-    bad = count_nonfinite(phase.net.parameters())
+    name, parameters = phase.name, list(phase.net.parameters())
+    norm, bad = total_norm(_gradients(parameters)), count_nonfinite(parameters)
     health.streak = health.streak + 1 if bad else 0
     health.updates += bad > 0
     health.entries += bad
     if health.streak >= config.nonfinite_limit:
         raise DivergenceError(
-            f"gradients of the {phase.name} network have been non-finite for {health.streak} updates in a row "
+            f"gradients of the {name} network have been non-finite for {health.streak} updates in a row "
             f"({bad} entries in the last one): resume with --dtype bf16 or float32, or start anew with a lower --ref-lr"
         )
     if bad:
-        zero_nonfinite(phase.net.parameters())
+        zero_nonfinite(parameters)
     if not bad or config.nonfinite == "zero":
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -72,7 +65,6 @@ def update_network(
     # Replicas accumulate in the messages' buffers; exact resuming with any number of processes wants fresh gradients.
     fresh = distributed.world_size() == 1 or torch.are_deterministic_algorithms_enabled()
     optimizer.zero_grad(set_to_none=fresh)
-    name = phase.name
     return {f"Gradients/{name}_norm": norm, f"Nonfinite/{name}_entries": bad, f"Nonfinite/{name}_updates": bad > 0}
 
 
@@ -105,10 +97,8 @@ def check_weights(phases: Iterable[Phase]) -> None:
     """Raise DivergenceError where a network has a weight that is not finite."""
     for phase in phases:
         if not torch.isfinite(total_norm(phase.net.parameters())):
-            raise DivergenceError(
-                f"weights of the {phase.name} network are no longer finite: resume with --dtype bf16 or float32, or "
-                "start anew with a lower --ref-lr"
-            )
+            advice = "resume with --dtype bf16 or float32, or start anew with a lower --ref-lr"
+            raise DivergenceError(f"weights of the {phase.name} network are no longer finite: {advice}")
 
 
 def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:

@@ -1,22 +1,18 @@
 """Power-function EMA of weights and post-hoc reconstruction of other profiles (EDM2, Section 3)."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from torch_utils import distributed
-from training.run import parallel
 
 
 def std_to_exp(std: float | np.ndarray) -> np.ndarray:
-    """Exponent gamma >= 0 of the profile of relative width std: std² = (γ+1)/((γ+2)²(γ+3)) (EDM2, Section 3).
-
-    Raises ValueError unless 0 < std <= 1/sqrt(12), the width at gamma = 0.
+    """Exponent gamma >= 0 of the profile of relative width std: std² = (γ+1)/((γ+2)²(γ+3)) (EDM2, Section 3). Raises
+    ValueError unless 0 < std <= 1/sqrt(12), the width at gamma = 0.
     """
     std = np.asarray(std, dtype=np.float64)
     if not np.all((std > 0) & (std <= 12**-0.5)):
@@ -36,9 +32,8 @@ def power_function_beta(std: float, t_next: float, t_delta: float) -> float:
 
 
 def profile_product(t_a: np.ndarray, exp_a: np.ndarray, t_b: np.ndarray, exp_b: np.ndarray) -> np.ndarray:
-    """Inner product of two power-function profiles ending at t_a and t_b images (EDM2, Algorithm 3).
-
-    Written with ratios, since raw powers of image counts overflow.
+    """Inner product of two power-function profiles ending at t_a and t_b images (EDM2, Algorithm 3). Written with
+    ratios, since raw powers of image counts overflow.
     """
     t_min = np.minimum(t_a, t_b)
     scale = (exp_a + 1) * (exp_b + 1) / (exp_a + exp_b + 1)
@@ -57,94 +52,95 @@ def solve_posthoc_coefficients(
     return x / x.sum(axis=0)
 
 
-def profile_errors(
-    in_nimg: Sequence[float],
-    in_std: Sequence[float],
-    out_nimg: Sequence[float],
-    out_std: Sequence[float],
-    coefficients: np.ndarray,  # [stored, wanted]
-) -> np.ndarray:
-    """Relative errors |p - Σ x_i p_i| / |p| [wanted] of the profiles p that coefficients x make of stored ones p_i."""
-    stored, mixed, wanted = _inner_products(in_nimg, in_std, out_nimg, out_std)
-    square = wanted - 2 * (coefficients * mixed).sum(axis=0) + (coefficients * (stored @ coefficients)).sum(axis=0)
+def profile_errors(x: np.ndarray, *profiles: Sequence[float]) -> np.ndarray:
+    """Relative errors |p - Σ x_i p_i| / |p| [wanted] of the profiles p that coefficients x [stored, wanted] make of
+    stored ones p_i; `profiles` are the arguments of `solve_posthoc_coefficients`.
+    """
+    stored, mixed, wanted = _inner_products(*profiles)
+    square = wanted - 2 * (x * mixed).sum(axis=0) + (x * (stored @ x)).sum(axis=0)
     return np.sqrt(np.maximum(square, 0) / wanted)
 
 
-def _inner_products(
-    in_nimg: Sequence[float], in_std: Sequence[float], out_nimg: Sequence[float], out_std: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _inner_products(*profiles: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Those of stored with stored profiles, of stored with wanted ones, and of each wanted one with itself."""
-    t_in, t_out = (np.atleast_1d(np.asarray(t, dtype=np.float64)) for t in (in_nimg, out_nimg))
-    exp_in, exp_out = std_to_exp(np.atleast_1d(in_std)), std_to_exp(np.atleast_1d(out_std))
-    t_in, exp_in = np.broadcast_arrays(t_in, exp_in)
-    t_out, exp_out = np.broadcast_arrays(t_out, exp_out)
-    stored = profile_product(t_in[:, None], exp_in[:, None], t_in[None, :], exp_in[None, :])
-    mixed = profile_product(t_in[:, None], exp_in[:, None], t_out[None, :], exp_out[None, :])
-    return stored, mixed, profile_product(t_out, exp_out, t_out, exp_out)
+    a, b = (
+        np.broadcast_arrays(np.atleast_1d(np.asarray(t, dtype=np.float64)), std_to_exp(np.atleast_1d(std)))
+        for t, std in (profiles[:2], profiles[2:])
+    )
+    column = [v[:, None] for v in a]
+    return profile_product(*column, *a), profile_product(*column, *b), profile_product(*b, *b)
+
+
+def divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """Owner of each named tensor, such that all processes hold about as much: the largest first, to the least laden."""
+    owners, load = {}, [0] * world
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += sizes[name]
+    return owners
+
+
+def spread(tensor: torch.Tensor, owner: int) -> torch.Tensor:
+    """The owner's tensor in every process; the others' says shape, dtype and device. Collective."""
+    message = tensor.detach().contiguous().clone()
+    torch.distributed.broadcast(message, src=owner)
+    return message
 
 
 class PowerFunctionEMA:
-    """Averages of one network's parameters under several profiles, in float32.
+    """Averages of one network's parameters under several profiles, in float32, on `device` (None = the network's; the
+    CPU saves GPU memory). Buffers are constants: they stay those of the network.
 
     With `shard` each process keeps and updates its share of the parameters only; averages are elementwise, so that
-    takes no messages until a whole network is asked for. Buffers are constants: they stay those of the network.
+    takes no messages until a whole network is asked for.
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        stds: Sequence[float] = (0.05, 0.10),
-        *,
-        device: torch.device | str | None = None,  # None = the network's; the CPU saves GPU memory
-        shard: bool = False,  # divide the averages between the processes
+        self, net: nn.Module, stds: Sequence[float] = (0.05, 0.1), *, device: str | None = None, shard: bool = False
     ) -> None:
-        self.net = net
-        self.stds = tuple(stds)
-        self.device = device
+        self.net, self.stds, self.device = net, tuple(stds), device
         self._parameters = dict(net.named_parameters())
-        world = distributed.world_size() if shard else 1
-        self._owners = parallel.divide({name: p.numel() for name, p in self._parameters.items()}, world)
-        self.sharded = world > 1
-        own = distributed.rank() if self.sharded else 0
-        self._own = {name: p for name, p in self._parameters.items() if self._owners[name] == own}
-        self._shares = [{name: self._copy(p) for name, p in self._own.items()} for _ in self.stds]
-
-    def _copy(self, p: torch.Tensor) -> torch.Tensor:
-        return p.detach().to(self.device or p.device, torch.float32, copy=True)
+        self._sharded = shard and distributed.world_size() > 1
+        sizes = {name: p.numel() for name, p in self._parameters.items()}
+        self._owners = divide(sizes, distributed.world_size() if shard else 1)
+        rank = distributed.rank() if shard else 0
+        self._own = {name: p for name, p in self._parameters.items() if self._owners[name] == rank}
+        kind = dict(dtype=torch.float32, copy=True)
+        self._shares = [{k: p.detach().to(device or p.device, **kind) for k, p in self._own.items()} for _ in self.stds]
 
     @torch.no_grad()
     def update(self, nimg: int, batch: int) -> None:
         """Take in the network's weights after the update that reached `nimg` images."""
         weights = [p.detach().to(self.device or p.device) for p in self._own.values()]
         for std, share in zip(self.stds, self._shares, strict=True):
-            beta = power_function_beta(std, nimg, batch)
-            torch._foreach_lerp_(list(share.values()), weights, 1 - beta)
+            torch._foreach_lerp_(list(share.values()), weights, 1 - power_function_beta(std, nimg, batch))
 
-    def average(self, index: int) -> dict[str, torch.Tensor]:
-        """One profile's average of every parameter; sharded, on the CPU of the main process alone. Collective then."""
-        if not self.sharded:
-            return dict(self._shares[index])
-        return parallel.gather(self._parameters, self._shares[index], self._owners, self._parameters)
+    def _average(self, index: int, name: str) -> torch.Tensor:
+        """One profile's average of a parameter; where shared out on the parameter's device, and collective."""
+        p = self._parameters[name]
+        share = self._shares[index].get(name, p)
+        return spread(share.to(p.device), self._owners[name]) if self._sharded else share
 
     @torch.no_grad()
     def network(self, index: int) -> nn.Module:
         """A new network on the trained one's device with one profile's average. Collective if sharded."""
         net = copy.deepcopy(self.net).eval().requires_grad_(False)
         for name, p in net.named_parameters():
-            share = self._shares[index].get(name, p)
-            message = parallel.spread(share.to(p.device), self._owners[name]) if self.sharded else share
-            p.copy_(message)
+            p.copy_(self._average(index, name))
         return net
 
     def state_dict(self) -> dict:
-        """Averages by profile, with the profiles; as complete as `average` is. Collective if sharded."""
-        return {"stds": list(self.stds), "averages": [self.average(index) for index in range(len(self.stds))]}
+        """Profiles, and copies of their averages in host memory, in the main process alone. Collective if sharded."""
+        main, averages = distributed.is_main(), []
+        for index in range(len(self.stds)):
+            whole = ((name, self._average(index, name)) for name in self._parameters if self._sharded or main)
+            averages.append({name: tensor.detach().to("cpu", copy=True) for name, tensor in whole if main})
+        return {"stds": list(self.stds), "averages": averages}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict, *, force: bool = False) -> None:
-        """Restore the averages, whatever the number of processes was.
-
-        Raises ValueError if profiles differ; with `force`, a new one begins with the network's present weights.
+        """Restore the averages, whatever the number of processes was. Raises ValueError if profiles differ; with
+        `force`, a new one begins with the network's present weights.
         """
         if tuple(state["stds"]) != self.stds and not force:
             raise ValueError(f"the state holds EMA profiles {state['stds']}, this run asks for {list(self.stds)}")

@@ -1,7 +1,5 @@
 """Curves of one or several runs from their stats.jsonl, as a PNG: python -m training.plot RUN_DIR ..."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import click

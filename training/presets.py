@@ -3,8 +3,6 @@
 Imports no torch, so that scripts show their help at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib
@@ -23,7 +21,6 @@ PRESET_DIR = ROOT / "presets"
 MAY_CHANGE = frozenset(  # settings that need not stay on resume
     "duration status snapshot checkpoint keep_every batch_gpu eval_ts eval_steps nonfinite nonfinite_limit".split()
 )
-_MAX_BYTES = 1 << 20
 
 
 class PresetError(ValueError):
@@ -31,10 +28,6 @@ class PresetError(ValueError):
 
 
 Check = tuple[Callable[[Any], bool], str]  # what holds of a value, and what is said where it does not
-
-NOT_NEGATIVE: Check = (lambda v: v >= 0, "must not be negative")
-POSITIVE: Check = (lambda v: v > 0, "must be positive")
-BELOW_ONE: Check = (lambda v: 0 <= v < 1, "must lie in [0, 1)")
 
 
 def at_least(least: int) -> Check:
@@ -49,12 +42,15 @@ def one_of(*names: str) -> Check:
     return lambda v: v in names, f"must be one of {', '.join(names)}"
 
 
+NOT_NEGATIVE: Check = (lambda v: v >= 0, "must not be negative")
+POSITIVE: Check = (lambda v: v > 0, "must be positive")
+BELOW_ONE: Check = (lambda v: 0 <= v < 1, "must lie in [0, 1)")
 LOG_MEAN, LOG_STD = between(-20, 20), between(0, 10)  # of levels: six deviations stay finite in float32
 
 
-def setting(default: Any, text: str, *, si: bool = False, flags: tuple[str, ...] = (), multiple: bool = False) -> Any:
-    """A dataclass field with its help text; `si`: an image count such as 64Mi; `multiple`: may be given repeatedly."""
-    return field(default=default, metadata={"help": text, "si": si, "flags": flags, "multiple": multiple})
+def setting(default: Any, text: str, *, si: bool = False, flags: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its help text; `si`: an image count such as 64Mi."""
+    return field(default=default, metadata={"help": text, "si": si, "flags": flags})
 
 
 @dataclass(frozen=True)
@@ -113,20 +109,13 @@ class TrainingConfig:
 
     def warnings(self) -> list[str]:
         """What is likely to be a mistake: parts of a run that take longer than it, and networks that never learn."""
-        told = []
-        if (self.rampup_mimg + self.cooldown_mimg) * 1e6 > self.duration:
-            told.append(
-                f"the learning rate never reaches its full value: rampup_mimg {self.rampup_mimg:g} and cooldown_mimg "
-                f"{self.cooldown_mimg:g} take more than the run's {self.duration:,} images"
-            )
-        if self.rampup_mimg > 0 and self.last_update == 0:
+        told, rise, fall = [], self.rampup_mimg, self.cooldown_mimg
+        if (rise + fall) * 1e6 > self.duration:
+            parts = f"rampup_mimg {rise:g} and cooldown_mimg {fall:g} take more than the run's {self.duration:,} images"
+            told.append(f"the learning rate never reaches its full value: {parts}")
+        if rise > 0 and self.duration <= self.batch:
             told.append("no network learns: the run has one update, and a ramp-up begins with learning rate 0")
         return told
-
-    @property
-    def last_update(self) -> int:
-        """Images before the last update."""
-        return (self.duration - 1) // self.batch * self.batch
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -139,9 +128,7 @@ class Recipe:
     direction: str = setting("vsd", "Generator loss: 'vsd' as published, 'sid' through teacher and score network (SiD)")
     alpha: float = setting(1.0, "SiD's alpha")
     scale: str = setting("learned", "Generator loss over: 'learned', 'abs', 'square', 'output', 'unit' (see losses.py)")
-    divergence: str = setting(
-        "reverse-kl", "Divergence, by the discriminator: 'reverse-kl', 'forward-kl', 'js' (f-distill)"
-    )
+    divergence: str = setting("reverse-kl", "Divergence, by the discriminator: 'reverse-kl', 'forward-kl', 'js'")
     gan_balance: bool = setting(False, "Adversarial weight relative to the norms of the two gradients at the image")
     levels: str = setting("lognormal", "Levels t of all losses: 'lognormal', or 'karras' between t_min and t_max")
     t_min: float = setting(0.002, "Smallest t of 'karras' levels")
@@ -171,9 +158,7 @@ class NCVSDConfig(Recipe, TrainingConfig):
     init_sigma: float = setting(80.0, "Noise level of unconditional generation")
     g_lr_scaling: float = setting(0.01, "Learning rate of the generator, relative to the score network's")
     d_lr_scaling: float = setting(0.01, "Learning rate of the discriminator, relative to the score network's")
-    g_delay_kimg: float = setting(
-        0, "Generator updates from here on, in thousand images; the others learn from the start"
-    )
+    g_delay_kimg: float = setting(0, "Generator updates from here on, in thousand images; others from the start")
     g_rampup_kimg: float = setting(0, "Linear rise of the generator's rate from there on, in thousand images")
     gan_loss_scaling: float = setting(1.0, "Weight of the adversarial loss")
     gan_warmup_kimg: float = setting(16778, "Adversarial loss from here on, in thousand images")
@@ -190,10 +175,7 @@ class NCVSDConfig(Recipe, TrainingConfig):
     sigma_rho: float = setting(7.0, "Levels of y: uniform over a Karras grid of this rho")
     sigma_steps: int = setting(1000, "Levels of y: points of that grid")
     eval_ts: tuple[tuple[int, ...], ...] = setting(
-        ((10, 22, 39),),
-        "Few-step schedule of sample grids, as grid indices; may be repeated",
-        flags=("--eval-ts", "--ts"),
-        multiple=True,
+        ((10, 22, 39),), "Few-step schedule of sample grids, grid indices; may be repeated", flags=("--eval-ts", "--ts")
     )
 
     checks: ClassVar[dict[str, Check]] = {
@@ -213,15 +195,15 @@ class NCVSDConfig(Recipe, TrainingConfig):
             raise PresetError(f"t_min and t_max must be positive and increase, got {self.t_min} and {self.t_max}")
 
     def warnings(self) -> list[str]:
-        told = super().warnings()
-        for name, what in (
-            ("g_delay_kimg", "the generator never learns, and the student stays as it begins"),
-            ("gan_warmup_kimg", "the adversarial loss never begins"),
-        ):
-            start = getattr(self, name)
-            if start * 1e3 > self.last_update and (name == "g_delay_kimg" or self.gan_loss_scaling > 0):
-                told.append(f"{what}: {name} {start:g} is not below the run's {self.duration:,} images")
-        return told
+        parts = {"g_delay_kimg": "the generator never learns, and the student stays as it begins"}
+        if self.gan_loss_scaling > 0:
+            parts["gan_warmup_kimg"] = "the adversarial loss never begins"
+        last = (self.duration - 1) // self.batch * self.batch  # images before the last update
+        return super().warnings() + [
+            f"{what}: {name} {getattr(self, name):g} is not below the run's {self.duration:,} images"
+            for name, what in parts.items()
+            if getattr(self, name) * 1e3 > last
+        ]
 
 
 @dataclass(frozen=True)
@@ -243,10 +225,7 @@ class EDM2Config(TrainingConfig):
         "model_channels channels_per_head": between(1, 8192),
         "num_blocks": between(1, 64),
         "eval_steps": between(2, 10_000),
-        "channel_mult": (
-            lambda v: 1 <= len(v) <= 12 and all(1 <= factor <= 64 for factor in v),
-            "takes up to 12 factors from 1 to 64",
-        ),
+        "channel_mult": (lambda v: 0 < len(v) <= 12 and {*v} <= {*range(1, 65)}, "takes up to 12 factors from 1 to 64"),
         "attn_resolutions": (lambda v: all(resolution > 0 for resolution in v), "must be positive"),
     }
 
@@ -254,10 +233,10 @@ class EDM2Config(TrainingConfig):
 def preset_names(kind: type) -> list[str]:
     """Names of the preset files made for this dataclass."""
     names = []
-    for path in PRESET_DIR.glob("*.json"):
+    for path in sorted(PRESET_DIR.glob("*.json")):
         with contextlib.suppress(PresetError):  # reported when it is asked for
             names += [path.stem] * (_read(path).get("kind") == _kind_name(kind))
-    return sorted(names)
+    return names
 
 
 def load_config(kind: type[Config], preset: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -271,20 +250,17 @@ def load_config(kind: type[Config], preset: str | None = None, overrides: Mappin
     if preset is not None:
         path = Path(preset) if preset.endswith(".json") else PRESET_DIR / f"{preset}.json"
         if not path.is_file():
-            raise PresetError(
-                f"there is no preset {preset!r}: use one of {', '.join(preset_names(kind))}, or a .json file"
-            )
+            known = ", ".join(preset_names(kind))
+            raise PresetError(f"there is no preset {preset!r}: use one of {known}, or a .json file")
         values = _read(path)
         if values.pop("kind", None) != _kind_name(kind):
             raise PresetError(f'{path} is no preset for this script: its "kind" is not {_kind_name(kind)!r}')
         values.pop("description", None)
-    shares = values.pop("scale_with_duration", [])
-    own = values.get("duration")
+    shares, own = values.pop("scale_with_duration", []), values.get("duration")
     given = {k: v for k, v in (overrides or {}).items() if v not in (None, ())}
-    values.update(given)
+    values |= given
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
+    if unknown := sorted(set(values) - set(fields)):
         near = difflib.get_close_matches(unknown[0], fields, 1)
         advice = f"did you mean {near[0]!r}?" if near else "--help lists those that there are"
         raise PresetError(f"unknown setting {unknown[0]!r} in preset {preset}: {advice}")
@@ -303,16 +279,12 @@ def convert(name: str, kind: Any, si: bool, value: Any) -> Any:
     """Value of one setting from JSON or from the command line. Raises PresetError naming it."""
     try:
         if typing.get_origin(kind) is tuple:
-            element, parts = typing.get_args(kind)[0], value
-            if typing.get_origin(element) is tuple:
+            element, parts = typing.get_args(kind)[0], value.split(",") if isinstance(value, str) else value
+            if typing.get_origin(element) is tuple:  # one or several
                 several = not isinstance(value, str) and all(isinstance(part, (str, list, tuple)) for part in value)
                 parts = value if several else [value]
-            elif isinstance(value, str):
-                parts = value.split(",")
             return tuple(convert(name, element, False, part) for part in parts)
         if kind is bool:
-            if isinstance(value, bool):
-                return value
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
         if si:
             return parse_si(value)
@@ -333,8 +305,7 @@ def _kind_name(kind: type) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, _MAX_BYTES)
-    except ValueError as error:
-        raise PresetError(f"cannot read preset {error}") from None
-    except OSError as error:
-        raise PresetError(f"cannot read preset {path}: {error.strerror or error}") from None
+        return read_json(path, max_bytes=1 << 20)
+    except (OSError, ValueError) as error:
+        told = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
+        raise PresetError(f"cannot read preset {told}") from None

@@ -1,16 +1,16 @@
 """What is trained: the one phase of teacher pretraining and the three of NCVSD, in the order of an iteration."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from generation.images import generate_images
 from networks import CombinedScore, Discriminator, GenerativeDenoiser, Precond, PrecondCondition
@@ -23,6 +23,8 @@ from training.noise import LogNormalSigma, UniformKarrasSigma
 from training.presets import EDM2Config, NCVSDConfig
 
 Levels = LogNormalSigma | UniformKarrasSigma
+ScoreNet = PrecondCondition | CombinedScore
+Seeds = Sequence[int]
 
 
 @dataclass
@@ -64,9 +66,8 @@ class Phase:
 
     def rate(self, nimg: int) -> float:
         """Learning rate, relative to the schedule's, of an update after `nimg` images; 0 before the start."""
-        if nimg < self.start:
-            return 0.0
-        return self.lr_scaling * (min((nimg - self.start) / self.rampup, 1) if self.rampup else 1)
+        ramp = min((nimg - self.start) / self.rampup, 1) if self.rampup else 1
+        return self.lr_scaling * ramp if nimg >= self.start else 0.0
 
 
 @dataclass
@@ -79,22 +80,15 @@ class Task:
     teacher_digest: str | None = None  # SHA-256 of the teacher's weights
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # further networks that the phases evaluate
     teacher: Precond | None = None  # whose samples to show once, for comparison
-    views: Callable[[nn.Module, Encoder, Sequence[int], int], dict[str, Tensor]] | None = (
-        None  # more images of a network
-    )
+    views: Callable[[nn.Module, Encoder, Seeds, int], dict[str, Tensor]] = lambda *drawn: {}  # more images
 
     @property
     def order(self) -> list[Phase]:
         """Phases of an iteration, each as often as it updates its network; each time on a fresh batch."""
         return [phase for phase in self.phases for _ in range(phase.updates)]
 
-    def sample_grids(self, net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
-        """Images [N,C,H,W] uint8 on the CPU by name of schedule, from the same seeds."""
-        grids = {name: draw(net, encoder, seeds, batch, **options) for name, options in self.schedules.items()}
-        return grids | (self.views(net, encoder, seeds, batch) if self.views is not None else {})
 
-
-def draw(net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int, **arguments: Any) -> Tensor:
+def draw(net: nn.Module, encoder: Encoder, seeds: Seeds, batch: int, **arguments: Any) -> Tensor:
     """Images [N,C,H,W] uint8 on the CPU, all drawn by this process; arguments are those of generate_images."""
     batches = generate_images(net, encoder, seeds=seeds, batch=batch, rank=0, world_size=1, **arguments)
     return torch.cat([b.images.cpu() for b in batches])
@@ -123,9 +117,7 @@ def pretraining_task(net: Precond, config: EDM2Config) -> Task:
     return Task([phase], net, schedules)
 
 
-def build_student(
-    teacher: Precond, config: NCVSDConfig
-) -> tuple[GenerativeDenoiser, PrecondCondition | CombinedScore, Discriminator]:
+def build_student(teacher: Precond, config: NCVSDConfig) -> tuple[GenerativeDenoiser, ScoreNet, Discriminator]:
     """Generator, score network and discriminator, initialised from the teacher, in the teacher's compute dtype."""
     arguments = {**teacher.init_kwargs, "dropout": config.dropout}
     conditional = PrecondCondition(**arguments).to(teacher.device).init_from_teacher(teacher)
@@ -133,36 +125,27 @@ def build_student(
     discriminator = Discriminator(**arguments, head=config.d_head).to(teacher.device).init_from_teacher(teacher)
     for net in (conditional, score_net, discriminator):
         net.compute_dtype = teacher.compute_dtype
-    if config.combined_score:
-        score_net = CombinedScore(score_net)
-    return GenerativeDenoiser(conditional, config.gamma, config.init_sigma), score_net, discriminator
+    generator = GenerativeDenoiser(conditional, config.gamma, config.init_sigma)
+    return generator, CombinedScore(score_net) if config.combined_score else score_net, discriminator
 
 
 def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
     """The three phases of NCVSD (NCVSD, Algorithm 1): score network, discriminator, generator."""
     teacher.eval().requires_grad_(False)
+    schedules: dict[str, dict[str, Any]] = {"1step": {}}
+    schedules |= {"ts" + "_".join(map(str, ts)): {"ts": ts} for ts in (parse_ts(given).ts for given in config.eval_ts)}
     generator, score_net, discriminator = build_student(teacher, config)
     phases = distillation_phases(teacher, generator, score_net, discriminator, config)
-    schedules: dict[str, dict[str, Any]] = {"1step": {}}
-    for ts in (parse_ts(given).ts for given in config.eval_ts):
-        schedules["ts" + "_".join(map(str, ts))] = {"ts": ts}
-
-    def views(net: nn.Module, encoder: Encoder, seeds: Sequence[int], batch: int) -> dict[str, Tensor]:
-        return denoised_views(net, score_net, teacher, encoder, seeds, math.exp(config.g_p_mean), batch)
-
+    views = partial(denoised_views, score_net, teacher, math.exp(config.g_p_mean))
     return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher}, teacher, views)
 
 
-@dataclass
 class Observer:
     """Draws what the losses of distillation see of a batch."""
 
-    generator: nn.Module
-    config: NCVSDConfig
-
-    def __post_init__(self) -> None:
-        c = self.config
-        self.y_sampler = UniformKarrasSigma(c.sigma_steps, sigma_max=c.init_sigma, rho=c.sigma_rho)
+    def __init__(self, generator: nn.Module, config: NCVSDConfig) -> None:
+        self.generator, self.config = generator, config
+        self.y_sampler = UniformKarrasSigma(config.sigma_steps, sigma_max=config.init_sigma, rho=config.sigma_rho)
 
     def levels(self, p_mean: float, p_std: float) -> Levels:
         """Distribution of t for one of the losses."""
@@ -197,16 +180,16 @@ class Observer:
 def distillation_phases(
     teacher: Callable[..., Tensor],  # D(x, sigma, labels): Precond, or any denoiser called like it
     generator: GenerativeDenoiser,
-    score_net: PrecondCondition | CombinedScore,
+    score_net: ScoreNet,
     discriminator: Discriminator,
     config: NCVSDConfig,
     combine: Callable[..., tuple[Tensor, Tensor]] = combine_observations,  # see `generator_loss`
 ) -> list[Phase]:
     """The phases of an iteration in their order: score network, discriminator, generator."""
     c, observer = config, Observer(generator, config)
-    s_levels, d_levels = observer.levels(c.s_p_mean, c.s_p_std), observer.levels(c.d_p_mean, c.d_p_std)
-    g_levels = observer.levels(c.g_p_mean, c.g_p_std)
-    recipe = {name: getattr(c, name) for name in ("direction", "alpha", "scale", "divergence")}
+    parts = ((c.s_p_mean, c.s_p_std), (c.d_p_mean, c.d_p_std), (c.g_p_mean, c.g_p_std))
+    s_levels, d_levels, g_levels = (observer.levels(*part) for part in parts)
+    recipe = dict(direction=c.direction, alpha=c.alpha, scale=c.scale, divergence=c.divergence, balance=c.gan_balance)
 
     def score_phase(batch: Batch, score_net: nn.Module) -> LossTerms:
         y, sigma, t = observer.observe(batch, s_levels, c.own_states)
@@ -215,9 +198,9 @@ def distillation_phases(
 
     def discriminator_phase(batch: Batch, discriminator: nn.Module) -> LossTerms:
         y, sigma, t = observer.observe(batch, d_levels)
-        nets, images, labels = (generator, discriminator), batch.images, batch.labels
-        fake, real = discriminator_loss(*nets, images, y, sigma, t, labels, randn_like=batch.noise.randn_like)
-        total = (0.5 * (fake + real)).expand_as(images)
+        seen, options = (batch.images, y, sigma, t, batch.labels), dict(randn_like=batch.noise.randn_like)
+        fake, real = discriminator_loss(generator, discriminator, *seen, **options)
+        total = (0.5 * (fake + real)).expand_as(batch.images)
         chance = math.log(2)  # the cross-entropy of a logit of 0
         rates = {"Discriminator/accuracy_fake": fake < chance, "Discriminator/accuracy_real": real < chance}
         return LossTerms(total, {"disc_fake": fake, "disc_real": real}, t, rates)
@@ -225,7 +208,7 @@ def distillation_phases(
     def generator_phase(batch: Batch, generator: nn.Module) -> LossTerms:
         y, sigma, t = observer.observe(batch, g_levels, c.own_states)
         nets = generator, teacher, score_net, discriminator if batch.nimg >= c.gan_warmup_kimg * 1000 else None
-        options = dict(recipe, balance=c.gan_balance, combine=combine, randn_like=batch.noise.randn_like)
+        options = dict(recipe, combine=combine, randn_like=batch.noise.randn_like)
         vsd, gan = generator_loss(*nets, y, sigma, t, batch.labels, **options)
         if gan is None:
             return LossTerms(vsd, {"vsd": vsd}, t)
@@ -244,32 +227,22 @@ def distillation_phases(
 
 @torch.no_grad()
 def denoised_views(
-    generator: nn.Module,  # GenerativeDenoiser whose samples are looked at
-    score_net: nn.Module,
-    teacher: nn.Module,
-    encoder: Encoder,
-    seeds: Sequence[int],
-    t: float,  # noise level of x_t
-    batch: int,
+    score_net: nn.Module, teacher: nn.Module, t: float, generator: nn.Module, encoder: Encoder, seeds: Seeds, batch: int
 ) -> dict[str, Tensor]:
     """Images [N,C,H,W] uint8 on the CPU: E[x | x_t, y] for x_t = x + t·n and samples x of y at the highest level.
 
     By the score network ("score_view") and by the teacher ("teacher_view"). The generator's loss is the difference of
     the two: where they look alike it has nothing left to learn at this level.
     """
-    sigma, device = generator.init_sigma, generator.device
-    shape = [generator.img_channels, generator.img_resolution, generator.img_resolution]
+    sigma, classes, size = generator.init_sigma, generator.label_dim, generator.img_resolution
     views: dict[str, list[Tensor]] = {"score_view": [], "teacher_view": []}
     for first in range(0, len(seeds), batch):
-        noise = SeededNoise(seeds[first : first + batch], device)
-        count = len(noise.seeds)
-        y = sigma * noise.randn([count, *shape])
-        labels = None
-        if generator.label_dim:
-            labels = torch.nn.functional.one_hot(noise.randint(generator.label_dim), generator.label_dim).float()
+        noise = SeededNoise(seeds[first : first + batch], generator.device)
+        y = sigma * noise.randn([len(noise.seeds), generator.img_channels, size, size])
+        labels = one_hot(noise.randint(classes), classes).float() if classes else None
         x = generator(y, sigma, labels, randn_like=noise.randn_like)
         x_t = x + t * noise.randn_like(x)
-        found = (score_net(x_t, t, y, sigma, labels), teacher(*combine_observations(y, sigma, x_t, t), labels))
-        for images, latents in zip(views.values(), found, strict=True):
-            images.append(encoder.decode(latents).cpu())
+        views["score_view"].append(encoder.decode(score_net(x_t, t, y, sigma, labels)).cpu())
+        combined, level = combine_observations(y, sigma, x_t, t)
+        views["teacher_view"].append(encoder.decode(teacher(combined, level, labels)).cpu())
     return {name: torch.cat(images) for name, images in views.items()}

@@ -23,7 +23,7 @@ from tests.training.tiny_runs import (
 )
 from training import loop
 from training.optim import DivergenceError
-from training.run import identity
+from training.run import state
 from training.run.state import StateError, list_states
 from training.tasks import distillation_task
 
@@ -153,10 +153,10 @@ def test_a_run_cut_off_between_state_and_snapshot_makes_up_for_it(tmp_path, data
 
 
 def test_a_process_that_does_not_see_the_main_ones_state_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity.distributed, "is_main", lambda: False)
-    monkeypatch.setattr(identity.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
+    monkeypatch.setattr(state.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(state.distributed, "from_main", lambda value: "training-state-000000016-01234567.pt")
     with pytest.raises(StateError, match="does not see .*training-state-000000016.*share that folder"):
-        identity.newest_state(tmp_path, print, writing=False)
+        state.newest_state(tmp_path, print, writing=False)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from tests.training.tiny_runs import (
     weights,
 )
 from tests.training.two_processes import GRADIENTS, STEPS
-from training.run import parallel, session
+from training import phema
+from training.run import session
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -98,7 +99,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_image(runs):
 
 def test_tensors_are_divided_evenly():
     sizes = {f"w{i}": 100 + i for i in range(40)} | {"large": 2000}
-    owners = parallel.divide(sizes, 3)
+    owners = phema.divide(sizes, 3)
     loads = [sum(size for name, size in sizes.items() if owners[name] == rank) for rank in range(3)]
     assert sum(loads) == sum(sizes.values()) and max(loads) - min(loads) < 150
-    assert parallel.divide(dict(reversed(sizes.items())), 3) == owners  # whatever the order
+    assert phema.divide(dict(reversed(sizes.items())), 3) == owners  # whatever the order

@@ -12,7 +12,7 @@ from networks.encoders import RGBEncoder
 from training.loop import train
 from training.presets import EDM2Config, NCVSDConfig
 from training.run.options import RunOptions
-from training.run.state import find_newest_state
+from training.run.state import newest_state
 from training.tasks import distillation_task, pretraining_task
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def run_training(task, dataset, config, folder, **options):
 
 
 def load_newest_state(folder, warn=print):
-    return find_newest_state(folder, warn)[1]
+    return newest_state(folder, warn)[1]
 
 
 def weights(net):

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +42,13 @@ def read_entry(line: bytes) -> dict[str, Any] | None:
 
 def read_curves(run_dir: str | Path) -> dict[str, Curve]:
     """Every quantity of a run's stats.jsonl by name; numbers beyond 1e300 are left out, those within 1e-300 are 0.
-
     Raises PlotError for no file or no numbers in it, OSError for one that cannot be read.
     """
     path = Path(run_dir) / "stats.jsonl"
     if not path.is_file():
         raise PlotError(f"{run_dir or repr('')} has no stats.jsonl: name the folder of a run")
     curves: dict[str, Curve] = {}
-    for line in read_regular(path, MAX_STATISTICS).splitlines():
-        entry = read_entry(line) or {}
+    for entry in filter(None, map(read_entry, read_regular(path, MAX_STATISTICS).splitlines())):
         for key, value in entry.items():
             if key != "nimg" and isinstance(value, (int, float)) and abs(value) <= LARGEST:  # False for NaN
                 number = float(value) if abs(value) >= 1 / LARGEST else 0.0
@@ -64,9 +63,8 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError(
-            f"figures are drawn by matplotlib, which is not installed: pip install matplotlib ({error})"
-        ) from error
+        advice = "pip install matplotlib"
+        raise PlotError(f"figures are drawn by matplotlib, which is not installed: {advice} ({error})") from error
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
@@ -80,24 +78,22 @@ def png(figure: Figure) -> bytes:
 
 
 def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
-    """A panel for each quantity that matches one of the patterns `keys`, the runs over one another.
-
-    Raises PlotError if there is none, and without matplotlib.
+    """A panel for each quantity that matches one of the patterns `keys`, the runs over one another. Raises PlotError if
+    there is none, and without matplotlib.
     """
     known = list(dict.fromkeys(key for curves in runs.values() for key in curves))
     chosen = list(dict.fromkeys(key for pattern in keys for key in known if fnmatch(key, pattern.strip())))
     if not chosen:
         shown = ", ".join(key or repr(key) for key in keys)
         raise PlotError(f"no statistics match {shown}: known are {', '.join(known)}")
-    columns = min(2, len(chosen))
-    rows = math.ceil(len(chosen) / columns)
+    rows, columns = math.ceil(len(chosen) / 2), min(2, len(chosen))
     figure = new_figure(columns * PANEL[0], rows * PANEL[1] + 0.22 * len(runs) + 0.16)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, key in zip(panels, chosen, strict=False):
-        _draw_panel(panel, key, {i: curves[key] for i, curves in enumerate(runs.values()) if key in curves})
-    for panel in panels[len(chosen) :]:
-        panel.remove()
+    for panel, key in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, chosen):
+        if key is None:
+            panel.remove()
+        else:
+            _draw_panel(panel, key, {i: curves[key] for i, curves in enumerate(runs.values()) if key in curves})
     _draw_legend(figure, list(runs))
     return figure
 
@@ -123,9 +119,8 @@ def _draw_panel(panel: Axes, title: str, curves: dict[int, Curve]) -> None:
 def _draw_legend(figure: Figure, names: list[str]) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], **_style(i)) for i in range(len(names))]
-    numbers = [str(i) for i in range(len(names))]  # a name that begins with _ would be left out
-    legend = figure.legend(lines, numbers, loc="outside upper left", frameon=False, fontsize=10, handlelength=3.5)
+    lines = [Line2D([], [], **_style(i), label=str(i)) for i in range(len(names))]  # a name with _ would be left out
+    legend = figure.legend(handles=lines, loc="outside upper left", frameon=False, fontsize=10, handlelength=3.5)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name.encode(errors="replace").decode())
@@ -134,11 +129,5 @@ def _draw_legend(figure: Figure, names: list[str]) -> None:
 def _style(index: int) -> dict[str, Any]:
     """Look of run number `index`: where the colours begin again it is dashed, with wider gaps each time."""
     again, number = divmod(index, len(COLOURS))
-    dashes = (0, (4, 1.5 * again)) if again else "-"
-    return {
-        "color": COLOURS[number],
-        "linewidth": 1.8,
-        "linestyle": dashes,
-        "markersize": 5,
-        "fillstyle": "none" if again else "full",
-    }
+    marks = dict(linewidth=1.8, markersize=5, fillstyle="none" if again else "full")
+    return dict(color=COLOURS[number], linestyle=(0, (4, 1.5 * again)) if again else "-", **marks)

@@ -1,7 +1,5 @@
 """A small metric of every snapshot: the losses of distillation oscillate and say little about the samples."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +12,8 @@ from torch import nn
 from data.dataset import ImageDataset
 from metrics.collect import evaluate_dataset, evaluate_network
 from metrics.compute import check_dimensions, check_reference, compute_metrics
-from metrics.features.detectors import LoadedDetector, load_detector
-from metrics.kinds import Metric, parse_metrics
+from metrics.features.detectors import load_detector
+from metrics.kinds import parse_metrics
 from metrics.references import Reference, load_reference, save_reference
 from networks.encoders import Encoder
 from torch_utils import distributed
@@ -36,9 +34,8 @@ def snapshot_metrics(
     schedules: Mapping[str, dict[str, Any]],  # name -> arguments of generate_images, each measured on its own
     writing: bool = True,  # False = check everything, with two images for the reference, and write nothing
 ) -> Callable[[nn.Module, Encoder], dict[str, float]]:
-    """Function of a network and its encoder that returns metrics by name, METRIC_SCHEDULE. Both are collective.
-
-    Raises ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
+    """Function of a network and its encoder that returns metrics by name, METRIC_SCHEDULE. Both are collective. Raises
+    ValueError for unknown metrics, missing detectors, fewer than 2 images, and latents without statistics.
     """
     metrics = distributed.main_first(lambda: parse_metrics(names))
     if num < 2:
@@ -51,19 +48,24 @@ def snapshot_metrics(
         path = run_dir / f"eval-reference-{distributed.from_main(shown)[:8]}.npz"  # of these data, for these metrics
         there = distributed.from_main(path.exists())
         if not there:
-            count = REFERENCE_IMAGES if writing else 2
-            indices = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
+            indices = np.random.default_rng(0).permutation(len(dataset))[: REFERENCE_IMAGES if writing else 2].tolist()
             collected = evaluate_dataset(dataset, metrics, detectors, indices=indices, batch=batch, device=device)
             if writing and distributed.is_main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_reference(path, collected)
             distributed.barrier()
         reference = str(path) if there or writing else None
-    known = distributed.main_first(lambda: _reference(reference, metrics, detectors) if reference else None)
-    seeds = range(FIRST_SEED, FIRST_SEED + num)
+
+    def read() -> Reference:
+        known = load_reference(reference)
+        check_reference(metrics, known)
+        check_dimensions(metrics, detectors, known)
+        return known
+
+    known = distributed.main_first(read) if reference else None
 
     def evaluate(net: nn.Module, encoder: Encoder) -> dict[str, float]:
-        measured = {}
+        measured, seeds = {}, range(FIRST_SEED, FIRST_SEED + num)
         for name, sampling in schedules.items():
             found = evaluate_network(net, encoder, metrics, detectors, seeds, batch=batch, **sampling)
             values, _ = compute_metrics(metrics, found.collected, known)
@@ -71,11 +73,3 @@ def snapshot_metrics(
         return measured
 
     return evaluate
-
-
-def _reference(source: str, metrics: list[Metric], detectors: dict[str, LoadedDetector]) -> Reference:
-    """Statistics that fit metrics and detectors. Raises ValueError for others."""
-    reference = load_reference(source)
-    check_reference(metrics, reference)
-    check_dimensions(metrics, detectors, reference)
-    return reference

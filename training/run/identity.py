@@ -1,10 +1,8 @@
-"""Which run a folder holds: who is using it, settings, data and teacher, and the newest valid state."""
-
-from __future__ import annotations
+"""Which run a folder holds: who is using it, settings, data and teacher."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,16 @@ from data.dataset import InfiniteSampler
 from dnnlib.files import lock_folder, read_json, write_json
 from torch_utils import distributed
 from training.presets import MAY_CHANGE, TrainingConfig
-from training.run.state import State, StateError, find_newest_state, read_state
-
-_MAX_BYTES = 1 << 20  # of run.json
+from training.run.state import Log, State, StateError
 
 Identity = dict[str, Any]  # plain JSON data
-Log = Callable[[str], None]
 
 
 def run_identity(config: TrainingConfig, seed: int, data: str, teacher: str | None) -> Identity:
     """Settings that shape the result, seed, order of the images, and fingerprints of data set and teacher."""
-    fields = settings(config)
-    if config.cooldown_mimg > 0:
-        fields["duration"] = config.duration  # the learning rate falls to 0 at its end
-    return {**fields, "seed": seed, "data": data, "teacher": teacher, "image_order": InfiniteSampler.version}
+    end = {"duration": config.duration} if config.cooldown_mimg > 0 else {}  # where the learning rate falls to 0
+    other = {"seed": seed, "data": data, "teacher": teacher, "image_order": InfiniteSampler.version}
+    return {**settings(config), **end, **other}
 
 
 def settings(config: TrainingConfig) -> Identity:
@@ -36,9 +30,8 @@ def settings(config: TrainingConfig) -> Identity:
 
 @contextmanager
 def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
-    """Keep other runs out of a folder, by a lock that ends with the main process at the latest. Collective.
-
-    Raises ValueError where another run holds it; without `create`, a folder without lock is free.
+    """Keep other runs out of a folder, by a lock that ends with the main process at the latest. Collective. Raises
+    ValueError where another run holds it; without `create`, a folder without lock is free.
     """
     wanted = distributed.is_main() and (create or (run_dir / ".lock").exists())
     held = distributed.main_first(lambda: lock_folder(run_dir) if wanted else None)
@@ -49,42 +42,12 @@ def sole_user(run_dir: Path, *, create: bool = True) -> Iterator[None]:
             held.close()
 
 
-def newest_state(run_dir: Path, warn: Log, *, writing: bool = True) -> tuple[Path | None, State | None]:
-    """As `find_newest_state`, the same in every process: the main one verifies files and, if `writing`, tidies up.
-
-    Raises StateError in a process that does not see that file. Collective.
-    """
-
-    def find() -> tuple[Path | None, State | None]:
-        if not distributed.is_main():
-            return None, None
-        if writing:
-            for path in run_dir.glob(".training-state-*.new"):  # what a killed process left
-                path.unlink()
-        return find_newest_state(run_dir, warn, set_aside=writing)
-
-    path, state = distributed.main_first(find)
-    name = distributed.from_main(path.name if path else None)
-    if path is None and name is not None:
-        path = run_dir / name
-        if not path.is_file():
-            raise StateError(f"process {distributed.rank()} does not see {path}: all machines must share that folder")
-        state = read_state(path)
-    return path, state
-
-
 def check_identity(
-    run_dir: Path,
-    identity: Identity,
-    state: State | None,  # the training state to resume from
-    defaults: TrainingConfig,  # what a run had of settings that did not exist when it began
-    *,
-    force: bool = False,
-    log: Log = print,
+    run_dir: Path, identity: Identity, state: State | None, defaults: TrainingConfig, *, force: bool, log: Log
 ) -> None:
-    """Compare a run with the one that the folder holds, by run.json or, without that, by its newest state. Collective.
-
-    Raises StateError, listing every difference, where settings or data are others; with `force` they are logged.
+    """Compare a run with the one that the folder holds, by run.json or, without that, by its newest state; `defaults`
+    are of settings that did not exist when it began. Raises StateError, listing every difference, where settings or
+    data are others; with `force` they are logged. Collective.
     """
 
     def check() -> None:
@@ -95,22 +58,24 @@ def check_identity(
         try:
             stored = settings(defaults) | {"image_order": 1} | json.loads(json.dumps(stored))
         except (TypeError, ValueError, RecursionError):
-            raise StateError(
-                f"the newest training state of {run_dir} is damaged: it does not say whose it is"
-            ) from None
+            told = "is damaged: it does not say whose it is"
+            raise StateError(f"the newest training state of {run_dir} {told}") from None
         if stored["image_order"] != identity["image_order"] and not force:
             raise StateError(
                 f"{run_dir} holds a run that takes the training images in another order, of another version of this "
                 "code: finish it with that version, give --force-resume to go on in the new order, or another --outdir"
             )
-        fields = [k for k in sorted(stored.keys() | identity.keys()) if stored.get(k) != identity.get(k)]
-        found = "; ".join(f"{k} is {_short(stored.get(k))}, now {_short(identity.get(k))}" for k in fields)
-        if fields and not force:
+        found = "; ".join(
+            f"{key} is {_short(stored.get(key))}, now {_short(identity.get(key))}"
+            for key in sorted(stored.keys() | identity.keys())
+            if stored.get(key) != identity.get(key)
+        )
+        if found and not force:
             raise StateError(
                 f"{run_dir} holds a run with other settings ({found}): give the same options to resume it, "
                 "--force-resume to go on with the new ones, or another --outdir"
             )
-        if fields and distributed.is_main():
+        if found and distributed.is_main():
             log(f"resuming with other settings, as --force-resume asks: {found}")
 
     distributed.main_first(check)
@@ -131,6 +96,6 @@ def _short(value: Any) -> str:
 
 def _read(path: Path) -> Identity:
     try:
-        return read_json(path, _MAX_BYTES)
+        return read_json(path, max_bytes=1 << 20)
     except ValueError as error:
         raise StateError(f"{error}: restore it, or use another --outdir") from None

@@ -1,7 +1,5 @@
 """From command-line options to a run: devices, data, networks, what is printed first, and what errors say."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -20,10 +18,8 @@ from dnnlib import ROOT
 from dnnlib.text import first_line, redact
 from networks.encoders import Encoder, RGBEncoder, StabilityVAEEncoder
 from networks.unet import set_recompute
-from sampling.grids import parse_ts
 from torch_utils import distributed
 from training.loop import train
-from training.optim import DivergenceError
 from training.presets import EDM2Config, NCVSDConfig, TrainingConfig
 from training.run.evaluation import snapshot_metrics
 from training.run.memory import memory_plan
@@ -31,17 +27,11 @@ from training.run.options import RunOptions
 from training.run.session import Run
 from training.tasks import Task, distillation_task, pretraining_task
 
-CACHE_LIMIT = 256 << 20  # bytes of decoded images that are kept in memory
-
-Build = Callable[[ImageDataset, torch.device], tuple[Task, Encoder]]
-
 
 def distil(config: NCVSDConfig, options: RunOptions, net: str) -> None:
     """Train a student of the teacher `net`, a file or URL. Raises ValueError where teacher and data do not fit."""
 
     def build(dataset: ImageDataset, device: torch.device) -> tuple[Task, Encoder]:
-        for ts in config.eval_ts:
-            parse_ts(ts)
         loaded = networks.load(net, device=device)
         check_teacher(loaded, net, dataset, options.data, config.cond)
         return distillation_task(loaded.net, config), loaded.encoder.to(device)
@@ -80,22 +70,24 @@ def check_teacher(loaded: networks.LoadedNetwork, net: str, dataset: ImageDatase
     found = (encoder.latent_channels(dataset.num_channels), dataset.resolution)
     wanted = (teacher.img_channels, teacher.img_resolution)
     if found != wanted:
-        raise ValueError(
-            f"{data} has images of {found[0]} channels at {found[1]}x{found[1]}, "
-            f"the teacher {net} works on {wanted[0]} channels at {wanted[1]}x{wanted[1]}"
-        )
-    if dataset.label_dim != teacher.label_dim and (teacher.label_dim or cond) and dataset.label_dim:
+        has, takes = (f"{channels} channels at {size}x{size}" for channels, size in (found, wanted))
+        raise ValueError(f"{data} has images of {has}, the teacher {net} works on {takes}")
+    if dataset.label_dim and dataset.label_dim != teacher.label_dim and (teacher.label_dim or cond):
         raise ValueError(f"{data} has {dataset.label_dim} classes, the teacher has {teacher.label_dim}")
     if teacher.label_dim and not dataset.label_dim:
         raise ValueError(f"the teacher has {teacher.label_dim} classes and {data} has no labels in use")
 
 
-def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
+def launch(config: TrainingConfig, options: RunOptions, build: Callable[..., tuple[Task, Encoder]]) -> None:
     """Load the data, build the task and train. Mistakes of the user's are ValueError or ClickException, in one line."""
     device = distributed.init(options.device)
     configure_backends(options.deterministic)
     dtype = distributed.main_first(lambda: distributed.compute_dtype(options.dtype, device))
-    dataset = distributed.main_first(lambda: _load_data(config, options.data))
+    batch, _ = config.split_batch(distributed.world_size())
+    path = Path(options.data)
+    small = path.is_file() and path.stat().st_size <= 32 << 20  # kept in memory, decoded; a folder is read file by file
+    arguments = dict(use_labels=config.cond, xflip=config.xflip, cache=small)
+    dataset = distributed.main_first(lambda: ImageDataset(options.data, **arguments))
     torch.manual_seed(options.seed)
     task, encoder = distributed.main_first(lambda: build(dataset, device))
     for net in [phase.net for phase in task.phases] + list(task.frozen.values()):
@@ -105,12 +97,13 @@ def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
     command = shlex.join(map(redact, sys.argv))
     description = _description(config, options, task, dataset, device, command)
     distributed.print0("\n".join(description), flush=True)
-    options = dataclasses.replace(
-        options,
-        evaluate=_evaluation(config, options, task, dataset, device) if options.eval_metric else None,
-        provenance={"command": command, "git_commit": git_commit()},
-        description=description,
-    )
+    evaluate = None
+    if options.eval_metric:
+        given = dict(reference=options.eval_ref, run_dir=options.run_dir, writing=not options.dry_run)
+        given |= dict(batch=batch, schedules=task.schedules)
+        evaluate = snapshot_metrics(options.eval_metric, options.eval_num, dataset, device, **given)
+    provenance = {"command": command, "git_commit": git_commit()}
+    options = dataclasses.replace(options, evaluate=evaluate, provenance=provenance, description=description)
     if options.dry_run:
         Run(task, dataset, encoder, config, options, device).dry_run()
         return
@@ -119,10 +112,6 @@ def launch(config: TrainingConfig, options: RunOptions, build: Build) -> None:
         train(task, dataset, encoder, config, options, device)
     except DatasetError as error:
         raise click.ClickException(one_line(error)) from error
-    except DivergenceError as error:
-        if not distributed.is_main():  # all processes saw it: one message is enough
-            raise distributed.MainProcessError(str(error)) from error
-        raise click.ClickException(str(error)) from error
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
@@ -140,58 +129,25 @@ def configure_backends(deterministic: bool) -> None:
 
 def git_commit() -> str | None:
     """Commit of the code that runs, with '+changes' where the working tree differs; None outside a repository."""
-    git, text = ["git", "-C", str(ROOT)], dict(capture_output=True, text=True)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, **text).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **text).stdout.strip()
+        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+changes" if changed else "")
-
-
-def _load_data(config: TrainingConfig, path: str) -> ImageDataset:
-    """The data set. Raises ValueError where it, or the division of batches between processes, cannot be used."""
-    config.split_batch(distributed.world_size())
-    small = Path(path).is_file() and Path(path).stat().st_size <= CACHE_LIMIT // 8  # a folder is read file by file
-    return ImageDataset(path, use_labels=config.cond, xflip=config.xflip, cache=small)
-
-
-def _evaluation(
-    config: TrainingConfig, options: RunOptions, task: Task, dataset: ImageDataset, device: torch.device
-) -> Callable[[torch.nn.Module, Encoder], dict[str, float]]:
-    """What measures each snapshot. Collective."""
-    return snapshot_metrics(
-        options.eval_metric,
-        options.eval_num,
-        dataset,
-        device,
-        reference=options.eval_ref,
-        run_dir=options.run_dir,
-        batch=config.split_batch(distributed.world_size())[0],
-        schedules=task.schedules,
-        writing=not options.dry_run,
-    )
 
 
 def _description(
     config: TrainingConfig, options: RunOptions, task: Task, dataset: ImageDataset, device: torch.device, command: str
 ) -> tuple[str, ...]:
     """What is about to run, and the memory that it needs, in lines."""
-    plan = memory_plan(
-        [(p.name, p.net) for p in task.phases],
-        task.frozen.items(),
-        task.result,
-        len(config.ema_stds),
-        world=distributed.world_size(),
-        shard=options.shard,
-        ema_on_host=options.ema_device == "cpu" and device.type != "cpu",
-    )
+    phases, world = [(p.name, p.net) for p in task.phases], distributed.world_size()
+    where = dict(world=world, shard=options.shard, ema_on_host=options.ema_device == "cpu" and device.type != "cpu")
     return (
         f"command   {command}",
         f"data      {options.data}: {json.dumps(dataset.facts())}",
-        *(f"{p.name:9s} {sum(w.numel() for w in p.net.parameters()):,} parameters" for p in task.phases),
-        *plan.lines(),
-        f"device    {device}, {distributed.world_size()} process(es), dtype {options.dtype}",
+        *(f"{name:9s} {sum(w.numel() for w in net.parameters()):,} parameters" for name, net in phases),
+        *memory_plan(phases, task.frozen.items(), task.result, len(config.ema_stds), **where).lines(),
+        f"device    {device}, {world} process(es), dtype {options.dtype}",
         f"settings  {json.dumps(dataclasses.asdict(config))}",
         *(f"warning   {text}" for text in config.warnings()),
     )

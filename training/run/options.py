@@ -1,7 +1,5 @@
 """What the command lines of training share. Imports no torch: scripts answer --help at once, and listen to signals."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -10,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -18,19 +16,13 @@ from dnnlib.text import parse_duration
 from torch_utils.errors import user_errors
 from torch_utils.options import DTYPES, FOLDER
 from training.presets import Config, TrainingConfig, load_config, preset_names
-from training.run import stop as stopping
 from training.run.stop import StopRequest
 
-if TYPE_CHECKING:
-    from torch import nn
 
-    from networks.encoders import Encoder
-
-
-def option(text: str, default: Any = None, **settings: Any) -> Any:
+def option(text: str, default: Any = None, flags: tuple[str, ...] = (), **settings: Any) -> Any:
     """A dataclass field with its command-line option, whose settings are click's."""
     shown = settings if settings.get("required") else {"default": default, **settings}
-    return field(default=default, metadata={"option": {"help": text, **shown}})
+    return field(default=default, metadata={"option": {"help": text, **shown}, "flags": flags})
 
 
 @dataclass(frozen=True)
@@ -44,9 +36,7 @@ class RunOptions:
     device: str = option("auto, cpu, cuda, cuda:N or mps.", "auto")
     dtype: str = option("Of the U-Nets; auto = fp16 on CUDA, else float32.", "auto", type=click.Choice(DTYPES))
     workers: int | None = option("Loader processes.  [default: 2 on CUDA, else 0]", type=click.IntRange(0))
-    dry_run: bool = option(
-        "Check options, networks and data, print the settings and stop.", False, flags=("-n", "--dry-run")
-    )
+    dry_run: bool = option("Check options, networks and data, print the settings and stop.", False, ("-n", "--dry-run"))
     quiet: bool = option("No progress bar.", False)
     max_time: str | None = option("Save and stop in time before so much has passed, as in 11h30m.", metavar="TIME")
     force_resume: bool = option("Resume although settings or data are not those of the run.", False)
@@ -54,9 +44,7 @@ class RunOptions:
     ema_device: str = option(
         "Where averages are kept: with the networks, or in host memory.", "same", type=click.Choice(("same", "cpu"))
     )
-    checkpoint_activations: bool = option(
-        "Compute activations again in the backward pass: less memory, more time.", False
-    )
+    checkpoint_activations: bool = option("Compute activations again going backward: less memory, more time.", False)
     eval_metric: str | None = option("Measure each snapshot: fd_demo, fid, ...  [default: none]", metavar="LIST")
     eval_num: int = option("Images drawn for that.", 2000, type=click.IntRange(2))
     eval_ref: str | None = option("Statistics to compare with.  [default: the data's]", metavar="FILE|URL")
@@ -64,7 +52,7 @@ class RunOptions:
 
     # what no command line says
     stop: StopRequest = field(default_factory=StopRequest)  # what may end training early
-    evaluate: Callable[[nn.Module, Encoder], dict[str, float]] | None = None  # metrics of a snapshot; collective
+    evaluate: Callable[..., dict[str, float]] | None = None  # (network, encoder) -> metrics of a snapshot; collective
     provenance: Mapping[str, Any] = field(default_factory=dict)  # facts to keep in snapshots
     description: tuple[str, ...] = ()  # lines to begin log.txt with
 
@@ -76,36 +64,28 @@ class RunOptions:
 
 def training_options(kind: type[TrainingConfig]) -> Callable[[Callable], Callable]:
     """Click decorator with the options of `RunOptions`, and one for each setting of `kind` (None = the preset's)."""
-    options = []
-    for f in dataclasses.fields(RunOptions):
+    options, presets = [], ", ".join(preset_names(kind))
+    types, names = typing.get_type_hints(kind), {bool: "BOOL", float: "FLOAT", int: "INT"}
+    for f in (*dataclasses.fields(RunOptions), *dataclasses.fields(kind)):
+        flags = f.metadata.get("flags") or (f"--{f.name.replace('_', '-')}",)
         if "option" in f.metadata:
-            given = {"flags": (f"--{f.name.replace('_', '-')}",), "is_flag": f.default is False, **f.metadata["option"]}
-            given["help"] = given["help"].format(presets=", ".join(preset_names(kind)))
-            options.append(click.option(*given.pop("flags"), f.name, **given))
-    types = typing.get_type_hints(kind)
-    for f in dataclasses.fields(kind):
-        flags = f.metadata["flags"] or (f"--{f.name.replace('_', '-')}",)
-        names = {bool: "BOOL", float: "FLOAT", int: "INT"}
-        metavar = "COUNT" if f.metadata["si"] else names.get(types[f.name], "TEXT")
-        text = f"{f.metadata['help']}  [default: preset's]"
-        options.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=f.metadata["multiple"]))
-
-    def decorate(function: Callable) -> Callable:
-        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
-
-    return decorate
+            given = {"is_flag": f.default is False, **f.metadata["option"]}
+            options.append(click.option(*flags, f.name, **given | {"help": given["help"].format(presets=presets)}))
+        elif "help" in f.metadata:
+            metavar = "COUNT" if f.metadata["si"] else names.get(types[f.name], "TEXT")
+            text = f"{f.metadata['help']}  [default: preset's]"
+            several = types[f.name] == tuple[tuple[int, ...], ...]
+            options.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=several))
+    return lambda function: functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
 
 
 @contextmanager
 def checked(kind: type[Config], given: dict[str, Any]) -> Iterator[tuple[Config, RunOptions]]:
-    """Settings and options of a command line, listening to signals and to --max-time from here on.
-
-    Every mistake of the user's ends in one line and a non-zero exit.
+    """Settings and options of a command line, listening to signals and to --max-time from here on. Every mistake of the
+    user's ends in one line and a non-zero exit.
     """
-    started = stopping.clock()
     with user_errors("--batch-gpu"):
-        limit = None if given["max_time"] is None else parse_duration(given["max_time"])
-        with StopRequest(None if limit is None else started + limit) as stop:
+        with StopRequest(None if given["max_time"] is None else parse_duration(given["max_time"])) as stop:
             settings = {f.name: given.pop(f.name) for f in dataclasses.fields(kind)}
             config = load_config(kind, given["preset"], settings)
             if given["deterministic"]:  # before torch: else replicas remark on what `parallel` wants of them

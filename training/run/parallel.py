@@ -1,35 +1,27 @@
 """Training one network in several processes: replicated gradients, and what can be divided between the processes."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam, Optimizer
+from torch.utils._pytree import tree_map_only
 
 from torch_utils import distributed
+from training.phema import spread
 
-if TYPE_CHECKING:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-Name = TypeVar("Name", str, int)
-
-ADAM_BETA2 = 0.99
 GO_ON, STOP, INTERRUPT, FAIL = range(4)  # verdicts of a process on how training should proceed
 
 
 class Replica(DistributedDataParallel):
-    """A network whose gradients are averaged over the processes while they are computed.
-
-    Buffers are constants and are not broadcast; gradients are views of the messages' buffers, which saves a copy.
-    """
+    """A network whose gradients, views of the messages' buffers, are averaged over the processes while computed."""
 
     def __init__(self, net: nn.Module) -> None:
         exact = torch.are_deterministic_algorithms_enabled()  # a resumed run then adds up in the same order
+        # buffers are constants
         options = dict(broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=exact)
         with warnings.catch_warnings():  # later releases rename the option, earlier ones know no other name
             warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
@@ -41,14 +33,10 @@ class Replica(DistributedDataParallel):
 
 
 def replicate(net: nn.Module) -> nn.Module:
-    """The network to call in training: a Replica where there are several processes, else `net` itself.
-
-    `net` must not require gradients, nor does it afterwards.
+    """The network to call in training: a Replica where there are several processes, else `net` itself. `net` must not
+    require gradients, nor does it afterwards.
     """
-    if distributed.world_size() == 1:
-        return net
-    net.requires_grad_(True)
-    replica = Replica(net)
+    replica = net if distributed.world_size() == 1 else Replica(net.requires_grad_(True))
     net.requires_grad_(False)
     return replica
 
@@ -69,68 +57,53 @@ def gravest(verdict: int, device: torch.device) -> int:
 
 def to_host(tree: Any) -> Any:
     """The same nested dicts and lists with copies of all tensors in host memory, so that training may go on."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: to_host(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(to_host(value) for value in tree)
-    return tree
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), tree)
 
 
-# ----------------------------------------------------------------------------
-# optimizers
-
-
-def build_optimizer(
-    net: nn.Module, device: torch.device, *, beta1: float = 0.9, shard: bool = False
-) -> torch.optim.Optimizer:
+def build_optimizer(net: nn.Module, device: torch.device, *, beta1: float = 0.9, shard: bool = False) -> Optimizer:
     """Adam on all parameters; with `shard` its moments are divided between the processes (ZeRO, stage 1)."""
-    betas = (beta1, ADAM_BETA2)
+    betas = (beta1, 0.99)
     if not shard or distributed.world_size() == 1:
-        return torch.optim.Adam(net.parameters(), betas=betas, fused=device.type in ("cpu", "cuda"))
+        return Adam(net.parameters(), betas=betas, fused=device.type in ("cpu", "cuda"))
     from torch.distributed.optim import ZeroRedundancyOptimizer  # not there on every system
 
     fused = device.type == "cpu"  # elsewhere fused Adam wants its step counts on the device, and gets them on the CPU
-    net.requires_grad_(True)  # as when it steps
-    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, betas=betas, fused=fused)
+    parameters = net.requires_grad_(True).parameters()  # as when it steps
+    optimizer = ZeroRedundancyOptimizer(parameters, Adam, betas=betas, fused=fused)
     net.requires_grad_(False)
     return optimizer
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """Copies of moments and step counts by parameter in host memory, in the main process alone. Collective."""
     if hasattr(optimizer, "consolidate_state_dict"):
         return {"state": _collect(optimizer)}
     return {"state": to_host(optimizer.state_dict()["state"]) if distributed.is_main() else {}}
 
 
-def _collect(optimizer: ZeroRedundancyOptimizer) -> dict[int, dict[str, Tensor]]:
-    """Moments of a divided optimizer in the main process, tensor by tensor.
-
-    torch's own way sends pickled shards to every process, which takes 40 times as long and several times the memory.
+def _collect(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Moments of a divided optimizer (ZeroRedundancyOptimizer) in the main process, tensor by tensor. torch's own way
+    sends pickled shards to every process, which takes 40 times as long and several times the memory.
     """
     params = optimizer.param_groups[0]["params"]
     index = {p: i for i, p in enumerate(params)}
     own = {index[p]: entry for p, entry in optimizer.optim.state.items()}
     parts: list[dict[int, list[str]]] = [{}] * distributed.world_size()
     torch.distributed.all_gather_object(parts, {i: sorted(entry) for i, entry in own.items()})
-    owners = {i: rank for rank, part in enumerate(parts) for i in part}
-    state: dict[int, dict[str, Tensor]] = {i: {} for i in sorted(owners)} if distributed.is_main() else {}
-    for key in sorted({key for part in parts for keys in part.values() for key in keys}):
-        having = [i for i in sorted(owners) if key in parts[owners[i]][i]]
-        like = {i: p.new_empty([]) if key == "step" else p for i, p in enumerate(params)}
-        tensors = gather(having, {i: own[i][key] for i in having if owners[i] == distributed.rank()}, owners, like)
-        for i, tensor in tensors.items():
-            state[i][key] = tensor
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, owner, keys in sorted((i, owner, keys) for owner, part in enumerate(parts) for i, keys in part.items()):
+        for key in keys:
+            like = params[i].new_empty([] if key == "step" else params[i].shape)
+            value = spread(own[i][key].to(like.device) if i in own else like, owner)
+            if distributed.is_main():
+                state.setdefault(i, {})[key] = value.cpu()
     return state
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Take in what `optimizer_state` returned, whatever the number of processes was then."""
     (group,) = optimizer.param_groups
-    settings = {key: value for key, value in group.items() if key != "params"}
-    settings["params"] = list(range(len(group["params"])))
+    settings = group | {"params": list(range(len(group["params"])))}
     own = {id(p) for g in getattr(optimizer, "optim", optimizer).param_groups for p in g["params"]}
     moments = {}
     for i, entry in state["state"].items():
@@ -138,55 +111,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         shapes = {key: list(value.shape) for key, value in entry.items()}
         if shapes != {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}:
             raise ValueError(f"moments of parameter {i} are {shapes}, where its shape is {list(p.shape)}")
-        mine = id(p) in own  # ZeRO drops the others
-        moments[i] = {key: _like(p, value) if mine else value for key, value in entry.items()}
+        if id(p) in own:  # copies, in the memory layout of the parameter, as fused Adam presumes; ZeRO drops the others
+            made = {k: torch.empty_like(p, device="cpu").copy_(v) for k, v in entry.items() if k != "step"}
+            entry = {"step": entry["step"].clone(), **made}
+        moments[i] = entry
     optimizer.load_state_dict({"state": moments, "param_groups": [settings]})
     if hasattr(optimizer, "optim"):
         optimizer.state.clear()  # the wrapped one has the moments; these are copies that nobody uses
-
-
-def _like(p: Tensor, value: Tensor) -> Tensor:
-    """A copy of a tensor of a file; moments in the memory layout of their parameter, as fused Adam presumes."""
-    return torch.empty_like(p, device="cpu").copy_(value) if value.shape == p.shape else value.clone()
-
-
-# ----------------------------------------------------------------------------
-# tensors divided between processes
-
-
-def divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
-    """Owner of each named tensor, such that all processes hold about as much: the largest first, to the least laden."""
-    owners, load = {}, [0] * world
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owners[name] = load.index(min(load))
-        load[owners[name]] += sizes[name]
-    return owners
-
-
-def gather(
-    names: Iterable[Name], owned: Mapping[Name, Tensor], owners: Mapping[Name, int], like: Mapping[Name, Tensor]
-) -> dict[Name, Tensor]:
-    """Copies of the named tensors on the CPU of the main process, one message each; empty elsewhere. Collective.
-
-    `like` has the shapes of all of them and the device on which messages travel.
-    """
-    main, rank = distributed.is_main(), distributed.rank()
-    complete = {}
-    for name in names:
-        if owners[name] == rank:
-            message = owned[name].to(like[name].device, copy=True).contiguous()
-            if not main:
-                torch.distributed.send(message, dst=0)
-        elif main:
-            message = torch.empty(like[name].shape, dtype=torch.float32, device=like[name].device)
-            torch.distributed.recv(message, src=owners[name])
-        if main:
-            complete[name] = message.to("cpu")
-    return complete
-
-
-def spread(tensor: Tensor, owner: int) -> Tensor:
-    """The owner's tensor, in every process. Collective."""
-    message = tensor.detach().contiguous().clone()
-    torch.distributed.broadcast(message, src=owner)
-    return message

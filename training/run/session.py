@@ -1,7 +1,5 @@
 """One run from its first step to its last: what the processes agree on, what is saved, recorded and shown, and when."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +18,12 @@ from torch_utils import distributed
 from training.optim import DivergenceError, check_weights, learning_rate
 from training.presets import TrainingConfig
 from training.run import record
-from training.run.identity import check_identity, newest_state, run_identity, sole_user, write_identity
+from training.run.identity import check_identity, run_identity, sole_user, write_identity
 from training.run.memory import memory_plan
 from training.run.options import RunOptions
 from training.run.parallel import FAIL, GO_ON, INTERRUPT, STOP, gravest
 from training.run.record import Recorder, RunningMeans
-from training.run.state import StateWriter, Trained
+from training.run.state import StateWriter, Trained, newest_state
 from training.run.stop import TIME_IS_OVER
 from training.tasks import Task, draw
 
@@ -53,7 +51,9 @@ class Run:
         with self.options.stop, sole_user(self.options.run_dir):
             self.begin()
             try:
-                self.show_missing()
+                self.agree()
+                if self.reason is None and (self.resumed is None or self.snapshot_is_missing()):
+                    self.snapshot()
                 yield
                 self.finish()
             except DivergenceError as error:
@@ -68,9 +68,8 @@ class Run:
                 self.recorder.close()
 
     def take_up(self, warn: Callable[[str], None]) -> None:
-        """Take what is trained from the newest valid state of the folder.
-
-        Raises StateError where the folder holds another run, or no state that can be used.
+        """Take what is trained from the newest valid state of the folder. Raises StateError where the folder holds
+        another run, or no state that can be used.
         """
         options, config, force = self.options, self.config, self.options.force_resume
         self.identity = run_identity(config, options.seed, self.dataset.fingerprint(), self.task.teacher_digest)
@@ -90,8 +89,7 @@ class Run:
 
     def begin(self) -> None:
         """Take up the run, and open what records and saves it."""
-        options, config, main = self.options, self.config, distributed.is_main()
-        warnings: list[str] = []
+        options, config, main, warnings = self.options, self.config, distributed.is_main(), []
         self.take_up(warnings.append)
         self.first = nimg = self.trained.nimg
         if main:
@@ -100,12 +98,11 @@ class Run:
         log = self.recorder.log
         for line in options.description:
             log(line, terminal=False)
+        warnings.append(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
         for line in warnings:
             log(line)
-        log(f"resuming at {nimg} images" if self.resumed else f"training for {config.duration} images")
-        phases = [(p.name, p.net) for p in self.task.phases]
-        expected = memory_plan(phases, [], self.task.result, len(config.ema_stds)).state if main else 0
-        self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=expected, log=log)
+        plan = memory_plan([(p.name, p.net) for p in self.task.phases], [], self.task.result, len(config.ema_stds))
+        self.writer = StateWriter(options.run_dir, keep_every=config.keep_every, expected=plan.state * main, log=log)
         self.writer.last_good = self.resumed
         self.means = RunningMeans()
         self.clock = nimg, time.perf_counter()  # of the last statistics; snapshots do not count
@@ -119,12 +116,6 @@ class Run:
     def over(self) -> bool:
         """Whether there is no further step."""
         return self.done or self.reason is not None
-
-    def show_missing(self) -> None:
-        """Before the first step: the snapshot of a new run, or of one that was cut off between a state and it."""
-        self.agree()
-        if self.reason is None and (self.resumed is None or self.snapshot_is_missing()):
-            self.snapshot()
 
     def after_step(self) -> None:
         """Record, save and show what is due, and whether to go on."""
@@ -147,10 +138,10 @@ class Run:
         """
         self.await_write()
         if gravest(int(self.writer.failures > 0), self.device):
-            raise self.refused()
+            raise self.told_by_main(self.writer.error())
         if self.reason == TIME_IS_OVER and self.trained.nimg == self.first and not self.done:
-            message = "--max-time leaves no time for an iteration and its state: nothing was trained; give more"
-            raise ValueError(message) if distributed.is_main() else distributed.MainProcessError(message)
+            advice = "nothing was trained; give more"
+            raise self.told_by_main(ValueError(f"--max-time leaves no time for an iteration and its state: {advice}"))
         outcome = "finished" if self.done else f"stopped ({self.reason}): the same command goes on"
         self.recorder.log(f"{outcome} at {self.trained.nimg} images")
         if self.interrupted and not self.done:
@@ -164,15 +155,14 @@ class Run:
         wish = INTERRUPT if reason == "SIGINT" else STOP if reason else GO_ON
         verdict = gravest(FAIL if self.writer.exhausted else wish, self.device)
         if verdict == FAIL:
-            raise self.refused()
+            raise self.told_by_main(self.writer.error())
         self.interrupted = verdict == INTERRUPT
         self.reason = None if verdict == GO_ON else reason or "another process was told to"
 
-    def refused(self) -> Exception:
-        """That the disk refuses states: told by the main process."""
-        return (
-            self.writer.error() if distributed.is_main() else distributed.MainProcessError("states cannot be written")
-        )
+    @staticmethod
+    def told_by_main(error: Exception) -> Exception:
+        """An error that all processes raise, for the main one to tell."""
+        return error if distributed.is_main() else distributed.MainProcessError(str(error))
 
     def await_write(self) -> None:
         """Wait for the state that is being written, together: a process alone in a collective would give up on it."""
@@ -192,7 +182,7 @@ class Run:
         trained.seconds, self.clock = trained.seconds + now - started, (trained.nimg, now)
         progress = {"Progress/img_per_s": (trained.nimg - since) / (now - started), "Progress/seconds": trained.seconds}
         lr = learning_rate(trained.nimg - config.batch, config)  # of the last update
-        values = {**self.means.read(), **record.facts(trained, lr), **record.memory(self.device), **progress}
+        values = {**self.means.read(), **record.facts(trained, lr, self.device), **progress}
         self.recorder.stats(trained.nimg, values)
         self.recorder.log(record.status_line(trained.nimg, config.duration, values))
 
@@ -205,24 +195,25 @@ class Run:
         state = self.trained.host_state(self.identity)
         if distributed.is_main():
             stall = time.perf_counter() - started
-            self.writer.start(state, self.trained.nimg, sound=self.trained.sound, spent=stall - waited)
+            sound = not any(health.streak for health in self.trained.health.values())  # all gradients were finite
+            self.writer.start(state, self.trained.nimg, sound=sound, spent=stall - waited)
             self.means.add("Checkpoint/stall_seconds", stall)
 
     def snapshot(self) -> None:
         """Averaged networks, one safetensors file per profile, sample sheets, and metrics if asked for; may take long,
         so that a reason to stop is asked for again.
         """
-        trained, options, nimg = self.trained, self.options, self.trained.nimg
+        trained, options, nimg, main = self.trained, self.options, self.trained.nimg, distributed.is_main()
         started = time.perf_counter()
         facts = dict(options.provenance, seed=options.seed, images_seen=nimg, training_seconds=round(trained.seconds))
         facts["config"] = dataclasses.asdict(self.config)
         for index, std in reversed(list(enumerate(trained.ema.stds))):
             measured = index == 0 and options.evaluate is not None
-            if not (distributed.is_main() or options.shard or measured):
+            if not (main or options.shard or measured):
                 continue
             average = trained.ema.network(index)
             try:
-                if distributed.is_main():
+                if main:
                     known = dict(dataset=self.dataset.facts(), provenance={**facts, "ema_std": std})
                     networks.save(self.snapshot_path(std), average, self.encoder, dtype=torch.float16, **known)
                     if index == 0:
@@ -232,7 +223,7 @@ class Run:
             if measured:
                 self.measure(average)
         trained.snapshot_seconds = time.perf_counter() - started
-        if distributed.is_main():
+        if main:
             self.means.add("Snapshot/seconds", trained.snapshot_seconds)
         self.clock = self.clock[0], self.clock[1] + trained.snapshot_seconds
         options.stop.skip()
@@ -245,34 +236,32 @@ class Run:
 
     def snapshot_is_missing(self) -> bool:
         """Whether a run that resumes was cut off between its state and the snapshot at the same image."""
-        if not self.done and not self.crossed(self.config.snapshot):
-            return False
-        return distributed.from_main(not all(self.snapshot_path(std).exists() for std in self.trained.ema.stds))
+        missing = not all(self.snapshot_path(std).exists() for std in self.trained.ema.stds)
+        return distributed.from_main(missing) and (self.done or self.crossed(self.config.snapshot))
 
     def measure(self, average: nn.Module) -> None:
         """Metrics of a snapshot."""
-        nimg = self.trained.nimg
+        nimg, log = self.trained.nimg, self.recorder.log
         try:
             found = self.options.evaluate(average, self.encoder)
         except distributed.MainProcessError:
             raise
         except (ValueError, torch.linalg.LinAlgError) as error:  # the same in all processes: too few images, say
-            self.recorder.log(f"the snapshot at {nimg} images could not be measured: {error}")
-            return
+            return log(f"the snapshot at {nimg} images could not be measured: {error}")
         self.recorder.stats(nimg, {f"Metrics/{name}": value for name, value in found.items()})
-        self.recorder.log(f"{nimg} images: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        log(f"{nimg} images: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
     def sheets(self, average: nn.Module) -> None:
         """Sample sheets of the first average, one for each schedule of the task, and once the teacher's."""
         nimg, task = self.trained.nimg, self.task
         shown = self.encoder, GRID_SEEDS, self.config.split_batch(distributed.world_size())[0]
         try:
-            grids = {f"{nimg:09d}-{name}": images for name, images in task.sample_grids(average, *shown).items()}
+            grids = {name: draw(average, *shown, **options) for name, options in task.schedules.items()}
+            grids = {f"{nimg:09d}-{name}": images for name, images in (grids | task.views(average, *shown)).items()}
             if task.teacher is not None and not nimg:
                 grids["teacher"] = draw(task.teacher, *shown)
         except ValueError as error:  # latents whose autoencoder is not at hand
-            self.recorder.log(f"no sample grids: {error}")
-            return
+            return self.recorder.log(f"no sample grids: {error}")
         for name, images in grids.items():
             save_grid(self.options.run_dir / f"grid-{name}.png", images)
             self.recorder.image(nimg, f"Samples/{name.rpartition('-')[2]}", image_grid(images))

@@ -5,30 +5,25 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")]
 TIME_IS_OVER = "--max-time is nearly over"
-
-
-def clock() -> float:
-    """Seconds that only ever increase."""
-    return time.monotonic()
+clock = time.monotonic
 
 
 class StopRequest:
     """Notes requests to stop while it is entered: SIGTERM, SIGUSR1, SIGHUP (a closed terminal, unless nohup has it
-    ignored), Ctrl-C, or a deadline that comes near.
+    ignored), Ctrl-C, or that `seconds` from its making are nearly over.
 
     What is going on is finished: the request takes effect at the next `reason`. Ctrl-C aborts (KeyboardInterrupt) until
     `reason` has been asked for the first time, when training begins, and from then on if it is pressed twice. Signals
     are handled in the main thread only, where Python delivers them. May be entered again while it is entered.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
-        """`deadline` is a reading of `clock`."""
-        self.deadline = deadline
+    def __init__(self, seconds: float | None = None) -> None:
+        self.deadline = None if seconds is None else clock() + seconds
         self.longest = 0.0  # seconds between two calls of `reason`
         self._signal: str | None = None
         self._interrupts = 0
@@ -38,34 +33,26 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         before = {}
         if not self._before and threading.current_thread() is threading.main_thread():
-            for name in SIGNALS:
-                number = getattr(signal, name, None)
-                ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-                if number is not None and not ignored:
+            for number in SIGNALS:
+                if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                     before[number] = signal.signal(number, self._note)
         self._before.append(before)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.pop().items():
             signal.signal(number, handler)
 
     def reason(self, save_seconds: float) -> str | None:
-        """Why to stop now, or None. `save_seconds` is what the last state will take to write.
-
-        Kept in reserve before the deadline: that time and the longest step so far, both half as long again.
+        """Why to stop now, or None. `save_seconds` is what the last state will take to write. Kept in reserve before
+        the deadline: that time and the longest step so far, both half as long again.
         """
         now = clock()
         if self._asked is not None:
             self.longest = max(self.longest, now - self._asked)
         self._asked = now
-        if self._signal is not None:
-            return self._signal
-        if self.deadline is not None and now + 1.5 * (self.longest + save_seconds) >= self.deadline:
-            return TIME_IS_OVER
-        return None
+        late = self.deadline is not None and now + 1.5 * (self.longest + save_seconds) >= self.deadline
+        return self._signal or (TIME_IS_OVER if late else None)
 
     def skip(self) -> None:
         """Leave out of `longest` what has passed since `reason` was asked for."""
@@ -82,7 +69,5 @@ class StopRequest:
 
 def ignore_signals(worker: int) -> None:
     """For processes that load data: a signal sent to the whole group must not end them before the step is finished."""
-    for name in SIGNALS:
-        number = getattr(signal, name, None)
-        if number is not None:
-            signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
