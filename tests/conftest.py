@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ wait_passively()
 
 import torch  # noqa: E402
 
+from tests.train_commands import SMALL  # noqa: E402
+
 torch.set_num_threads(1)
 # Where the tests are started in the background or under nohup, these are ignored, in all processes that they start too.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
+ROOT = Path(__file__).parents[1]
 TINY_NET = dict(
     img_resolution=8,
     img_channels=1,
@@ -67,6 +71,16 @@ def tiny_data(tmp_path_factory, tiny_images):
 
 
 @pytest.fixture(scope="session")
+def some_fashion(tmp_path_factory):
+    """Path of a ZIP of 2,000 of the embedded images, without labels."""
+    path = tmp_path_factory.mktemp("data") / "some.zip"
+    with zipfile.ZipFile(ROOT / "assets" / "fashion16.zip") as whole, zipfile.ZipFile(path, "w") as some:
+        for name in [name for name in whole.namelist() if name.endswith(".png")][:2000]:
+            some.writestr(name, whole.read(name))
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory):
     """Path of a random conditional teacher for `tiny_data`."""
     import networks
@@ -76,6 +90,13 @@ def tiny_teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     networks.save(path, fill_by_name(networks.Precond(**TINY_NET), 11), RGBEncoder())
     return path
+
+
+@pytest.fixture
+def distil(tmp_path, tiny_data, tiny_teacher):
+    """Arguments of a small distillation into tmp_path/run."""
+    paths = ["--net", tiny_teacher, "--data", tiny_data, "--outdir", tmp_path / "run"]
+    return [*paths, *SMALL, "--eval-ts=20,39", "--duration=8"]
 
 
 @pytest.fixture(scope="session")

@@ -125,6 +125,8 @@ def test_from_the_launcher_to_a_snapshot_and_its_evaluation(preset, prepared, de
     snapshot = out / "network-snapshot-000000008-0.050.safetensors"
     assert isinstance(networks.load(snapshot).net, networks.GenerativeDenoiser)
     assert len(list(out.glob("grid-000000008-*.png"))) == 4 and (out / "grid-teacher.png").is_file()
+    if preset == "ffhq256-xs":  # one evaluation in pixels, one of latents
+        return
     data, report = preset.split("-")[0], tmp_path / "report.json"
     reference = prepared["DATA_DIR"] / f"{data}.npz"
     own = ["--detector", detector, "--detector-name", "means"]
@@ -156,7 +158,6 @@ def test_several_nodes_get_torchruns_options(prepared, fake_python, tmp_path):
     ("options", "message"),
     [
         (["--batch-gpu=3"], "batch 8 must be a multiple of batch_gpu 3"),  # before the processes have met
-        (["--data=nope.zip"], "nope.zip: no such folder"),
         (["--eval-metric=fd_other"], "no metric 'fd_other'"),
     ],
 )

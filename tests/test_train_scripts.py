@@ -1,6 +1,5 @@
 """train_edm2.py and train_ncvsd.py from the command line: what they write, and what they say to mistakes."""
 
-import itertools
 import json
 import re
 import shutil
@@ -11,56 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 import networks
 import train_edm2
 import train_ncvsd
-from dnnlib.download import DownloadError
 from generation.images import generate_images
 from generation.pictures import read_image
-from training import loop
+from tests.train_commands import SMALL, SMALL_NET, mistake, replaced, run
 from training.run import session
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--batch=8", "--batch-gpu=8", "--status=8", "--checkpoint=16", "--snapshot=8", "--rampup-mimg=0"]
-SMALL_NET = [
-    "--model-channels=16",
-    "--channel-mult=1,2",
-    "--num-blocks=1",
-    "--attn-resolutions=4",
-    "--channels-per-head=16",
-]
-
-
-def run(script, *arguments):
-    common = ["--device", "cpu", "--quiet"]
-    return CliRunner().invoke(script.main, [str(argument) for argument in arguments] + common)
-
-
-def mistake(script, *arguments):
-    """The one line that a mistake ends in, with click's usage hint before it at most."""
-    result = run(script, *arguments)
-    assert result.exit_code not in (0, None), result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0]), result.stderr
-    return lines[0]
-
-
-@pytest.fixture
-def distil(tmp_path, tiny_data, tiny_teacher):
-    """Arguments of a small distillation into tmp_path/run."""
-    paths = ["--net", tiny_teacher, "--data", tiny_data, "--outdir", tmp_path / "run"]
-    return [*paths, *SMALL, "--eval-ts=20,39", "--duration=8"]
-
-
-def replaced(arguments, **changes):
-    """The same arguments with other values of some options."""
-    arguments = list(arguments)
-    for name, value in changes.items():
-        arguments[arguments.index(f"--{name}") + 1] = value
-    return arguments
 
 
 def test_every_documented_option_is_there():
@@ -300,28 +259,6 @@ def test_a_corrupt_image_ends_training_in_one_line(tmp_path, distil, tiny_data):
     assert "bad.zip" in line and ".png" in line
 
 
-def test_an_unconditional_run_of_labelled_data(tmp_path, tiny_data):
-    result = run(
-        train_edm2,
-        "--data",
-        tiny_data,
-        "--outdir",
-        tmp_path,
-        *SMALL,
-        *SMALL_NET,
-        "--duration=8",
-        "--eval-steps=2",
-        "--cond=no",
-    )
-    assert result.exit_code == 0, result.output
-    assert networks.load(tmp_path / "network-snapshot-000000008-0.050.safetensors").net.label_dim == 0
-
-
-def test_a_setting_has_two_names(distil):
-    result = run(train_ncvsd, *distil, "--ts=10,39", "-n")
-    assert '"eval_ts": [[20, 39], [10, 39]]' in result.output, result.output
-
-
 def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny_images):
     folder = tmp_path / "images"
     with zipfile.ZipFile(tiny_images(tmp_path / "good.zip", (6, 8, 8), 3)) as archive:
@@ -329,52 +266,3 @@ def test_corrupt_image_in_a_loader_process_gives_one_line(tmp_path, distil, tiny
     (folder / "00000" / "img00000003.png").write_bytes(b"no image")
     line = mistake(train_ncvsd, *replaced(distil, data=folder), "--workers=1", "--duration=64")
     assert "img00000003.png" in line
-
-
-def test_time_that_is_over_ends_training_with_code_0(tmp_path, distil, monkeypatch):
-    monkeypatch.setattr("training.run.stop.clock", itertools.count(0, 100).__next__)  # each look takes 100 seconds
-    assert "--max-time leaves no time" in mistake(train_ncvsd, *distil, "--duration=80000", "--max-time=1s")
-    result = run(train_ncvsd, *distil, "--duration=80000", "--snapshot=80000", "--max-time=3h")
-    assert result.exit_code == 0, result.output
-    assert "stopped (--max-time is nearly over)" in (tmp_path / "run/log.txt").read_text()
-    assert "soon' is not a length of time" in mistake(train_ncvsd, *distil, "--max-time=soon")
-
-
-def test_deterministic_runs_use_nothing_else(tmp_path, distil, monkeypatch):
-    seen = []
-    real = loop.seed_dropout
-    monkeypatch.setattr(
-        loop, "seed_dropout", lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), real(*a))
-    )
-    for options, wanted in ((["--deterministic"], True), (["--duration=16"], False)):
-        assert run(train_ncvsd, *distil, *options).exit_code == 0
-        assert seen.pop() == wanted and not seen
-
-
-def test_saving_memory_changes_nothing(tmp_path, distil):
-    saving = ["--checkpoint-activations", "--ema-device=cpu", "--shard"]
-    for name, options in (("plain", []), ("saving", saving)):
-        result = run(train_ncvsd, *replaced(distil, outdir=tmp_path / name), *options)
-        assert result.exit_code == 0, result.output
-        assert re.search(r"together +[\d.]+ MiB on the device", result.output)
-    a, b = (tmp_path / f"{name}/network-snapshot-000000008-0.050.safetensors" for name in ("plain", "saving"))
-    a, b = networks.load(a).net.state_dict(), networks.load(b).net.state_dict()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
-
-def test_snapshots_can_be_measured(tmp_path, distil):
-    line = mistake(train_ncvsd, *distil, "--eval-metric=fd_other")
-    assert "no metric 'fd_other'" in line
-    line = mistake(train_ncvsd, *distil, "--eval-metric=fd_demo")  # a detector of 16x16 images
-    assert "fd_demo takes uint8 images [N,1,16,16]" in line
-
-
-def test_missing_detectors_are_explained_as_it_fits_the_script(distil, monkeypatch):
-    def offline(*_, **__):
-        raise DownloadError("no network")
-
-    monkeypatch.setattr("metrics.features.weights.open_url", offline)
-    monkeypatch.delenv("NCVSD_DETECTORS", raising=False)
-    line = mistake(train_ncvsd, *distil, "--eval-metric=fid")
-    assert "put it in a folder named by the environment variable NCVSD_DETECTORS" in line
-    assert "or name it with --detector-path where the script has that option" in line
