@@ -1,7 +1,5 @@
 """Fréchet distances and their relatives: of a network's images, of images on disk, and of a data set as reference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import click

@@ -1,7 +1,5 @@
 """Draw images from a distilled generative denoiser in one or a few steps, or from its teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import click

@@ -1,7 +1,5 @@
 """Solve inverse problems (deblurring, super-resolution, inpainting, phase retrieval ...) with a generative denoiser."""
 
-from __future__ import annotations
-
 import click
 
 from inverse.tasks import load_task, pop_overrides, task_names, task_options

@@ -1,7 +1,5 @@
 """Between arrays and pictures: uint8 [C,H,W], grey for one channel and RGB for three."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from typing import Any

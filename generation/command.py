@@ -1,7 +1,5 @@
 """What `generate.py` does: images of seeds as PNG files, and a contact sheet of them."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator

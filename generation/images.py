@@ -3,8 +3,6 @@ the stream of its own seed, in this order: starting noise [C,H,W]; the class of 
 asked for, so that the rest does not shift); what the sampler draws.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence

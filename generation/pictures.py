@@ -1,7 +1,5 @@
 """Images and contact sheets as PNG files."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

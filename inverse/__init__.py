@@ -1,7 +1,5 @@
 """Inverse problems solved with a generative denoiser; names are loaded on first use, so that scripts start fast."""
 
-from __future__ import annotations
-
 from typing import Any
 
 __all__ = ["get_operator", "pnp_sample"]

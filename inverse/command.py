@@ -1,7 +1,5 @@
 """All that posterior_sample.py does: check a request, draw and write what is missing, judge and show the results."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Image quality of posterior samples, per image and averaged, from the 8-bit files that a finished run has written."""
 
-from __future__ import annotations
-
 import csv
 import math
 import statistics

@@ -1,7 +1,5 @@
 """What an inverse problem starts from: images to be measured, or real measurements, from a folder or a ZIP archive."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -1,7 +1,5 @@
 """Plug-and-play posterior sampling: annealed split Gibbs with a generative denoiser as the prior."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """One page, readable without a network, that shows the results of posterior_sample.py."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math

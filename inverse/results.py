@@ -9,8 +9,6 @@ records/NAME.json          residuals and coverage; written last, so that an imag
 kernel.png, mask.png       of the operator, where it has one
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Solves the same inverse problem for many images, several posterior samples each, in batches of both."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

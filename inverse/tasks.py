@@ -1,7 +1,5 @@
 """Tasks: an operator and the settings of its sampler, from YAML files and options. Imports no torch, for --help."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace

@@ -1,7 +1,5 @@
 """Features of images from a data set or straight from a network, collected over any number of processes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass

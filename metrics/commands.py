@@ -1,7 +1,5 @@
 """What `calculate_metrics.py` does: evaluate a network, or images on disk, and make the statistics to compare with."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """From collected features and reference statistics to the numbers of a report."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@ moments; kernel distance, precision and recall of single features; inception sco
 arrays or tensors [N,D] on any device with float64.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -3,8 +3,6 @@ images as a PNG would hold them, rounding aside: values outside [-1, 1] are clip
 1], (x + 1)/2. An image with values that are not finite gets NaN.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

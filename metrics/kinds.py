@@ -1,7 +1,5 @@
 """Which metrics there are. A new one takes a function in `metrics.distances` and an entry of KINDS here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ optionally `DETECTOR/features` [M,D] (for kid, precision and recall; of all imag
 `DETECTOR/sha256` (of its weights).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

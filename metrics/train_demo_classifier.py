@@ -1,7 +1,5 @@
 """Train the classifier whose features define fd_demo:  python -m metrics.train_demo_classifier --help"""
 
-from __future__ import annotations
-
 import click
 
 from torch_utils.errors import user_errors

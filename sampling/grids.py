@@ -1,7 +1,5 @@
 """Noise levels: the Karras grid, and the grid indices of few-step schedules as levels and as text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

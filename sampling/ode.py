@@ -1,7 +1,5 @@
 """Deterministic sampling of a teacher: the probability-flow ODE over any denoiser(x, sigma)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Observations at two noise levels, and few-step sampling of p(x0 | y) with any callable `denoiser(y, sigma)`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """One random stream per image, so that a seed means the same image in any batch, process or device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

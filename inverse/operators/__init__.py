@@ -1,7 +1,5 @@
 """Measurement operators A of y = A(x) + noise, by name: for any number of channels, device and size (of whole pads)."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What measurement operators A of y = A(x) + noise have in common, on images [N,C,H,W] in [-1, 1]."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

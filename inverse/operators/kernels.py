@@ -1,7 +1,5 @@
 """Weights of linear operators: Gaussian and camera-shake kernels, and antialiased bicubic downsampling."""
 
-from __future__ import annotations
-
 import math
 from numbers import Real
 

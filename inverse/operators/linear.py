@@ -1,7 +1,5 @@
 """Linear operators, each with its adjoint and exact step; what a size needs is computed on first use and kept."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Nonlinear operators, whose likelihood step is drawn by Langevin dynamics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A small classifier of the embedded 16x16 images, whose features define `fd_demo`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ class logits also has `logits(features) -> [N,classes]`. `load_detector` builds 
 `fd_dinov2`, `fd_demo`); any other module is welcome under a name of its own.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

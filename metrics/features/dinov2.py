@@ -4,8 +4,6 @@ the last layer norm. The network comes from the optional package transformers, i
 configuration, code or pickle is read from the place that the weights come from.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

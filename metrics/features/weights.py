@@ -1,7 +1,5 @@
 """Published weights: a given path, a folder of one's own, or the place that publishes them; checked, then loaded."""
 
-from __future__ import annotations
-
 import os
 import struct
 import zipfile
