@@ -111,7 +111,7 @@ class Task:
 def task_options(function: Callable) -> Callable:
     """Decorator of a click command: one option per setting that has a help text, None where it is not given."""
     for name, f in reversed(_options().items()):
-        kind = click.IntRange(min=f.metadata["limits"][0]) if f.type == "int" else float
+        kind = click.IntRange(min=f.metadata["limits"][0]) if f.type is int else float
         option = {"type": kind, **f.metadata["option"]}
         function = click.option(f"--{name.replace('_', '-')}", name, **option)(function)
     return function
@@ -214,7 +214,7 @@ def _known(settings: Mapping[str, Any], kind: type, where: str = "") -> dict[str
     for name, value in settings.items():
         if name not in known:
             raise TaskError(f"{where}there is no setting {_shown(name)}; known are {', '.join(known)}")
-        if known[name] == "float" and isinstance(value, str):
+        if known[name] is float and isinstance(value, str):
             with suppress(ValueError):
                 found[name] = float(value)
     return found
@@ -225,8 +225,8 @@ def _check_limits(settings: Task | LangevinSettings, where: str = "") -> None:
     for f in fields(settings):
         if f.metadata.get("limits"):
             value, (low, high) = getattr(settings, f.name), f.metadata["limits"]
-            if not (type(value) is int or (type(value) is float and f.type == "float")) or not low <= value <= high:
-                what = "a whole number" if f.type == "int" else "a number"
+            if not (type(value) is int or (type(value) is float and f.type is float)) or not low <= value <= high:
+                what = "a whole number" if f.type is int else "a number"
                 raise TaskError(f"{where}{f.name} must be {what} from {low:g} to {high:g}, not {_shown(value)}")
 
 
