@@ -59,9 +59,9 @@ def main(task: str, **options: object) -> None:
     """
     with user_errors():
         loaded = load_task(task, pop_overrides(options))
-        from inverse.command import Request, run  # with torch, which --help and mistakes in tasks do not wait for
+        from inverse.command import run  # with torch, which --help and mistakes in tasks do not wait for
 
-        run(Request(task=loaded, **options))
+        run(loaded, options)
 
 
 if __name__ == "__main__":
