@@ -1,21 +1,17 @@
-"""Draws from the likelihood step p(u | x, y): the exact Gaussian formula, and unadjusted Langevin for the rest. The
+"""Draws from the likelihood step p(u | x, y) by unadjusted Langevin dynamics, for operators without an exact step. The
 target is proportional to exp(-|A(u) - y|²/beta - |u - x|²/(2·rho²)): a Gaussian prior of mean x and standard deviation
 rho, and Gaussian measurement noise of standard deviation sqrt(beta/2).
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from inverse.operators.base import Operator, check_positive
 from sampling.posterior import RandnLike
 from sampling.seeds import SeededNoise
-
-if TYPE_CHECKING:
-    from inverse.operators.base import Operator
 
 RETRY_SHRINK = 0.25  # each retry of a diverged chain takes this fraction of the previous step size
 ENERGY_PER_DIMENSION = 10.0  # excess energy of a diverged chain; at equilibrium it is 1/2, plus discretisation error
@@ -35,24 +31,6 @@ class LangevinResult(NamedTuple):
 def likelihood_std(beta: float) -> float:
     """Return the noise's standard deviation, beta = 2·std²; raises ValueError unless beta is a positive number."""
     return math.sqrt(check_positive(beta, "beta") / 2)
-
-
-def check_positive(value: float, name: str) -> float:
-    """Return `value`; raises ValueError unless it is a positive finite number."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, not {value}")
-    return float(value)
-
-
-def gaussian_conditional(a: Tensor, noise_std: float, rho: float) -> tuple[Tensor, Tensor]:
-    """Return (gain, std) of u given x and y = a·u + noise_std·n, u ~ N(x, rho²), for each of an operator's eigen- or
-    singular values `a`, real or complex, on its own: the conditional is N(x + gain·(y - a·x), std²), with
-    gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and std = rho·noise_std/sqrt(|a|²·rho² + noise_std²).
-    Raises ValueError unless noise_std and rho are positive numbers.
-    """
-    noise_std, rho = check_positive(noise_std, "likelihood_std"), check_positive(rho, "rho")
-    total = (a.abs() * rho).square() + noise_std**2
-    return a.conj() * (rho**2 / total), rho * noise_std / total.sqrt()
 
 
 def langevin_step(

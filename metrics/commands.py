@@ -18,10 +18,9 @@ from dnnlib.files import check_output, discard, file_sha256, temporary_beside, w
 from generation.command import load_networks
 from generation.images import GeneratedBatch, count_evaluations, generate_images
 from metrics.collect import Collected, FeatureCollector, evaluate_dataset, evaluate_network
-from metrics.compute import check_dimensions, check_reference, compute_metrics
 from metrics.features.detectors import LoadedDetector, load_custom_detector, load_detector
 from metrics.kinds import Metric, parse_metrics
-from metrics.references import MAX_FEATURES, Reference, load_reference, save_reference
+from metrics.references import MAX_FEATURES, Reference, check_reference, compute_metrics, load_reference, save_reference
 from networks import GenerativeDenoiser, LoadedNetwork
 from sampling.grids import parse_ts
 from torch_utils import distributed
@@ -193,7 +192,7 @@ def choose_detectors(
     detectors = {name: load_detector(name, detector_path, device) if name in published else own[0] for name in needed}
     FeatureCollector(metrics, detectors)  # checks what they can give
     if reference is not None:
-        check_dimensions(metrics, detectors, reference)
+        check_reference(metrics, reference, detectors)
     return metrics, detectors
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inverse.likelihood import gaussian_conditional
-from inverse.operators.base import LinearOperator, check_image_shape
+from inverse.operators.base import LinearOperator, check_image_shape, gaussian_conditional
 from inverse.pnp import pnp_sample
 from sampling.grids import karras_sigmas
 from toy.measures import energy_distance, spread

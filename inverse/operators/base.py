@@ -1,5 +1,6 @@
 """What measurement operators A of y = A(x) + noise have in common, on images [N,C,H,W] in [-1, 1]."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -78,3 +79,21 @@ def check_image_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"images must be [N,C,H,W] with no empty dimension, not {list(shape)}")
     return tuple(shape)
+
+
+def check_positive(value: float, name: str) -> float:
+    """Return `value`; raises ValueError unless it is a positive finite number."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, not {value}")
+    return float(value)
+
+
+def gaussian_conditional(a: Tensor, noise_std: float, rho: float) -> tuple[Tensor, Tensor]:
+    """Return (gain, std) of u given x and y = a·u + noise_std·n, u ~ N(x, rho²), for each of an operator's eigen- or
+    singular values `a`, real or complex, on its own: the conditional is N(x + gain·(y - a·x), std²), with
+    gain = conj(a)·rho²/(|a|²·rho² + noise_std²) and std = rho·noise_std/sqrt(|a|²·rho² + noise_std²).
+    Raises ValueError unless noise_std and rho are positive numbers.
+    """
+    noise_std, rho = check_positive(noise_std, "likelihood_std"), check_positive(rho, "rho")
+    total = (a.abs() * rho).square() + noise_std**2
+    return a.conj() * (rho**2 / total), rho * noise_std / total.sqrt()

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inverse.likelihood import gaussian_conditional
-from inverse.operators.base import LinearOperator, check_image_shape
+from inverse.operators.base import LinearOperator, check_image_shape, gaussian_conditional
 from inverse.operators.kernels import MAX_SEED, bicubic_matrix, check_whole, gaussian_kernel, is_number, motion_kernel
 
 Kernel = Tensor | np.ndarray | Sequence[Sequence[float]]

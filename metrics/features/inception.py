@@ -4,8 +4,6 @@ FID (Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a 
 to: other weights, another resize or other pooling give numbers that compare with none.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,7 +145,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(self.feature_dim, 1008)
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> InceptionV3:
+    def train(self, mode: bool = True) -> "InceptionV3":
         """Stay in eval mode: batch statistics would make the features of an image depend on its neighbours."""
         return super().train(False)
 
@@ -172,7 +170,7 @@ class InceptionV3(nn.Module):
         """
         return F.linear(features, self.fc.weight)
 
-    def fold_batch_norm(self) -> InceptionV3:
+    def fold_batch_norm(self) -> "InceptionV3":
         """Fold every batch normalisation into its convolution, in place: faster, the same to about 1e-6 relative. The
         state dict changes its keys, so load weights first.
         """

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from inverse import get_operator
-from inverse.likelihood import LangevinDivergenceError, gaussian_conditional, langevin_step, likelihood_std
+from inverse.likelihood import LangevinDivergenceError, langevin_step, likelihood_std
 from inverse.operators import Operator
+from inverse.operators.base import gaussian_conditional
 from sampling.seeds import SeededNoise
 from tests.inverse.gaussian_utils import dense_matrix, moment_scores, posterior
 

@@ -11,11 +11,10 @@ import torch
 
 from data.dataset import ImageDataset
 from metrics.collect import Collected, FeatureCollector, evaluate_dataset
-from metrics.compute import check_dimensions, check_reference, compute_metrics
 from metrics.distances import FeatureMoments, inception_score, kernel_distance, precision_recall
 from metrics.features.detectors import DetectorError, LoadedDetector, load_detector
 from metrics.kinds import KINDS, Kind, Metric, parse_metrics
-from metrics.references import ReferenceFileError
+from metrics.references import ReferenceFileError, check_reference, compute_metrics
 from tests.metrics.feature_utils import Linear, linear_detector, pixels, reference_of
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +22,9 @@ ROOT = Path(__file__).parents[2]
 SHARED = """
 import json, sys
 import networks
-from metrics.compute import compute_metrics
 from metrics.features.detectors import load_detector
 from metrics.collect import evaluate_dataset, evaluate_network
-from metrics.references import load_reference
+from metrics.references import compute_metrics, load_reference
 from metrics.kinds import parse_metrics
 from torch_utils import distributed
 from data.dataset import ImageDataset
@@ -289,9 +287,9 @@ def test_references_without_what_a_metric_needs_are_refused_before_any_image(tmp
         check_reference(parse_metrics("fid"), reference)
     with pytest.raises(ReferenceFileError, match="no single features of lin, which kid:lin needs.* --metrics kid:lin"):
         check_reference([Metric("kid:lin", "kid", "lin")], reference)
-    check_dimensions(metrics, detectors, reference)
+    check_reference(metrics, reference, detectors)
     with pytest.raises(ReferenceFileError, match="the reference has 4 feature dimensions and the detector 3"):
-        check_dimensions(metrics, linear_detector(dim=3), reference)
+        check_reference(metrics, reference, linear_detector(dim=3))
     smaller = evaluate_dataset(pixels(20), metrics, linear_detector(dim=3))
     with pytest.raises(ReferenceFileError, match="the reference has 4 feature dimensions and the detector 3"):
         compute_metrics(metrics, smaller, reference)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from metrics.collect import evaluate_dataset
-from metrics.compute import compute_metrics
 from metrics.features.demo import DEMO_CLASSIFIER
 from metrics.features.detectors import DetectorError, load_custom_detector, load_detector
 from metrics.features.inception import WEIGHTS as INCEPTION
 from metrics.features.weights import FOLDER_VARIABLE, WeightFile, find_weights
 from metrics.kinds import Metric, parse_metrics
+from metrics.references import compute_metrics
 from tests.metrics.feature_utils import Linear, pixels, reference_of
 
 ROOT = Path(__file__).parents[2]

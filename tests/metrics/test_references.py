@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from metrics.collect import Collected
-from metrics.compute import check_dimensions, compute_metrics
 from metrics.distances import FeatureMoments
 from metrics.features.detectors import LoadedDetector
 from metrics.kinds import parse_metrics
-from metrics.references import ReferenceFileError, load_reference, save_reference
+from metrics.references import ReferenceFileError, check_reference, compute_metrics, load_reference, save_reference
 from tests.memory_utils import HAS_LIMITS, run_script
 
 DATA = Path(__file__).parents[1] / "data"
@@ -325,10 +324,10 @@ def test_dimensions_are_compared_before_eigenvalues(tmp_path, monkeypatch):
     monkeypatch.setattr(np.linalg, "eigvalsh", lambda sigma: [calls.append(1), eigenvalues(sigma)][1])
     reference = load_reference(path)
     with pytest.raises(ReferenceFileError, match="the reference has 3 feature dimensions and the detector 4"):
-        check_dimensions(metrics, {"fid": collected(4, 5, keep=False)[0].detector}, reference)
+        check_reference(metrics, reference, {"fid": collected(4, 5, keep=False)[0].detector})
     assert not calls
     with pytest.raises(ReferenceFileError, match="negative eigenvalues"):
-        check_dimensions(metrics, {"fid": collected(3, 5, keep=False)[0].detector}, reference)
+        check_reference(metrics, reference, {"fid": collected(3, 5, keep=False)[0].detector})
     with pytest.raises(ReferenceFileError, match="negative eigenvalues"):  # of a detector that did not know its own
         compute_metrics(metrics, {"fid": collected(3, 5, keep=False)[0]}, reference)
     assert calls == [1]

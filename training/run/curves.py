@@ -1,7 +1,5 @@
 """Curves of runs: read from their stats.jsonl, and drawn by matplotlib, which is imported on first use."""
 
-from __future__ import annotations
-
 import io
 import math
 import warnings
@@ -58,7 +56,7 @@ def read_curves(run_dir: str | Path) -> dict[str, Curve]:
     return curves
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of that size in inches. Raises PlotError without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -68,7 +66,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     """The figure as a PNG file."""
     data = io.BytesIO()
     with warnings.catch_warnings():
@@ -77,7 +75,7 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
+def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> "Figure":
     """A panel for each quantity that matches one of the patterns `keys`, the runs over one another. Raises PlotError if
     there is none, and without matplotlib.
     """
@@ -98,7 +96,7 @@ def draw(runs: dict[str, dict[str, Curve]], keys: Sequence[str]) -> Figure:
     return figure
 
 
-def _draw_panel(panel: Axes, title: str, curves: dict[int, Curve]) -> None:
+def _draw_panel(panel: "Axes", title: str, curves: dict[int, Curve]) -> None:
     """The curves of one quantity, by number of their run."""
     from matplotlib.ticker import EngFormatter
 
@@ -116,7 +114,7 @@ def _draw_panel(panel: Axes, title: str, curves: dict[int, Curve]) -> None:
     panel.set_xlabel("images", fontsize=9, color="#444444")
 
 
-def _draw_legend(figure: Figure, names: list[str]) -> None:
+def _draw_legend(figure: "Figure", names: list[str]) -> None:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], **_style(i), label=str(i)) for i in range(len(names))]  # a name with _ would be left out

@@ -11,10 +11,9 @@ from torch import nn
 
 from data.dataset import ImageDataset
 from metrics.collect import evaluate_dataset, evaluate_network
-from metrics.compute import check_dimensions, check_reference, compute_metrics
 from metrics.features.detectors import load_detector
 from metrics.kinds import parse_metrics
-from metrics.references import Reference, load_reference, save_reference
+from metrics.references import Reference, check_reference, compute_metrics, load_reference, save_reference
 from networks.encoders import Encoder
 from torch_utils import distributed
 
@@ -58,8 +57,7 @@ def snapshot_metrics(
 
     def read() -> Reference:
         known = load_reference(reference)
-        check_reference(metrics, known)
-        check_dimensions(metrics, detectors, known)
+        check_reference(metrics, known, detectors)
         return known
 
     known = distributed.main_first(read) if reference else None

@@ -1,7 +1,5 @@
 """When training should stop early: signals, and a limit on its time. Imports no torch, to listen from the start."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time
@@ -30,7 +28,7 @@ class StopRequest:
         self._asked: float | None = None  # when `reason` was called last
         self._before: list[dict[int, Any]] = []  # handlers to put back, one entry for each time it was entered
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         before = {}
         if not self._before and threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
