@@ -5,8 +5,7 @@ from collections.abc import Callable
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import SEED, batch_option, device_option, dtype_option, quiet_option
-from torch_utils.threads import wait_passively
+from torch_utils.options import SEED, batch_option, device_option, dtype_option, quiet_option, wait_passively
 
 METRICS = """Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes another
 detector's features.  [default: fid; with --detector its distance]"""

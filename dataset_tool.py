@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.threads import wait_passively
+from torch_utils.options import wait_passively
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:

@@ -5,8 +5,7 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER, batch_option, device_option, dtype_option, quiet_option
-from torch_utils.threads import wait_passively
+from torch_utils.options import FOLDER, batch_option, device_option, dtype_option, quiet_option, wait_passively
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 TS = """Generative denoiser: increasing indices (0-39) of the 40-point Karras grid, n+1 for n steps. Published: 12,39 ·

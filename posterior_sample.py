@@ -4,8 +4,7 @@ import click
 
 from inverse.tasks import load_task, pop_overrides, task_names, task_options
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER, SEED, batch_option, device_option, dtype_option, quiet_option
-from torch_utils.threads import wait_passively
+from torch_utils.options import FOLDER, SEED, batch_option, device_option, dtype_option, quiet_option, wait_passively
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 BATCH = """Samples at once, per process. With 1 an image is the same, bit for bit, whatever else is drawn; more round

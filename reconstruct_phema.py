@@ -4,8 +4,7 @@ import click
 
 from dnnlib.text import parse_si
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER
-from torch_utils.threads import wait_passively
+from torch_utils.options import FOLDER, wait_passively
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})

@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import SEED
-from torch_utils.threads import wait_passively
+from torch_utils.options import SEED, wait_passively
 from toy.settings import ToySettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from torch_utils.threads import wait_passively
+from torch_utils.options import wait_passively
 from training.presets import NCVSDConfig
 from training.run.options import checked, training_options
 

@@ -82,7 +82,7 @@ def main(device: str, preset: str, num: int, batch: int, ts: str, dtype: str, ou
 
 
 if __name__ == "__main__":
-    from torch_utils.threads import wait_passively
+    from torch_utils.options import wait_passively
 
     wait_passively()
     main()

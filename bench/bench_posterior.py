@@ -164,7 +164,7 @@ def measure(net: Any, task: Any, batch: int, device: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from torch_utils.threads import wait_passively
+    from torch_utils.options import wait_passively
 
     wait_passively()
     main()

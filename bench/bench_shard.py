@@ -133,7 +133,7 @@ def local_bytes(tensors: Any) -> int:
 
 
 if __name__ == "__main__":
-    from torch_utils.threads import wait_passively
+    from torch_utils.options import wait_passively
 
     wait_passively()
     main()

@@ -320,7 +320,7 @@ def _peak_bytes(device: Any) -> int:
 
 
 if __name__ == "__main__":
-    from torch_utils.threads import wait_passively
+    from torch_utils.options import wait_passively
 
     wait_passively()
     main()

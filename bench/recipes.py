@@ -178,7 +178,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from torch_utils.threads import wait_passively
+    from torch_utils.options import wait_passively
 
     wait_passively()
     main()

@@ -3,7 +3,7 @@
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.threads import wait_passively
+from torch_utils.options import wait_passively
 
 
 @click.command(context_settings={"show_default": True})

@@ -31,10 +31,9 @@ import torch
 from dnnlib.download import open_url
 from dnnlib.files import atomic_path, open_regular, parse_json
 from dnnlib.text import first_line, redact
-from networks.architecture import check_init_kwargs, check_number, show
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder, encoder_from_config, nonfinite_weights
-from networks.published import Contents, read_pickle
+from networks.published import Contents, check_init_kwargs, check_number, read_pickle, show
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import CheckpointError, UnsafeCheckpointError
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.architecture import POSITIONAL
 from networks.layers import MPConv, MPFourier, mp_cat, mp_silu
 from networks.unet import Decoder, Encoder, UNet, UNetConfig
 from sampling.grids import few_step_sigmas
@@ -17,6 +16,7 @@ from sampling.posterior import RandnLike, combine_observations, expand_sigma, fe
 
 Sigma = float | Tensor  # a number, [N] or [N,1,1,1]
 Labels = Tensor | None  # class weights [N,label_dim]; None = no class
+POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.files import atomic_write, read_json  # noqa: E402
-from torch_utils.options import FOLDER  # noqa: E402
-from torch_utils.threads import wait_passively  # noqa: E402
+from torch_utils.options import FOLDER, wait_passively  # noqa: E402
 
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torch_utils.threads import wait_passively
+from torch_utils.options import wait_passively
 
 wait_passively()
 

@@ -1,4 +1,4 @@
-"""Command-line options that several scripts have. Imports no PyTorch: scripts answer --help at once."""
+"""What several scripts share at their command lines. Imports no PyTorch: they answer --help at once."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +13,11 @@ DTYPES = ("auto", "float32", "bf16", "fp16")  # `torch_utils.distributed.compute
 
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY is set. Call it before importing PyTorch."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def dtype_option(help: str = "Of the U-Nets.") -> Callable:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.threads import wait_passively
+from torch_utils.options import wait_passively
 
 DEFAULT_KEYS = "Loss/*,Discriminator/*,Metrics/*,Gradients/*,Nonfinite/*_total,Progress/img_per_s,Progress/lr"
 

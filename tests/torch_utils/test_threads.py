@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_utils.threads import wait_passively
+from torch_utils.options import wait_passively
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TORCH = {"environment.py", "fetch.py", "launch.py", "processes.py", "bench_busy.py"}  # or none that computes
