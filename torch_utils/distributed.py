@@ -75,12 +75,6 @@ def init(device: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def destroy() -> None:
-    """Leave the process group, if one was joined."""
-    if in_group():
-        dist.destroy_process_group()
-
-
 def rank() -> int:
     """This process's index in the group (0 without one)."""
     return dist.get_rank() if in_group() else 0

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 SHARED = """
 import json, sys
+import torch
 import networks
 from metrics.features.detectors import load_detector
 from metrics.collect import evaluate_dataset, evaluate_network
@@ -55,7 +56,7 @@ for name, parts in collected.items():
     }
 with open(f"{folder}/{distributed.world_size()}-{distributed.rank()}.json", "w") as file:
     json.dump(results, file)
-distributed.destroy()
+torch.distributed.destroy_process_group()
 """
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import networks
-from networks import architecture
+from networks import published
 from networks.encoders import RGBEncoder, StabilityVAEEncoder
 
 DATA = "tests/data/"
@@ -129,16 +129,16 @@ def test_pickles_that_do_not_fit(old, new, message, tmp_path):
 
 def test_positional_arguments():
     state = {"_init_args": (16, 3, 10, False, 0.4), "_init_kwargs": {"num_blocks": 2, "gradient_checkpoint": True}}
-    found = architecture.kwargs_of_part(state, "net")
+    found = published.kwargs_of_part(state, "net")
     assert found == dict(img_resolution=16, img_channels=3, label_dim=10, use_fp16=False, sigma_data=0.4, num_blocks=2)
     with pytest.raises(networks.CheckpointError, match="given twice"):
-        architecture.kwargs_of_part({"_init_args": (16,), "_init_kwargs": {"img_resolution": 16}}, "net")
+        published.kwargs_of_part({"_init_args": (16,), "_init_kwargs": {"img_resolution": 16}}, "net")
     with pytest.raises(networks.CheckpointError, match="damaged"):
-        architecture.kwargs_of_part({"_init_args": tuple(range(9))}, "net")
+        published.kwargs_of_part({"_init_args": tuple(range(9))}, "net")
 
 
 def test_arguments_that_only_a_part_names():
-    merged = architecture.merge_parts({"num_blocks": 2}, {"enc": {"num_blocks": 2, "dropout": 0.1}, "dec": {}})
+    merged = published.merge_parts({"num_blocks": 2}, {"enc": {"num_blocks": 2, "dropout": 0.1}, "dec": {}})
     assert merged == {"num_blocks": 2, "dropout": 0.1}
 
 

@@ -26,7 +26,7 @@ distributed.print0(f"main of {distributed.world_size()}: {total.item()}")
 assert distributed.is_main() == (distributed.rank() == 0)
 distributed.barrier()
 import torch.distributed.nn  # keeps the group where it is imported too late, and with it threads that can abort at exit
-distributed.destroy()
+dist.destroy_process_group()
 threads = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
 assert not any("gloo" in name for name in threads), threads
 assert (distributed.rank(), distributed.world_size()) == (0, 1)
@@ -46,7 +46,6 @@ def test_a_single_process_needs_no_group(no_torchrun, capsys):
     distributed.barrier()
     assert distributed.collective_device() == torch.device("cpu")
     distributed.print0("once")
-    distributed.destroy()
     assert distributed.is_main() and capsys.readouterr().out == "once\n"
 
 

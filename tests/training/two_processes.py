@@ -40,7 +40,7 @@ def main(out: Path, data: str, teacher: str) -> None:
 
     task.phases[0].loss = loss
     run_training(task, dataset, config, out / "signal")
-    distributed.destroy()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

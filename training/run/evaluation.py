@@ -13,7 +13,7 @@ from data.dataset import ImageDataset
 from metrics.collect import evaluate_dataset, evaluate_network
 from metrics.features.detectors import load_detector
 from metrics.kinds import parse_metrics
-from metrics.references import Reference, check_reference, compute_metrics, load_reference, save_reference
+from metrics.references import check_reference, compute_metrics, load_reference, save_reference
 from networks.encoders import Encoder
 from torch_utils import distributed
 
@@ -54,13 +54,9 @@ def snapshot_metrics(
                 save_reference(path, collected)
             distributed.barrier()
         reference = str(path) if there or writing else None
-
-    def read() -> Reference:
-        known = load_reference(reference)
+    known = distributed.main_first(lambda: load_reference(reference)) if reference else None
+    if known is not None:
         check_reference(metrics, known, detectors)
-        return known
-
-    known = distributed.main_first(read) if reference else None
 
     def evaluate(net: nn.Module, encoder: Encoder) -> dict[str, float]:
         measured, seeds = {}, range(FIRST_SEED, FIRST_SEED + num)

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from data.pictures import encode_png
 from dnnlib.files import atomic_write, read_regular
-from dnnlib.streams import lead_nowhere
 from dnnlib.text import format_bytes, format_time
 from torch_utils import distributed
+from torch_utils.errors import lead_nowhere
 from training.optim import total_norm
 from training.run.curves import MAX_STATISTICS, read_entry
 from training.run.state import Trained

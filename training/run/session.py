@@ -52,7 +52,10 @@ class Run:
             self.begin()
             try:
                 self.agree()
-                if self.reason is None and (self.resumed is None or self.snapshot_is_missing()):
+                # A run that resumes may have been cut off between its state and the snapshot at the same image.
+                due = self.done or self.crossed(self.config.snapshot)
+                missing = not all(self.snapshot_path(std).exists() for std in self.trained.ema.stds)
+                if self.reason is None and (self.resumed is None or (due and distributed.from_main(missing))):
                     self.snapshot()
                 yield
                 self.finish()
@@ -233,11 +236,6 @@ class Run:
     def snapshot_path(self, std: float) -> Path:
         """File of the average of relative width `std` at this moment."""
         return self.options.run_dir / f"network-snapshot-{self.trained.nimg:09d}-{std:.3f}.safetensors"
-
-    def snapshot_is_missing(self) -> bool:
-        """Whether a run that resumes was cut off between its state and the snapshot at the same image."""
-        missing = not all(self.snapshot_path(std).exists() for std in self.trained.ema.stds)
-        return distributed.from_main(missing) and (self.done or self.crossed(self.config.snapshot))
 
     def measure(self, average: nn.Module) -> None:
         """Metrics of a snapshot."""

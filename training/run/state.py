@@ -121,10 +121,10 @@ class HashingFile:
 
 
 def save_state(run_dir: Path, state: State, nimg: int, *, keep_every: int = 0, warn: Log = print) -> Path:
-    """Write training-state-NIMG-SHA8.pt; then remove the states that `prune` does.
-
-    The file is written under a temporary name, flushed to the disk and renamed: a crash at any moment leaves the
-    previous state in place. Raises OSError where that fails; nothing of the attempt is left then.
+    """Write training-state-NIMG-SHA8.pt, then remove all but the newest two states and, with `keep_every` > 0, the
+    first of each `keep_every` images; what cannot be removed stays, with a warning. The file is written under a temporary
+    name, flushed to the disk and renamed: a crash at any moment leaves the previous state in place. Raises OSError
+    where that fails; nothing of the attempt is left then.
     """
     temporary = run_dir / f".training-state-{nimg:09d}-{os.getpid()}.new"
     try:
@@ -145,27 +145,20 @@ def save_state(run_dir: Path, state: State, nimg: int, *, keep_every: int = 0, w
             os.fsync(handle)
         finally:
             os.close(handle)
-    prune(run_dir, keep_every, warn)
-    return path
-
-
-def prune(run_dir: Path, keep_every: int, warn: Log) -> None:
-    """Remove all but the newest two states and, with `keep_every` > 0, the first of each `keep_every` images. What
-    cannot be removed stays, with a warning.
-    """
     states = list_states(run_dir)
-    first = {state_nimg(path) // keep_every: path for path in states} if keep_every else {}  # the last, so the oldest
-    for path in set(states[2:]) - {path for multiple, path in first.items() if multiple > 0}:
+    first = {state_nimg(old) // keep_every: old for old in states} if keep_every else {}  # the last, so the oldest
+    for old in set(states[2:]) - {kept for multiple, kept in first.items() if multiple > 0}:
         try:
-            path.unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
         except OSError as error:
-            warn(f"{path} could not be removed ({error.strerror or error})")
+            warn(f"{old} could not be removed ({error.strerror or error})")
+    return path
 
 
 class StateWriter:
     """Writes one state at a time in a thread of its own. Training waits for the copy to host memory only. A failed
     write leaves the previous states in place; it is reported, and the next one is tried when it comes. `keep_every` as
-    in `prune`; `expected` bytes of a state, 0 in processes that write none.
+    in `save_state`; `expected` bytes of a state, 0 in processes that write none.
     """
 
     def __init__(self, run_dir: Path, *, keep_every: int = 0, expected: int = 0, log: Log = print) -> None:
