@@ -1,4 +1,4 @@
-"""From exceptions to what a script says, by streams that raise none. Imports no PyTorch: scripts answer --help at once."""
+"""From exceptions to what a script says, and streams that raise none. Imports no PyTorch: --help comes at once."""
 
 import os
 import re

@@ -122,9 +122,9 @@ class HashingFile:
 
 def save_state(run_dir: Path, state: State, nimg: int, *, keep_every: int = 0, warn: Log = print) -> Path:
     """Write training-state-NIMG-SHA8.pt, then remove all but the newest two states and, with `keep_every` > 0, the
-    first of each `keep_every` images; what cannot be removed stays, with a warning. The file is written under a temporary
-    name, flushed to the disk and renamed: a crash at any moment leaves the previous state in place. Raises OSError
-    where that fails; nothing of the attempt is left then.
+    first of each `keep_every` images; what cannot be removed stays, with a warning. The file is written under a
+    temporary name, flushed to the disk and renamed: a crash at any moment leaves the previous state in place. Raises
+    OSError where that fails; nothing of the attempt is left then.
     """
     temporary = run_dir / f".training-state-{nimg:09d}-{os.getpid()}.new"
     try:
