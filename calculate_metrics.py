@@ -75,9 +75,7 @@ def gen(**options: object) -> None:
 @click.option("--images", "images_path", metavar="DIR|ZIP", required=True, help="Square images of one size.")
 @click.option("--ref", "ref_path", metavar="FILE|URL", required=True, help="Reference: .npz, or EDM2's .pkl.")
 @common_options
-@click.option(
-    "--num", "--num-images", "num", type=click.IntRange(min=2), help="Size of a random subset.  [default: all images]"
-)
+@click.option("--num", "--num-images", "num", type=click.IntRange(min=2), help="Random subset.  [default: all images]")
 @click.option("--seed", type=SEED, default=0, help="Of the subset.")
 @click.option("--out", metavar="JSON", help="Write the report here.")
 def calc(**options: object) -> None:

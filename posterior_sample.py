@@ -25,9 +25,7 @@ def class_index(text: str) -> int | str:
 @click.option("--net", metavar=NETWORK, required=True, help="Generative denoiser; #sha256 checks the file.")
 @click.option("--task", metavar="NAME|FILE", required=True, help=f"{', '.join(task_names())}, or a .yaml.")
 @click.option("--data", metavar="DIR|ZIP", help="Images to measure and to find again.")
-@click.option(
-    "--measurements", metavar="DIR|ZIP", help="Real measurements instead of --data: .npz (array y), .npy, or images."
-)
+@click.option("--measurements", metavar="DIR|ZIP", help="Real ones instead of --data: .npz (array y), .npy, or images.")
 @click.option("--outdir", type=FOLDER, required=True, help="Results; a second call finishes what is missing.")
 @click.option("--num", type=click.IntRange(min=1), help="The first so many images.  [default: all]")
 @click.option("--resize", is_flag=True, help="Crop the centre of images of another size and resize it.")

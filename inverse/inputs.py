@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from data.archives import MAX_FILE_BYTES, FileSource, decode_pixels, is_image_name, read_labels
 from data.pictures import to_array, to_picture
-from dnnlib.files import read_regular
+from dnnlib.files import PathLike, read_regular
 from dnnlib.npy import read_npy
 
 _MAX_HEADER_BYTES = 4096
@@ -30,7 +29,7 @@ class InputError(ValueError):
 class Inputs(ABC):
     """The first `num` files (None = all) of a folder or archive, in order of their names."""
 
-    def __init__(self, path: str | os.PathLike, num: int | None, what: str, *kinds: Callable[[str], bool]) -> None:
+    def __init__(self, path: PathLike, num: int | None, what: str, *kinds: Callable[[str], bool]) -> None:
         """`kinds` tell files by their names; only the first kind that there is counts."""
         self._source = FileSource(path)
         files = next(filter(None, ([name for name in self._source.names if kind(name)] for kind in kinds)), [])
@@ -53,7 +52,7 @@ class ImageFolder(Inputs):
     """
 
     def __init__(
-        self, path: str | os.PathLike, *, resolution: int, channels: int, resize: bool = False, num: int | None = None
+        self, path: PathLike, *, resolution: int, channels: int, resize: bool = False, num: int | None = None
     ) -> None:
         super().__init__(path, num, "images", is_image_name)
         self._channels, self._size, self._resize = channels, resolution, resize
@@ -92,9 +91,7 @@ class MeasurementFolder(Inputs):
     fewer than `num`.
     """
 
-    def __init__(
-        self, path: str | os.PathLike, *, shape: tuple[int, ...], pictures: bool, num: int | None = None
-    ) -> None:
+    def __init__(self, path: PathLike, *, shape: tuple[int, ...], pictures: bool, num: int | None = None) -> None:
         self._shape = tuple(shape)
         what = "measurements: .npz (array y), .npy" + ", images" * pictures
         super().__init__(path, num, what, lambda n: n.lower().endswith((".npz", ".npy")), *[is_image_name] * pictures)
@@ -146,7 +143,7 @@ def pixels_to_image(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
 
 
-def read_mask(path: str | os.PathLike) -> np.ndarray:
+def read_mask(path: PathLike) -> np.ndarray:
     """Return a mask [H,W] from an image file, float32: 1 where it is lighter than half, measured, else 0, removed."""
     try:
         data = read_regular(path, MAX_FILE_BYTES)

@@ -70,9 +70,7 @@ class Task:
     sigma_min: float = setting(0.002, (1e-6, 1e6), help="Task: last noise level.")
     sigma_max: float = setting(80.0, (1e-6, 1e6), help="Task: first noise level.")
     rho: float = setting(2.0, (0.1, 100), help="Task: exponent of the Karras grid of noise levels.")
-    likelihood: str = setting(
-        "auto", help="Task: auto is exact where the operator allows it.", type=click.Choice(LIKELIHOODS)
-    )
+    likelihood: str = setting("auto", help="Task: auto is exact where it can be.", type=click.Choice(LIKELIHOODS))
     langevin: LangevinSettings = field(default_factory=LangevinSettings)
     ts: tuple[int, ...] | None = setting(  # None = one evaluation each
         None, help="Few-step prior steps: grid indices, as 10,22,39.", type=grid_indices, metavar="LIST"

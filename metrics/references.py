@@ -19,7 +19,7 @@ import torch
 
 from data.archives import ZipReader
 from dnnlib.download import open_url
-from dnnlib.files import atomic_write, file_sha256, open_regular
+from dnnlib.files import PathLike, atomic_write, file_sha256, open_regular
 from dnnlib.npy import read_npy, read_npy_header
 from dnnlib.text import redact
 from metrics.collect import Collected
@@ -65,7 +65,7 @@ class Reference:
     sha256: str  # of the file
 
 
-def save_reference(path: str | os.PathLike[str], collected: Mapping[str, Collected]) -> None:
+def save_reference(path: PathLike, collected: Mapping[str, Collected]) -> None:
     """Write statistics of a data set as `.npz`, whole or not at all. Raises ValueError for fewer than 2 images."""
     arrays: dict[str, np.ndarray] = {}
     for name, part in collected.items():
@@ -79,7 +79,7 @@ def save_reference(path: str | os.PathLike[str], collected: Mapping[str, Collect
         np.savez(file, **arrays)
 
 
-def load_reference(source: str | os.PathLike[str], *, quiet: bool = False) -> Reference:
+def load_reference(source: PathLike, *, quiet: bool = False) -> Reference:
     """Read reference statistics from a path or URL: own `.npz`, EDM's `.npz` (mu, sigma: `fid`), EDM2's pickle. The
     kind is told by the content; nothing in the file is executed. Raises ReferenceFileError (a ValueError) for what
     cannot be statistics, but for eigenvalues (`Statistics.has_covariance`); DownloadError for failed downloads.

@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 
 from dnnlib.download import open_url
-from dnnlib.files import atomic_path, open_regular, parse_json
+from dnnlib.files import PathLike, atomic_path, open_regular, parse_json
 from dnnlib.text import first_line, redact
 from networks.denoisers import Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder, encoder_from_config, nonfinite_weights
@@ -64,7 +64,7 @@ class LoadedNetwork:
 
 
 def save(
-    path: str | os.PathLike[str],
+    path: PathLike,
     net: Network,
     encoder: Encoder,
     *,
@@ -108,7 +108,7 @@ def save(
 
 
 def load(
-    source: str | os.PathLike[str],
+    source: PathLike,
     device: torch.device | str = "cpu",
     *,
     sha256: str | None = None,  # expected hash of a file behind a path or URL, 64 hexadecimal digits

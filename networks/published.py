@@ -82,9 +82,7 @@ def _collect_tensors(record: Record) -> dict[str, torch.Tensor]:
 
 def _encoder_config(encoder: Any, img_channels: int | None) -> dict[str, Any]:
     name = getattr(encoder, "qualname", None)
-    if name == "StandardRGBEncoder" or (
-        encoder is None and img_channels in (1, 3)
-    ):  # EDM2's choice where none is named
+    if name == "StandardRGBEncoder" or (encoder is None and img_channels in (1, 3)):  # EDM2's where none is named
         return {"type": "rgb"}
     if name != "StabilityVAEEncoder":
         raise CheckpointError(f"an encoder of class {show(name)}; known are StandardRGBEncoder, StabilityVAEEncoder")

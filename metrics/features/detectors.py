@@ -4,7 +4,6 @@ class logits also has `logits(features) -> [N,classes]`. `load_detector` builds 
 `fd_dinov2`, `fd_demo`); any other module is welcome under a name of its own.
 """
 
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dnnlib.files import file_sha256
+from dnnlib.files import PathLike, file_sha256
 from dnnlib.text import first_line
 from metrics.features.demo import DEMO_CLASSIFIER, load_demo_classifier
 from metrics.features.dinov2 import load_dinov2
@@ -54,9 +53,7 @@ class ScriptedDetector(nn.Module):
         return features.to(torch.float32)
 
 
-def load_detector(
-    name: str, path: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
-) -> LoadedDetector:
+def load_detector(name: str, path: PathLike | None = None, device: torch.device | str = "cpu") -> LoadedDetector:
     """Return a detector that defines a metric (fid, fd_dinov2 or fd_demo), in eval mode; None = weights are found by
     $NCVSD_DETECTORS, or downloaded. Raises DetectorError (a ValueError), saying where to get them.
     """
@@ -70,9 +67,7 @@ def load_detector(
     return LoadedDetector(module.eval().requires_grad_(False).to(device), name, module.feature_dim, digest)
 
 
-def load_custom_detector(
-    path: str | os.PathLike[str], name: str | None = None, device: torch.device | str = "cpu"
-) -> LoadedDetector:
+def load_custom_detector(path: PathLike, name: str | None = None, device: torch.device | str = "cpu") -> LoadedDetector:
     """Return a detector of one's own: a TorchScript file under `name` (default: the file's), or a safetensors file that
     states which detector it is (`detector` in its metadata), as the demo classifier's does. TorchScript is a program,
     in PyTorch's own language, and the only one that this project runs out of a file: name files that you trust. Raises

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnnlib.files import file_sha256
+from dnnlib.files import PathLike, file_sha256
 from dnnlib.text import first_line
 from metrics.features.weights import FOLDER_VARIABLE, DetectorError
 
@@ -83,9 +83,7 @@ class DINOv2(nn.Module):
         return self.model(prepare_images(images)).last_hidden_state[:, 0].to(torch.float32)
 
 
-def load_dinov2(
-    source: str | os.PathLike[str] | None = None, *, architecture: Mapping[str, Any] = VIT_L14
-) -> tuple[DINOv2, str]:
+def load_dinov2(source: PathLike | None = None, *, architecture: Mapping[str, Any] = VIT_L14) -> tuple[DINOv2, str]:
     """Return the detector and the SHA-256 of its weight file: `source` is that file, its folder, or a Hub id
     owner/name[@revision]; by default dinov2-large/model.safetensors in the folder $NCVSD_DETECTORS, or else
     `facebook/dinov2-large`. Raises DetectorError (a ValueError), with how to get the file, where it is missing, damaged
@@ -118,7 +116,7 @@ def load_dinov2(
     return DINOv2(model), digest
 
 
-def _find_weights(source: str | os.PathLike[str] | None) -> Path:
+def _find_weights(source: PathLike | None) -> Path:
     if source is None:
         folder = os.environ.get(FOLDER_VARIABLE)
         own = Path(folder or "").expanduser() / "dinov2-large" / WEIGHTS_FILE

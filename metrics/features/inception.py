@@ -4,7 +4,6 @@ FID (Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a 
 to: other weights, another resize or other pooling give numbers that compare with none.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnnlib.files import PathLike
 from metrics.features.weights import WeightFile, load_published
 
 WEIGHTS = WeightFile(
@@ -195,7 +195,7 @@ def full_precision_convolutions() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def load_inception(path: str | os.PathLike[str] | None = None, *, fold: bool = True) -> tuple[InceptionV3, str]:
+def load_inception(path: PathLike | None = None, *, fold: bool = True) -> tuple[InceptionV3, str]:
     """Return a network with the weights of the public PyTorch port, found by `find_weights`, and the SHA-256 of their
     file, whose auxiliary classifier (`AuxLogits.*`) is passed over. Raises DetectorError.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dnnlib.download import DownloadError, cache_path, open_url
-from dnnlib.files import file_sha256
+from dnnlib.files import PathLike, file_sha256
 
 FOLDER_VARIABLE = "NCVSD_DETECTORS"
 
@@ -41,7 +41,7 @@ class WeightFile:
 def load_published(
     net: nn.Module,
     weights: WeightFile,
-    path: str | os.PathLike[str] | None = None,
+    path: PathLike | None = None,
     *,
     ignored: tuple[str, ...] = (),  # beginnings of names in the file that the network has no use for
     download: bool = True,
@@ -74,9 +74,7 @@ def is_torchscript(path: Path) -> bool:
         return False
 
 
-def find_weights(
-    weights: WeightFile, path: str | os.PathLike[str] | None = None, *, download: bool = True
-) -> tuple[Path, str]:
+def find_weights(weights: WeightFile, path: PathLike | None = None, *, download: bool = True) -> tuple[Path, str]:
     """Return the local file and its SHA-256, which is checked: `path` (the file, or a folder that holds it), else the
     folder $NCVSD_DETECTORS, else the cache, into which it is downloaded if `download` says so. Raises DetectorError, in
     one line that says where to get the file and where to put it.
