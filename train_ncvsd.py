@@ -11,8 +11,9 @@ from training.run.options import checked, training_options
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--net", metavar="PATH|URL|hf://…", required=True, help="Teacher: an EDM2 network.")
+@click.option("--gnet", metavar="PATH|URL|hf://…", help="Guides the teacher; with --guidance.")
 @training_options(NCVSDConfig)
-def main(net: str, **given: Any) -> None:
+def main(net: str, gnet: str | None, **given: Any) -> None:
     """Train a generative denoiser G(y, sigma), a sampler of p(x0 | y), from a teacher.
 
     Running the same command again resumes from the newest valid state in OUTDIR. The exit code is 0 at the end, and
@@ -28,7 +29,7 @@ def main(net: str, **given: Any) -> None:
     with checked(NCVSDConfig, given) as (config, options):
         from training.run.launch import distil
 
-        distil(config, options, net)
+        distil(config, options, net, gnet)
 
 
 if __name__ == "__main__":

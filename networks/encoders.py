@@ -28,6 +28,10 @@ class RGBEncoder:
     def to(self, device: torch.device | str) -> "RGBEncoder":
         return self
 
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What is stored of uint8 pixels [N,C,H,W]: themselves."""
+        return pixels
+
     def encode(self, raw: torch.Tensor, *, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
         """Latents, float32 [N,C,H,W] in [-1, 1], of uint8 pixels; no noise. Raises ValueError for another dtype."""
         if raw.dtype != torch.uint8:

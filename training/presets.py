@@ -168,6 +168,7 @@ class NCVSDConfig(Recipe, TrainingConfig):
     s_p_std: float = setting(1.0, "Score loss: standard deviation of ln t")
     d_p_mean: float = setting(-0.4, "Discriminator loss: mean of ln t")
     d_p_std: float = setting(1.0, "Discriminator loss: standard deviation of ln t")
+    guidance: float = setting(1.0, "Of the target, by --gnet or by the teacher without labels; 1 = none")
     combined_score: bool = setting(False, "Score network at the combined observation of y and x_t; published: at x_t")
     d_head: str = setting(
         "linear", "Discriminator's head: 'linear' as published, 'joint' (hidden layers), 'local' (per place)"

@@ -16,6 +16,7 @@ from generation.images import generate_images
 from networks import CombinedScore, Discriminator, GenerativeDenoiser, Precond, PrecondCondition
 from networks.encoders import Encoder
 from sampling.grids import parse_ts
+from sampling.ode import guided_denoiser
 from sampling.posterior import combine_observations
 from sampling.seeds import SeededNoise
 from training.losses import discriminator_loss, edm2_loss, generator_loss, score_loss
@@ -129,15 +130,24 @@ def build_student(teacher: Precond, config: NCVSDConfig) -> tuple[GenerativeDeno
     return generator, CombinedScore(score_net) if config.combined_score else score_net, discriminator
 
 
-def distillation_task(teacher: Precond, config: NCVSDConfig) -> Task:
-    """The three phases of NCVSD (NCVSD, Algorithm 1): score network, discriminator, generator."""
-    teacher.eval().requires_grad_(False)
+def distillation_task(teacher: Precond, config: NCVSDConfig, gnet: Precond | None = None) -> Task:
+    """The three phases of NCVSD (NCVSD, Algorithm 1): score network, discriminator, generator. With `guidance` the
+    target is that of guided sampling, by `gnet`, or without one by the teacher without labels.
+    """
+    frozen = {"teacher": teacher} | ({} if gnet is None else {"guide": gnet})
+    for net in frozen.values():
+        net.eval().requires_grad_(False)
     schedules: dict[str, dict[str, Any]] = {"1step": {}}
     schedules |= {"ts" + "_".join(map(str, ts)): {"ts": ts} for ts in (parse_ts(given).ts for given in config.eval_ts)}
     generator, score_net, discriminator = build_student(teacher, config)
-    phases = distillation_phases(teacher, generator, score_net, discriminator, config)
-    views = partial(denoised_views, score_net, teacher, math.exp(config.g_p_mean))
-    return Task(phases, generator, schedules, weights_digest(teacher), {"teacher": teacher}, teacher, views)
+
+    def target(x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        return guided_denoiser(teacher, gnet, config.guidance, labels, gnet_labels=gnet is not None)(x, sigma)
+
+    phases = distillation_phases(target, generator, score_net, discriminator, config)
+    views = partial(denoised_views, score_net, target, math.exp(config.g_p_mean))
+    digest = "+".join(map(weights_digest, frozen.values()))
+    return Task(phases, generator, schedules, digest, frozen, teacher, views)
 
 
 class Observer:

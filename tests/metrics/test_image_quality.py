@@ -10,8 +10,9 @@ import metrics.features.weights
 import metrics.image_quality as image_quality
 from dnnlib.download import DownloadError
 from dnnlib.files import file_sha256
+from metrics.features.vgg import BACKBONE, VGG16
 from metrics.features.weights import FOLDER_VARIABLE, DetectorError
-from metrics.image_quality import BACKBONE, LPIPS, VGG16, load_lpips, psnr, ssim
+from metrics.image_quality import LPIPS, load_lpips, psnr, ssim
 
 # Values of other implementations, named in the file, for `image_pair` and for `random_backbone`.
 GOLDENS = json.loads((Path(__file__).parents[1] / "data" / "image_quality" / "goldens.json").read_text())["cases"]

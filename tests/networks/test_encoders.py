@@ -23,6 +23,7 @@ def golden():
 def test_rgb_matches_golden(golden):
     encoder = RGBEncoder()
     pixels = golden["rgb_px"]
+    assert torch.equal(encoder.encode_pixels(pixels), pixels)
     torch.testing.assert_close(encoder.encode(pixels), golden["rgb_latent"], rtol=0, atol=1e-6)
     assert torch.equal(encoder.decode(golden["rgb_decode_in"]), golden["rgb_decode_out"])
 

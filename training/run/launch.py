@@ -16,6 +16,7 @@ import networks
 from data.dataset import DatasetError, ImageDataset, one_line
 from dnnlib import ROOT
 from dnnlib.text import first_line, redact
+from generation.images import generate_images
 from networks.encoders import Encoder, RGBEncoder, StabilityVAEEncoder
 from networks.unet import set_recompute
 from torch_utils import distributed
@@ -28,13 +29,16 @@ from training.run.session import Run
 from training.tasks import Task, distillation_task, pretraining_task
 
 
-def distil(config: NCVSDConfig, options: RunOptions, net: str) -> None:
-    """Train a student of the teacher `net`, a file or URL. Raises ValueError where teacher and data do not fit."""
+def distil(config: NCVSDConfig, options: RunOptions, net: str, gnet: str | None = None) -> None:
+    """Train a student of the teacher `net`, guided by `gnet` (files or URLs). Raises ValueError for bad ones."""
 
     def build(dataset: ImageDataset, device: torch.device) -> tuple[Task, Encoder]:
         loaded = networks.load(net, device=device)
         check_teacher(loaded, net, dataset, options.data, config.cond)
-        return distillation_task(loaded.net, config), loaded.encoder.to(device)
+        guide = None if gnet is None else networks.load(gnet, device=device).net
+        guided = dict(gnet=guide, guidance=config.guidance, gnet_labels=guide is not None or config.guidance == 1)
+        generate_images(loaded.net, seeds=[], **guided)  # checks that they fit
+        return distillation_task(loaded.net, config, guide), loaded.encoder.to(device)
 
     launch(config, options, build)
 
