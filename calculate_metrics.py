@@ -1,11 +1,9 @@
 """Fréchet distances and their relatives: of a network's images, of images on disk, and of a data set as reference."""
 
-from collections.abc import Callable
-
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import SEED, batch_option, device_option, dtype_option, quiet_option, wait_passively
+from torch_utils.options import SEED, batch_option, device_option, dtype_option, options, quiet_option, wait_passively
 
 METRICS = """Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes another
 detector's features.  [default: fid; with --detector its distance]"""
@@ -14,19 +12,15 @@ distance is reported as fd_NAME."""
 WEIGHTS = "Weights of the published detector, or their folder.  [default: $NCVSD_DETECTORS, else downloaded]"
 
 
-def common_options(command: Callable) -> Callable:
-    """Options of all commands."""
-    for option in (
-        quiet_option,
-        device_option,
-        batch_option(64, "Images at once, per process."),
-        click.option("--detector-name", metavar="NAME", help="Of --detector.  [default: the file's name]"),
-        click.option("--detector", "custom", metavar="FILE", help=OWN),
-        click.option("--detector-path", metavar="PATH", help=WEIGHTS),
-        click.option("--metrics", "metric_names", metavar="LIST", help=METRICS),
-    ):
-        command = option(command)
-    return command
+common_options = options(
+    click.option("--metrics", "metric_names", metavar="LIST", help=METRICS),
+    click.option("--detector-path", metavar="PATH", help=WEIGHTS),
+    click.option("--detector", "custom", metavar="FILE", help=OWN),
+    click.option("--detector-name", metavar="NAME", help="Of --detector.  [default: the file's name]"),
+    batch_option(64, "Images at once, per process."),
+    device_option,
+    quiet_option,
+)
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 120})
@@ -63,12 +57,12 @@ def cli() -> None:
 @dtype_option()
 @click.option("--save-images", metavar="ZIP", help="Also keep the images, as a data set (one --ts only).")
 @click.option("--out", metavar="JSON", help="Write the report here.")
-def gen(**options: object) -> None:
+def gen(**given: object) -> None:
     """Draw images with a network and evaluate them."""
     with user_errors():
         from metrics import commands
 
-        commands.gen(**options)
+        commands.gen(**given)
 
 
 @cli.command()
@@ -78,24 +72,24 @@ def gen(**options: object) -> None:
 @click.option("--num", "--num-images", "num", type=click.IntRange(min=2), help="Random subset.  [default: all images]")
 @click.option("--seed", type=SEED, default=0, help="Of the subset.")
 @click.option("--out", metavar="JSON", help="Write the report here.")
-def calc(**options: object) -> None:
+def calc(**given: object) -> None:
     """Evaluate images on disk."""
     with user_errors():
         from metrics import commands
 
-        commands.calc(**options)
+        commands.calc(**given)
 
 
 @cli.command()
 @click.option("--data", "data_path", metavar="DIR|ZIP", required=True, help="Square images of one size.")
 @click.option("--dest", metavar="NPZ", required=True, help="The statistics; replaced if it exists.")
 @common_options
-def ref(**options: object) -> None:
+def ref(**given: object) -> None:
     """Compute the statistics of a data set, for --ref; with kid or pr among the metrics, its features as well."""
     with user_errors():
         from metrics import commands
 
-        commands.ref(**options)
+        commands.ref(**given)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """Make data sets for training: convert images, encode them to autoencoder latents, decode those again."""
 
 import re
-from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import wait_passively
+from torch_utils.options import options, wait_passively
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -21,16 +19,12 @@ def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
     return int(match[1]), int(match[2] or match[1])
 
 
-def _options(*added: Callable) -> Callable[[Callable], Callable]:
-    return lambda command: reduce(lambda known, option: option(known), reversed(added), command)
-
-
-_common = _options(
+_common = options(
     click.option("--source", help="Input folder or file", metavar="PATH", required=True),
     click.option("--dest", help="Output folder, or archive if it ends in .zip", metavar="PATH", required=True),
     click.option("--max-images", help="Take only the first so many", metavar="INT", type=click.IntRange(min=1)),
 )
-_autoencoder = _options(
+_autoencoder = options(
     click.option("--vae", help="Autoencoder: local diffusers folder or Hub id", metavar="NAME",
                  default="stabilityai/sd-vae-ft-mse"),
     click.option("--batch", help="Images per pass", metavar="INT", type=click.IntRange(min=1), default=16),
@@ -56,7 +50,7 @@ def cli() -> None:
 
 @cli.command()
 @_common
-@_options(
+@options(
     click.option("--resolution", "size", help="Output size, such as 64 or 512x384", metavar="WxH", callback=_size),
     click.option("--transform", help="How to reach that size", default="none",
                  type=click.Choice(["none", "center-crop", "center-crop-wide", "center-crop-dhariwal"])),
@@ -69,7 +63,7 @@ def cli() -> None:
     click.option("--rgb", help="Store grey images with three channels", is_flag=True),
     click.option("--compress", help="Compress the PNG files (smaller, slower to read)", is_flag=True),
 )  # fmt: skip
-def convert(dest: str, **options: Any) -> None:
+def convert(dest: str, **given: Any) -> None:
     """Convert images to a data set.
 
     The source is a folder (searched recursively) or a ZIP of images, or MNIST-style IDX files. Images without
@@ -85,29 +79,29 @@ def convert(dest: str, **options: Any) -> None:
     with user_errors():
         from data.convert import convert_dataset
 
-        click.echo(f"{dest}: {convert_dataset(dest=dest, **options)}")
+        click.echo(f"{dest}: {convert_dataset(dest=dest, **given)}")
 
 
 @cli.command()
 @_common
 @_autoencoder
-def encode(dest: str, **options: Any) -> None:
+def encode(dest: str, **given: Any) -> None:
     """Encode an image data set to Stable-Diffusion latents: 8 channels, mean and standard deviation."""
     with user_errors():
         from data.latents import encode_dataset
 
-        click.echo(f"{dest}: {encode_dataset(dest=dest, **options)}")
+        click.echo(f"{dest}: {encode_dataset(dest=dest, **given)}")
 
 
 @cli.command()
 @_common
 @_autoencoder
-def decode(dest: str, **options: Any) -> None:
+def decode(dest: str, **given: Any) -> None:
     """Decode the means of a data set of latents to images."""
     with user_errors():
         from data.latents import decode_dataset
 
-        click.echo(f"{dest}: {decode_dataset(dest=dest, **options)}")
+        click.echo(f"{dest}: {decode_dataset(dest=dest, **given)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
 def wait_passively() -> None:
     """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY is set. Call it before importing PyTorch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def options(*added: Callable) -> Callable[[Callable], Callable]:
+    """Decorator with several options of click, in the order of --help."""
+    return lambda command: reduce(lambda known, option: option(known), reversed(added), command)
 
 
 def dtype_option(help: str = "Of the U-Nets.") -> Callable:

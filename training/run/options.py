@@ -1,7 +1,6 @@
 """What the command lines of training share. Imports no torch: scripts answer --help at once, and listen to signals."""
 
 import dataclasses
-import functools
 import os
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ import click
 
 from dnnlib.text import parse_duration
 from torch_utils.errors import user_errors
-from torch_utils.options import DTYPES, FOLDER
+from torch_utils.options import DTYPES, FOLDER, options
 from training.presets import Config, TrainingConfig, load_config, preset_names
 from training.run.stop import StopRequest
 
@@ -64,19 +63,19 @@ class RunOptions:
 
 def training_options(kind: type[TrainingConfig]) -> Callable[[Callable], Callable]:
     """Click decorator with the options of `RunOptions`, and one for each setting of `kind` (None = the preset's)."""
-    options, presets = [], ", ".join(preset_names(kind))
+    added, presets = [], ", ".join(preset_names(kind))
     types, names = typing.get_type_hints(kind), {bool: "BOOL", float: "FLOAT", int: "INT"}
     for f in (*dataclasses.fields(RunOptions), *dataclasses.fields(kind)):
         flags = f.metadata.get("flags") or (f"--{f.name.replace('_', '-')}",)
         if "option" in f.metadata:
             given = {"is_flag": f.default is False, **f.metadata["option"]}
-            options.append(click.option(*flags, f.name, **given | {"help": given["help"].format(presets=presets)}))
+            added.append(click.option(*flags, f.name, **given | {"help": given["help"].format(presets=presets)}))
         elif "help" in f.metadata:
             metavar = "COUNT" if f.metadata["si"] else names.get(types[f.name], "TEXT")
             text = f"{f.metadata['help']}  [default: preset's]"
             several = types[f.name] == tuple[tuple[int, ...], ...]
-            options.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=several))
-    return lambda function: functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
+            added.append(click.option(*flags, f.name, metavar=metavar, help=text, multiple=several))
+    return options(*added)
 
 
 @contextmanager
