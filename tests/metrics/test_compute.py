@@ -56,7 +56,8 @@ for name, parts in collected.items():
     }
 with open(f"{folder}/{distributed.world_size()}-{distributed.rank()}.json", "w") as file:
     json.dump(results, file)
-torch.distributed.destroy_process_group()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
