@@ -11,7 +11,14 @@ import pytest
 from torch_utils.options import wait_passively
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_TORCH = {"environment.py", "fetch.py", "launch.py", "processes.py", "bench_busy.py"}  # or none that computes
+NO_TORCH = {
+    "environment.py",
+    "fetch.py",
+    "launch.py",
+    "processes.py",
+    "bench_busy.py",
+    "bench_help.py",
+}  # or none that computes
 SCRIPTS = [
     path
     for room in (".", "bench", "quick_start", "metrics", "training", "toy")
