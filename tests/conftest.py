@@ -72,11 +72,14 @@ def tiny_data(tmp_path_factory, tiny_images):
 
 @pytest.fixture(scope="session")
 def some_fashion(tmp_path_factory):
-    """Path of a ZIP of 2,000 of the embedded images, without labels."""
+    """Path of a ZIP of 2,000 of the embedded images with their labels."""
     path = tmp_path_factory.mktemp("data") / "some.zip"
     with zipfile.ZipFile(ROOT / "assets" / "fashion16.zip") as whole, zipfile.ZipFile(path, "w") as some:
-        for name in [name for name in whole.namelist() if name.endswith(".png")][:2000]:
+        names = [name for name in whole.namelist() if name.endswith(".png")][:2000]
+        for name in names:
             some.writestr(name, whole.read(name))
+        labels = dict(json.loads(whole.read("dataset.json"))["labels"])
+        some.writestr("dataset.json", json.dumps({"labels": [[name, labels[name]] for name in names]}))
     return path
 
 

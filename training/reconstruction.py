@@ -40,7 +40,7 @@ def find_snapshots(paths: Sequence[str | Path]) -> list[Snapshot]:
     """
     found: list[Snapshot] = []
     for path in map(Path, paths):
-        if not path.exists():
+        if not (path.is_file() or path.is_dir()):
             raise ReconstructionError(f"{path}: no such file or folder")
         for file in path.iterdir() if path.is_dir() else [path]:
             match = _NAME.fullmatch(file.name)

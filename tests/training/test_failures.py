@@ -54,15 +54,21 @@ def test_an_error_of_one_process_ends_both(tmp_path, tiny_data, tiny_teacher):
     assert "nope.zip: damaged" in said and said.count("\n") == 1, said
 
 
-def test_two_processes_measure_divide_and_recompute_as_one(tmp_path):
+def test_two_processes_measure_divide_and_recompute_as_one(tmp_path, some_fashion):
     values = []
     for launcher, options in (([sys.executable], []), (PROCESSES, ["--shard", "--checkpoint-activations"])):
         folder = tmp_path / str(len(values))
         arguments = command(
-            folder, ROOT / "assets/fashion16.zip", ROOT / "assets/demo/teacher.safetensors", duration=8, eval_num=16
+            folder,
+            some_fashion,
+            ROOT / "assets/demo/teacher.safetensors",
+            duration=64,
+            batch=64,
+            batch_gpu=32,
+            eval_num=16,
         )
         execute([*launcher, *arguments, *options, "--preset=fashion16", "--eval-metric=fd_demo"])
-        (found,) = [line for line in stats(folder) if line["nimg"] == 8 and "Metrics/fd_demo_1step" in line]
+        (found,) = [line for line in stats(folder) if line["nimg"] == 64 and "Metrics/fd_demo_1step" in line]
         values.append(found["Metrics/fd_demo_ts20_39"])
     assert values[1] == pytest.approx(values[0], rel=1e-3)
 
