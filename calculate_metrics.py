@@ -11,7 +11,6 @@ OWN = """A detector of your own, a TorchScript program (of a source that you tru
 distance is reported as fd_NAME."""
 WEIGHTS = "Weights of the published detector, or their folder.  [default: $NCVSD_DETECTORS, else downloaded]"
 
-
 common_options = options(
     click.option("--metrics", "metric_names", metavar="LIST", help=METRICS),
     click.option("--detector-path", metavar="PATH", help=WEIGHTS),

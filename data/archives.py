@@ -226,8 +226,12 @@ def decode_latents(data: bytes, where: str, expected: Sequence[int] | None = Non
     if len(data) - stream.tell() != math.prod(shape) * dtype.itemsize:
         raise DatasetError(f"{where}: damaged NPY file: its size does not fit shape {list(shape)}")
     flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
-    array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
-    if not np.isfinite(array).all():
+    try:
+        array = flat.reshape(shape, order="F" if fortran_order else "C").astype(np.float32, order="C")
+        finite = np.isfinite(array).all()
+    except MemoryError:
+        raise DatasetError(f"{where}: latents of shape {list(shape)} do not fit into memory") from None
+    if not finite:
         raise DatasetError(f"{where}: holds NaN or infinite values")
     return array
 

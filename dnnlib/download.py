@@ -17,8 +17,7 @@ from dnnlib.files import PathLike, fcntl, file_sha256
 from dnnlib.text import format_bytes, format_time, printable, redact
 
 _CHUNK = 1 << 18  # bytes read from the network at a time, at most
-_NUMBER = "([0-9]{1,18})"
-_VERSION = "[ -~]{1,200}"
+_NUMBER, _VERSION = "([0-9]{1,18})", "[ -~]{1,200}"
 _HTML = rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?(<!doctype html|<(html|head|body|title|meta|script)[\s>])"
 _PAGE = "a web page came in place of a file: log in to the network, or check the address"
 
@@ -216,7 +215,7 @@ def _begin(response: Any, part: Path, hash_known: bool) -> tuple[int, int | None
     if response.status_code != 200:
         raise _Failure("what is here does not belong to the server's file")
     length = re.fullmatch(_NUMBER, headers.get("Content-Length", ""))
-    if length is None and not hash_known and not response.raw.chunked:  # the end of chunks is marked
+    if length is None and not hash_known and not _is_chunked(response):  # the end of chunks is marked
         reason = "the server does not say how long the file is, so that a cut would go unnoticed: give its SHA-256"
         raise _Failure(f"{reason} (URL#sha256=HEX for a network)", permanent=True)
     if re.fullmatch(_VERSION, told):
@@ -224,11 +223,15 @@ def _begin(response: Any, part: Path, hash_known: bool) -> tuple[int, int | None
     return 0, int(length[1]) if length else None
 
 
+def _is_chunked(response: Any) -> bool:
+    return response.headers.get("Transfer-Encoding", "").lower() == "chunked"  # nothing else is decoded
+
+
 def _read(response: Any, timeout: float) -> bytes:
     """What has arrived, once something has; empty at the end."""
     read = partial(response.raw.read1, _CHUNK, decode_content=False)
     try:
-        return _within(timeout, read) if response.raw.chunked else read()  # lines between chunks may trickle in
+        return _within(timeout, read) if _is_chunked(response) else read()  # lines between chunks may trickle in
     except futures.TimeoutError:
         with suppress(OSError, ValueError, RuntimeError):
             response.raw.shutdown()  # ends the reading, which closing would wait for

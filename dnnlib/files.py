@@ -23,7 +23,6 @@ except ImportError:  # Windows
 
 PathLike = str | os.PathLike[str]
 
-
 _BEGINNINGS = {".png": rb"\x89PNG", ".npz": b"PK", ".zip": b"PK", ".json": rb"\s*[{[]", ".safetensors": rb".{8}\{"}
 
 

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -178,7 +179,5 @@ def _sampler(
         )
     if guidance == 1 and (gnet is not None or not gnet_labels):
         raise ValueError("a guiding network has no effect at guidance 1: give --guidance")
-    steps = num_steps or DEFAULT_STEPS
-    return lambda noise, labels, _: heun_sampler(
-        guided_denoiser(net, gnet, guidance, labels, gnet_labels=gnet_labels), noise, num_steps=steps
-    )
+    guided = partial(guided_denoiser, net, gnet, guidance, gnet_labels=gnet_labels)
+    return lambda noise, labels, _: heun_sampler(guided(labels=labels), noise, num_steps=num_steps or DEFAULT_STEPS)

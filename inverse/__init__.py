@@ -1,11 +1,9 @@
 """Inverse problems solved with a generative denoiser; names are loaded on first use, so that scripts start fast."""
 
-from typing import Any
-
 __all__ = ["get_operator", "pnp_sample"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'inverse' has no attribute {name!r}")
     from inverse.operators import get_operator

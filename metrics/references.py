@@ -137,7 +137,9 @@ def _read_npz(file: BinaryIO) -> tuple[dict[str, Statistics], int | None]:
     for name in names:
         mu, sigma, features, sha256 = (found.get(f"{name}/{part}") for part in (*_DATA, "sha256"))
         features = None if features is None else features.astype(np.float32)
-        statistics[name] = Statistics(*map(_floats, (mu, sigma)), features, None if sha256 is None else str(sha256))
+        statistics[name] = Statistics(
+            np.asarray(mu, np.float64), np.asarray(sigma, np.float64), features, None if sha256 is None else str(sha256)
+        )
     count = found.get("num_images")
     if count is not None and count.shape != ():
         raise ValueError(f"num_images must be one number, not an array of shape {list(count.shape)}")
@@ -160,9 +162,13 @@ def _read_pickle(path: Path) -> tuple[dict[str, Statistics], int | None]:
     statistics = {}
     for name, value in content.items():
         if isinstance(value, dict) and "mu" in value and "sigma" in value:
-            mu, sigma = _floats(value["mu"]), _floats(value["sigma"])
-            _check_shapes(str(name), mu.shape, sigma.shape)
-            statistics[str(name)] = Statistics(mu, sigma)
+            arrays = [v.numpy() if hasattr(v, "numpy") else v for v in (value["mu"], value["sigma"])]
+            if wrong := [type(v).__name__ for v in arrays if not isinstance(v, np.ndarray)]:
+                raise ValueError(f"mu and sigma must be arrays of numbers, not {wrong[0]}")
+            _check_shapes(str(name), *(array.shape for array in arrays))
+            for array in arrays:
+                _check_kind(array.dtype)
+            statistics[str(name)] = Statistics(*(np.asarray(array, np.float64) for array in arrays))
     count = content.get("num_images")
     return statistics, int(count) if isinstance(count, (int, np.integer)) else None
 
@@ -170,14 +176,6 @@ def _read_pickle(path: Path) -> tuple[dict[str, Statistics], int | None]:
 def _check_kind(dtype: np.dtype) -> None:
     if dtype.kind not in "fiu":
         raise ValueError(f"mu and sigma must be arrays of numbers, not of {str(dtype)[:60]}")
-
-
-def _floats(value: Any) -> np.ndarray:
-    value = value.numpy() if hasattr(value, "numpy") else value
-    if not isinstance(value, np.ndarray):
-        raise ValueError(f"mu and sigma must be arrays of numbers, not {type(value).__name__}")
-    _check_kind(value.dtype)
-    return np.asarray(value, np.float64)
 
 
 def _fault(value: Statistics) -> str | None:

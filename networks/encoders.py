@@ -175,10 +175,12 @@ def encoder_from_config(config: Mapping[str, Any]) -> Encoder:
 
 def load_autoencoder(vae_name: str) -> torch.nn.Module:
     """diffusers' `AutoencoderKL`, float32, in eval mode, of a folder or the Hub. Raises ValueError with advice."""
-    from diffusers import AutoencoderKL
-    from diffusers.utils import logging
-    from huggingface_hub import snapshot_download
-
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError("the Stable-Diffusion autoencoder needs diffusers: pip install diffusers") from None
     looks_local = vae_name.startswith((".", "/", "~")) or vae_name.count("/") != 1
     fetch = f"hf download {'stabilityai/sd-vae-ft-mse' if looks_local else vae_name} --local-dir FOLDER"
     advice = f"put {' and '.join(_FILES)} into a folder ({fetch}) and name that"

@@ -1,5 +1,6 @@
 """The EDM2 U-Net in parts: block, embedding, encoder, decoder, and the whole network."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -124,7 +125,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
             return self._run(x, emb)
-        return checkpoint(self._run, x, emb, use_reentrant=False, context_fn=lambda: (nullcontext(), self._unforced()))
+        calls = itertools.count()
+
+        def run(x: Tensor, emb: Tensor) -> Tensor:
+            with self._unforced() if next(calls) else nullcontext():
+                return self._run(x, emb)
+
+        return checkpoint(run, x, emb, use_reentrant=False)
 
     @contextmanager
     def _unforced(self) -> Iterator[None]:

@@ -59,5 +59,4 @@ done
 
 run "$PYTHON" quick_start/demo_report.py --before "$OUT/before.json" --after "$OUT/after.json" \
     --teacher "$OUT/teacher.json" --real "$OUT/data.json" --data "$DATA" --solved "$OUT/super_resolution" --solved "$OUT/box_inpainting" --outdir "$OUT"
-echo
-echo "Done in $((SECONDS - start)) s. Pictures, table and a page that shows them: $OUT/index.html"
+printf '\n%s\n' "Done in $((SECONDS - start)) s. Pictures, table and a page that shows them: $OUT/index.html"

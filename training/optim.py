@@ -80,9 +80,7 @@ def count_nonfinite(parameters: Iterable[torch.nn.Parameter]) -> int:
     """Number of gradient entries that are NaN or infinite."""
     grads = _gradients(parameters)
     norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1)
-    if torch.isfinite(norms.sum()):
-        return 0
-    return int(sum((~torch.isfinite(g)).sum() for g in grads))
+    return 0 if torch.isfinite(norms.sum()) else int(sum((~torch.isfinite(g)).sum() for g in grads))
 
 
 @torch.no_grad()

@@ -198,6 +198,4 @@ def _as_tensor(values: Kernel, dtype: torch.dtype, what: str) -> Tensor:
 
 def _separable(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
     """rows [h,H] · x [N,C,H,W] · columnsᵀ, columns [w,W]: the smaller intermediate result first."""
-    if columns.shape[0] <= columns.shape[1]:
-        return rows @ (x @ columns.T)
-    return (rows @ x) @ columns.T
+    return rows @ (x @ columns.T) if columns.shape[0] <= columns.shape[1] else (rows @ x) @ columns.T

@@ -215,3 +215,11 @@ def test_nothing_is_imported_before_the_first_download():
     code = "import sys, dnnlib.download; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"requests", "urllib3", "http.client", "tqdm", "ssl"} & set(loaded)
+
+
+@pytest.mark.parametrize(("header", "known"), [("chunked", True), ("Chunked", True), ("identity, chunked", False)])
+def test_only_what_is_decoded_counts_as_chunked(header, known):
+    """http.client hands lists of encodings on as they come: their end would not be noticed."""
+    response = requests.Response()
+    response.headers["Transfer-Encoding"] = header
+    assert download._is_chunked(response) == known

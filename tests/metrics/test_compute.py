@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from metrics.collect import Collected, FeatureCollector, evaluate_dataset
 from metrics.distances import FeatureMoments, inception_score, kernel_distance, precision_recall
 from metrics.features.detectors import DetectorError, LoadedDetector, load_detector
 from metrics.kinds import KINDS, Kind, Metric, parse_metrics
-from metrics.references import ReferenceFileError, check_reference, compute_metrics
+from metrics.references import ReferenceFileError, check_reference, compute_metrics, load_reference
 from tests.metrics.feature_utils import Linear, linear_detector, pixels, reference_of
 
 ROOT = Path(__file__).parents[2]
@@ -320,3 +321,11 @@ def test_a_new_metric_is_a_function_and_an_entry_in_the_table(tmp_path, monkeypa
     assert same.value == 0 < other.value and same.details == {"images": 20}
     with pytest.raises(ValueError, match="no metric 'gaps': use fid, fd_dinov2, fd_demo, kid, pr, is, gap"):
         parse_metrics("gaps")
+
+
+def test_shapes_in_a_pickle_are_compared_before_arrays_are_copied(tmp_path, monkeypatch):
+    content = {"fid": {"mu": np.zeros(9, np.uint8), "sigma": np.zeros(9, np.uint8)}}
+    (tmp_path / "ref.pkl").write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(np, "asarray", None)
+    with pytest.raises(ReferenceFileError, match=r"mu has shape \[9\], sigma \[9\]"):
+        load_reference(tmp_path / "ref.pkl")

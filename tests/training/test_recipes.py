@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+import networks
+from networks.unet import set_recompute
 from sampling.seeds import SeededNoise
 from tests.training.tiny_runs import NCVSD
 from toy.mixture import spiral_arms
@@ -13,7 +15,7 @@ from toy.training import train
 from training.losses import divergence_weight, generator_loss, inverse_scale
 from training.optim import learning_rate
 from training.presets import NCVSDConfig, PresetError
-from training.tasks import Phase, Task
+from training.tasks import Phase, Task, build_student
 
 OBJECTIVES = [
     dict(scale="abs"),
@@ -225,3 +227,24 @@ def test_noise_levels_between_two_bounds():
     low, middle, high = levels.quartiles()
     assert 0.05 <= t.min() < low < middle < high < t.max() <= 5.0
     assert abs(float((t < middle).float().mean()) - 0.5) < 0.07
+
+
+def test_balanced_losses_with_activations_computed_again(tiny_teacher):
+    """Balancing passes backward through the graph twice, and each time activations are computed again."""
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        teacher = networks.load(tiny_teacher).net
+        generator, score_net, discriminator = build_student(teacher, dataclasses.replace(NCVSD, scale="abs"))
+        generator.train()
+        set_recompute(generator, again)
+        set_recompute(discriminator, again)
+        noise = SeededNoise([1, 2])
+        y = noise.randn([2, 1, 8, 8])
+        vsd, gan = generator_loss(
+            generator, teacher, score_net, discriminator, y, 1.0, 0.5, torch.eye(3)[:2],
+            randn_like=noise.randn_like, scale="abs", balance=True,
+        )  # fmt: skip
+        (vsd + gan).sum().backward()
+        gradients.append([p.grad for p in generator.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))

@@ -56,7 +56,7 @@ def snapshot_metrics(
         reference = str(path) if there or writing else None
     known = distributed.main_first(lambda: load_reference(reference)) if reference else None
     if known is not None:
-        check_reference(metrics, known, detectors)
+        distributed.main_first(lambda: check_reference(metrics, known, detectors))
 
     def evaluate(net: nn.Module, encoder: Encoder) -> dict[str, float]:
         measured, seeds = {}, range(FIRST_SEED, FIRST_SEED + num)

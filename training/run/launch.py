@@ -19,6 +19,7 @@ from dnnlib.text import first_line, redact
 from generation.images import generate_images
 from networks.encoders import Encoder, RGBEncoder, StabilityVAEEncoder
 from networks.unet import set_recompute
+from sampling.grids import parse_ts
 from torch_utils import distributed
 from training.loop import train
 from training.presets import EDM2Config, NCVSDConfig, TrainingConfig
@@ -40,6 +41,7 @@ def distil(config: NCVSDConfig, options: RunOptions, net: str, gnet: str | None 
         generate_images(loaded.net, seeds=[], **guided)  # checks that they fit
         return distillation_task(loaded.net, config, guide), loaded.encoder.to(device)
 
+    list(map(parse_ts, config.eval_ts))  # a mistake is told before anything is loaded
     launch(config, options, build)
 
 
@@ -87,7 +89,7 @@ def launch(config: TrainingConfig, options: RunOptions, build: Callable[..., tup
     device = distributed.init(options.device)
     configure_backends(options.deterministic)
     dtype = distributed.main_first(lambda: distributed.compute_dtype(options.dtype, device))
-    batch, _ = config.split_batch(distributed.world_size())
+    batch, _ = distributed.main_first(lambda: config.split_batch(distributed.world_size()))
     path = Path(options.data)
     small = path.is_file() and path.stat().st_size <= 32 << 20  # kept in memory, decoded; a folder is read file by file
     arguments = dict(use_labels=config.cond, xflip=config.xflip, cache=small)
