@@ -97,14 +97,15 @@ def launcher(gpus: int, device: str, zero: str, *nodes: object, ts: str | None =
     python = use_environment("run")
     if gpus == 0:
         return [python]
-    code = [python, "-c", PROBE, *([ts] if ts else [])]
-    probe = subprocess.run(code, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    said = probe.stdout.strip()
-    if probe.returncode:
-        sys.exit(probe.returncode)
-    need(said.isdecimal(), said)
-    sees = f"NUM_GPUS is {gpus}, and PyTorch sees {said} CUDA device(s): give at most that many (0 {zero})"
-    need(device != "cuda" or gpus <= int(said), sees)
+    if device == "cuda" or ts:
+        code = [python, "-c", PROBE, *([ts] if ts else [])]
+        probe = subprocess.run(code, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+        said = probe.stdout.strip()
+        if probe.returncode:
+            sys.exit(probe.returncode)
+        need(said.isdecimal(), said)
+        sees = f"NUM_GPUS is {gpus}, and PyTorch sees {said} CUDA device(s): give at most that many (0 {zero})"
+        need(device != "cuda" or gpus <= int(said), sees)
     os.environ["OMP_NUM_THREADS"] = variable("OMP_NUM_THREADS", 4)
     options = [*([] if nodes else ["--standalone"]), "--nproc-per-node", gpus, *nodes]
     # after the dashes torchrun takes no option (say --num) for an abbreviation of its own (--numa-binding)
