@@ -101,7 +101,7 @@ def _rank(variable: str = "RANK") -> int:
 
 def _let_others_speak() -> None:
     """Wait before saying what another process is likely to say too: when that one ends, torchrun ends this one."""
-    time.sleep(20 + _rank("LOCAL_RANK"))
+    time.sleep(10 + _rank("LOCAL_RANK"))
 
 
 def _process_group() -> Any:

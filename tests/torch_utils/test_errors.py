@@ -122,7 +122,7 @@ def test_errors_of_the_system_name_the_file_and_the_reason():
 def test_processes_let_the_main_one_speak_first(monkeypatch):
     slept = []
     monkeypatch.setattr(errors.time, "sleep", slept.append)
-    for rank, waits in (("0", []), ("3", [23])):
+    for rank, waits in (("0", []), ("3", [13])):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(click.ClickException, match="a mistake"), user_errors():
