@@ -35,7 +35,7 @@ from training.run import state
 from training.run.state import StateError, list_states, load_state
 from training.run.stop import StopRequest
 
-KILLS = int(os.environ.get("NCVSD_KILLS", "2"))  # 20 for a thorough test
+KILLS = int(os.environ.get("NCVSD_KILLS", "4"))  # 20 for a thorough test
 # train_ncvsd.py with states that take a good part of a second to write, so that many kills hit a write
 SLOW_WRITES = """
 import time
@@ -90,12 +90,12 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_result(tmp_path, tiny_
         now = load_state(states[0])["nimg"] if states else 0  # whole, whatever the moment
         assert now >= reached, kill
         reached = now
-    assert 0 <= reached < duration and (during_write > 0 or KILLS < 10)
+    assert 0 < reached < duration and during_write > 0
     print(f"{KILLS} kills, {during_write} of them during a write, the last at {reached} of {duration} images")
     execute([sys.executable, *command(folder, tiny_data, tiny_teacher, **options)])
     options["checkpoint"] = duration
     execute([sys.executable, *command(tmp_path / "whole", tiny_data, tiny_teacher, **options)])
-    assert f"resuming at {reached} images" in (folder / "log.txt").read_text() or not reached
+    assert f"resuming at {reached} images" in (folder / "log.txt").read_text()
     assert not list(folder.glob(".training-state-*"))
     assert [line["nimg"] for line in stats(folder)] == list(range(8, duration + 1, 8))
     for std in ("0.050", "0.100"):
