@@ -3,7 +3,7 @@
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import SEED, batch_option, device_option, dtype_option, options, quiet_option, wait_passively
+from torch_utils.options import COUNT, DTYPE, SEED, device_option, options, quiet_option, set_wait_policy
 
 METRICS = """Of fid, fd_dinov2, fd_demo, kid, pr (precision and recall), is (inception score); kid:fd_demo takes another
 detector's features.  [default: fid; with --detector its distance]"""
@@ -16,7 +16,7 @@ common_options = options(
     click.option("--detector-path", metavar="PATH", help=WEIGHTS),
     click.option("--detector", "custom", metavar="FILE", help=OWN),
     click.option("--detector-name", metavar="NAME", help="Of --detector.  [default: the file's name]"),
-    batch_option(64, "Images at once, per process."),
+    click.option("--batch", type=COUNT, default=64, help="Images at once, per process."),
     device_option,
     quiet_option,
 )
@@ -53,7 +53,7 @@ def cli() -> None:
 @click.option("--gnet", "gnet_path", metavar="PATH|URL|hf://ID", help="Teacher: guiding network.")
 @click.option("--guidance", type=float, default=1.0, help="Teacher: guidance strength, 1 = none.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
-@dtype_option()
+@click.option("--dtype", type=DTYPE, default="auto", help="Of the U-Nets.")
 @click.option("--save-images", metavar="ZIP", help="Also keep the images, as a data set (one --ts only).")
 @click.option("--out", metavar="JSON", help="Write the report here.")
 def gen(**given: object) -> None:
@@ -92,5 +92,5 @@ def ref(**given: object) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     cli()

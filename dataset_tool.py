@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import options, wait_passively
+from torch_utils.options import options, set_wait_policy
 
 
 def _size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -105,5 +105,5 @@ def decode(dest: str, **given: Any) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     cli()

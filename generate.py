@@ -5,11 +5,12 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER, batch_option, device_option, dtype_option, quiet_option, wait_passively
+from torch_utils.options import COUNT, DTYPE, FOLDER, device_option, quiet_option, set_wait_policy
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 TS = """Generative denoiser: increasing indices (0-39) of the 40-point Karras grid, n+1 for n steps. Published: 12,39 ·
 10,22,39 · 0,10,20,30,39.  [default: one direct step at the highest level]"""
+DTYPE_HELP = "Of the U-Nets; auto = fp16 on CUDA for networks trained with it, else float32."
 GNET_NO_LABELS = "Guide with no labels (classifier-free); without --gnet, by the network itself."
 
 
@@ -27,7 +28,7 @@ def __getattr__(name: str) -> Any:
 @click.option("--outdir", type=FOLDER, required=True, help="Where to write the images, one SEED.png each.")
 @click.option("--seeds", metavar="LIST", default="0-15", help="One image each: 1,2,5-10.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Of every image.  [default: drawn per seed]")
-@batch_option(32, "Largest batch per process.")
+@click.option("--batch", type=COUNT, default=32, help="Largest batch per process.")
 @click.option("--subdirs", is_flag=True, help="One folder per 1000 seeds.")
 @click.option("--grid", is_flag=True, help="Also write grid.png: the first 1024 seeds on one sheet.")
 @click.option("--ts", metavar="LIST", help=TS)
@@ -37,7 +38,7 @@ def __getattr__(name: str) -> Any:
 @click.option("--guidance", type=float, default=1.0, help="Teacher: guidance strength, 1 = none.")
 @click.option("--gnet-no-labels", is_flag=True, help=GNET_NO_LABELS)
 @device_option
-@dtype_option("Of the U-Nets; auto = fp16 on CUDA for networks trained with it, else float32.")
+@click.option("--dtype", type=DTYPE, default="auto", help=DTYPE_HELP)
 @quiet_option
 def main(**options: object) -> None:
     """Draw images with a generative denoiser (a few steps) or a teacher (Heun's method), chosen by the network's type.
@@ -62,5 +63,5 @@ def main(**options: object) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

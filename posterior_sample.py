@@ -4,7 +4,7 @@ import click
 
 from inverse.tasks import load_task, pop_overrides, task_names, task_options
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER, SEED, batch_option, device_option, dtype_option, quiet_option, wait_passively
+from torch_utils.options import COUNT, DTYPE, FOLDER, SEED, device_option, quiet_option, set_wait_policy
 
 NETWORK = "PATH|URL|hf://ID[#sha256=HEX]"
 BATCH = """Samples at once, per process. With 1 an image is the same, bit for bit, whatever else is drawn; more round
@@ -32,13 +32,13 @@ def class_index(text: str) -> int | str:
 @click.option("--mask", metavar="IMAGE", help="Inpainting: black pixels are removed; replaces the task's.")
 @click.option("--class", "class_idx", metavar="INT|data", type=class_index, help="Of conditional networks.")
 @click.option("--seed", type=SEED, default=0, help="Of measurement noise and samples.")
-@batch_option(16, BATCH)
+@click.option("--batch", type=COUNT, default=16, help=BATCH)
 @task_options
 @click.option("--lpips", type=click.Choice(["auto", "download", "off"]), default="auto", help=LPIPS)
 @click.option("--lpips-path", metavar="FILE|DIR", help="VGG-16's weights, vgg16-397923af.pth.")
 @click.option("--lpips-pooling", type=click.Choice(["max", "average"]), default="average", help=POOLING)
 @device_option
-@dtype_option("Of the U-Net.")
+@click.option("--dtype", type=DTYPE, default="auto", help="Of the U-Net.")
 @quiet_option
 def main(task: str, **options: object) -> None:
     """Draw samples of p(image | measurement) by plug-and-play sampling, and judge them.
@@ -62,5 +62,5 @@ def main(task: str, **options: object) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

@@ -4,7 +4,7 @@ import click
 
 from dnnlib.text import parse_si
 from torch_utils.errors import user_errors
-from torch_utils.options import FOLDER, wait_passively
+from torch_utils.options import FOLDER, set_wait_policy
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
@@ -45,5 +45,5 @@ def parse_widths(text: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import SEED, wait_passively
+from torch_utils.options import SEED, set_wait_policy
 from toy.settings import ToySettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -99,5 +99,5 @@ def plot(net: Path, seed: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

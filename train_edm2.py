@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from torch_utils.options import wait_passively
+from torch_utils.options import set_wait_policy
 from training.presets import EDM2Config
 from training.run.options import checked, training_options
 
@@ -29,5 +29,5 @@ def main(**given: Any) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

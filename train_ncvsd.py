@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from torch_utils.options import wait_passively
+from torch_utils.options import set_wait_policy
 from training.presets import NCVSDConfig
 from training.run.options import checked, training_options
 
@@ -33,5 +33,5 @@ def main(net: str, gnet: str | None, **given: Any) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

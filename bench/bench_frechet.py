@@ -112,7 +112,7 @@ def _environment(threads: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

@@ -336,7 +336,7 @@ def _scikit_image_prox() -> Prox:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

@@ -109,7 +109,7 @@ def make_data(folder: Path, kind: str, count: int = 1024) -> str:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

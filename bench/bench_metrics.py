@@ -82,7 +82,7 @@ def main(device: str, preset: str, num: int, batch: int, ts: str, dtype: str, ou
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

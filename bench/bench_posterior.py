@@ -164,7 +164,7 @@ def measure(net: Any, task: Any, batch: int, device: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

@@ -59,7 +59,7 @@ def main(gib: float, folder: str, device: str, out: str | None) -> None:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

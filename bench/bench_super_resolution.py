@@ -103,7 +103,7 @@ def _median_seconds(step: Any, repeats: int, device: Any) -> float:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

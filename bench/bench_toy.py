@@ -89,7 +89,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

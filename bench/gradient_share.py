@@ -76,7 +76,7 @@ def shares(settings: dict[str, Any]) -> list[list[float]]:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

@@ -96,6 +96,8 @@ def fashion16(runs: Path, duration: int, **options: Any) -> None:
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - started
         newest = max(folder.glob("*-0.050.safetensors"))
+        if f"-{given['duration']:09d}-" not in newest.name:
+            raise ValueError(f"{folder}: stopped early; the same command goes on")
         return {"seconds": round(seconds, 1), "values": fd_demo(newest, runs)}
 
     run_all("fashion16", measure, {"duration": duration}, **options)
@@ -178,7 +180,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from torch_utils.options import wait_passively
+    from torch_utils.options import set_wait_policy
 
-    wait_passively()
+    set_wait_policy()
     main()

@@ -74,7 +74,8 @@ def write_report(
     loader = jinja2.FileSystemLoader(_TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {"scores": _scores, "text": _format, "url": _data_url, "coloured": colour_map}
+    png = lambda image: base64.b64encode(encode_png(image, {"optimize": True})).decode()  # noqa: E731
+    environment.filters |= {"scores": _scores, "text": _format, "png": png, "coloured": colour_map}
     maps = [array.ravel() for pictures in shown for array in (pictures.std, pictures.error) if array is not None]
     top = float(np.quantile(np.concatenate(maps), 0.995)) if maps else 0.0  # of the one scale, rounded up to 0.05
     title, sentence = describe_task(task, operator)
@@ -136,11 +137,6 @@ def _load_pictures(outdir: Path, result: ImageResult, has_truth: bool, count: in
         difference = np.abs(estimate.astype(np.float32) - pictures.truth.astype(np.float32))
         pictures.error = difference.mean(axis=0) / np.float32(127.5)
     return pictures
-
-
-def _data_url(image: np.ndarray) -> str:
-    """A picture, uint8 [C,H,W], as a data: URL."""
-    return "data:image/png;base64," + base64.b64encode(encode_png(image, {"optimize": True})).decode()
 
 
 def _format(value: float, measure: str) -> str:

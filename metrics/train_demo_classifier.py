@@ -3,7 +3,7 @@
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import wait_passively
+from torch_utils.options import set_wait_policy
 
 
 @click.command(context_settings={"show_default": True})
@@ -23,5 +23,5 @@ def main(**options: object) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

@@ -12,7 +12,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dnnlib.files import atomic_write, read_json  # noqa: E402
-from torch_utils.options import FOLDER, wait_passively  # noqa: E402
+from torch_utils.options import FOLDER, set_wait_policy  # noqa: E402
 
 REPORT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -123,5 +123,5 @@ def render(template: str, **values: Any) -> str:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import sys
 import zipfile
@@ -11,12 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torch_utils.options import wait_passively
-
-wait_passively()
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 
+import tests.startup.sitecustomize  # noqa: E402, F401
 from tests.train_commands import SMALL  # noqa: E402
 
 torch.set_num_threads(1)

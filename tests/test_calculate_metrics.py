@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import calculate_metrics
 from metrics.references import load_reference
+from tests import warm
 from tests.conftest import write_images
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ references.np.savez = half
 import calculate_metrics
 calculate_metrics.cli({[str(argument) for argument in command]})
 """
-    process = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True)
+    process = warm.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert len(os.listdir(tmp_path)) == 2 and not (tmp_path / "ref.npz").exists()
     call(*command)
@@ -128,7 +129,7 @@ def test_two_processes_agree_with_one(reference, tmp_path):
                "--out", str(tmp_path / "two.json")]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    result = subprocess.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = warm.run([*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     call(*[str(tmp_path / "one.json") if "two.json" in part else part for part in command[1:]])
     one, two = (records(tmp_path / f"{name}.json")[0] for name in ("one", "two"))
@@ -223,7 +224,7 @@ def test_a_full_disk_behind_the_output_costs_no_report(reference, tmp_path):
     ]
     command += ["--num", "8", "--device", "cpu", "--out", out]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = warm.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
     assert json.loads(out.read_text())["results"][0]["num_images"] == 8
 

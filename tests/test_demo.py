@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.training.tiny_runs import load_newest_state
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def start(python, **variables):
     kept = {k: v for k, v in os.environ.items() if k not in ("OUT", "NUM", "DURATION", "RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         ["bash", str(ROOT / "quick_start/demo.sh")],
-        env=kept | {"PATH": f"{python}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | variables,
+        env=warm.environment(server=False, **kept | {"PATH": f"{python}:{os.environ['PATH']}"} | variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -13,6 +13,7 @@ from metrics.features.detectors import load_detector
 from metrics.kinds import parse_metrics
 from metrics.references import save_reference
 from quick_start.launch import newest_snapshot
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 STUDENT = ROOT / "assets" / "demo" / "student.safetensors"
@@ -25,7 +26,7 @@ def launch(*arguments, root=ROOT, preset="img64", python=Path(sys.executable).pa
     environment |= {"PATH": f"{python}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment |= {k: str(v) for k, v in variables.items()}
     command = ["bash", str(root / "quick_start" / f"eval-{preset}.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=warm.environment(**environment), capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from generate import main
 from generation.pictures import read_image
 from networks import GenerativeDenoiser, Precond, PrecondCondition, save
 from networks.encoders import RGBEncoder
+from tests import warm
 from tests.conftest import TINY_NET
 from tests.golden_utils import fill_by_name
 
@@ -66,7 +67,7 @@ def test_two_processes_draw_what_one_draws(tmp_path, nets):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "generate.py", *options, "--outdir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    result = warm.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert run(*options, "--outdir", tmp_path / "one").exit_code == 0
     one, two = images(tmp_path / "one/000000"), images(tmp_path / "two/000000")
@@ -83,7 +84,7 @@ def test_an_error_ends_every_process_and_is_told_once(tmp_path, nets, net, optio
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "generate.py", "--net", nets.get(net, net), "--device", "cpu", *options]
     processes = [
-        subprocess.Popen(
+        warm.Popen(
             [*command, "--outdir", str(tmp_path / "out")],
             cwd=ROOT,
             env={**os.environ, **shared, "RANK": str(rank)},
@@ -156,7 +157,7 @@ def test_unknown_device_and_an_outdir_that_is_a_file(tmp_path, nets):
 def test_two_processes_with_one_folder_leave_the_images_of_one(tmp_path, nets):
     options = ["--net", nets["student"], "--seeds", "0-31", "--grid", "--batch", "4", "--device", "cpu", "--quiet"]
     command = [sys.executable, str(ROOT / "generate.py"), *options, "--outdir"]
-    both = [subprocess.Popen([*command, str(tmp_path / "both")], cwd=ROOT) for _ in range(2)]
+    both = [warm.Popen([*command, str(tmp_path / "both")], cwd=ROOT) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert run(*options, "--outdir", tmp_path / "one").exit_code == 0
     one, found = images(tmp_path / "one"), images(tmp_path / "both")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parents[1]
 STUDENT = ROOT / "assets" / "demo" / "student.safetensors"
 TASKS = (
@@ -28,7 +30,9 @@ def launch(*arguments, root=ROOT, python=Path(sys.executable).parent, cwd=ROOT, 
     environment |= {"PATH": f"{python}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment |= {k: str(v) for k, v in variables.items()}
     command = ["bash", str(root / "quick_start" / "posterior-sample.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command, env=warm.environment(**environment), cwd=cwd, capture_output=True, text=True, timeout=240
+    )
 
 
 def launched(folder):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from generation.pictures import read_image
+from tests import warm
 from tests.test_posterior_sample import ROOT, contents, data, finished, nets, run, task  # noqa: F401
 
 # ruff: noqa: F811
@@ -43,7 +44,7 @@ HOLDS = (
 def test_what_is_finished_stays_and_the_same_command_goes_on(number, renames, finished, nets, data, task, tmp_path):
     out = tmp_path / "out"
     command = ["--net", nets / "plain", "--task", task, "--data", data, "--outdir", out, "--batch", 3]
-    ended = subprocess.run(
+    ended = warm.run(
         [*map(str, [sys.executable, "-c", ENDED, int(number), renames, *command]), "--device", "cpu", "--quiet"],
         cwd=ROOT,
         capture_output=True,

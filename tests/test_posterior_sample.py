@@ -3,7 +3,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from inverse.operators import get_operator
 from networks import GenerativeDenoiser, Precond, PrecondCondition, save
 from networks.encoders import RGBEncoder
 from posterior_sample import main
+from tests import warm
 from tests.conftest import TINY_NET, write_images
 from tests.golden_utils import fill_by_name
 
@@ -161,7 +161,7 @@ def test_real_measurements_give_the_same_samples_without_the_truth(finished, net
 def test_two_processes_share_the_images(finished, nets, data, task, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
     command += ["posterior_sample.py", "--net", nets / "plain", "--task", task, "--data", data, "--device", "cpu"]
-    done = subprocess.run(
+    done = warm.run(
         [*map(str, command), "--outdir", str(tmp_path / "out"), "--quiet"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -317,7 +317,7 @@ def test_diverged_langevin_is_told_in_one_line_and_recorded(nets, data, task, tm
     out = tmp_path / "out"
     command = [sys.executable, "posterior_sample.py", "--net", nets / "plain", "--task", task, "--data", data]
     command += ["--likelihood", "langevin", "--langevin-c1", 3, "--langevin-steps", 20, "--num", 2, "--outdir", out]
-    done = subprocess.run(
+    done = warm.run(
         [*map(str, command), "--device", "cpu", "--quiet"], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr

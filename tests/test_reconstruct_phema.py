@@ -17,7 +17,6 @@ from networks.encoders import RGBEncoder
 from tests.training.tiny_runs import EDM2, make_task, run_training
 from training.phema import std_to_exp
 from training.reconstruction import ReconstructionError, find_snapshots, plan_reconstruction, reconstruct
-from training.run import session
 
 DATA = Path(__file__).parent / "data"
 
@@ -31,11 +30,9 @@ def tracked(tmp_path_factory, tiny_data, tiny_teacher):
     """Folder of a short run with snapshots of two profiles, and the average of a third one tracked in training."""
     folder = tmp_path_factory.mktemp("tracked")
     config = dataclasses.replace(EDM2, duration=8 * 48, snapshot=8 * 4, ref_lr=3e-2, status=1 << 20)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "GRID_SEEDS", range(1))
-        run_training(make_task(config, tiny_teacher), ImageDataset(tiny_data), config, folder / "run")
-        third = dataclasses.replace(config, ema_stds=(0.08,), snapshot=1 << 20)
-        direct = run_training(make_task(third, tiny_teacher), ImageDataset(tiny_data), third, folder / "third")
+    run_training(make_task(config, tiny_teacher), ImageDataset(tiny_data), config, folder / "run")
+    third = dataclasses.replace(config, ema_stds=(0.08,), snapshot=1 << 20)
+    direct = run_training(make_task(third, tiny_teacher), ImageDataset(tiny_data), third, folder / "third")
     return folder / "run", direct
 
 

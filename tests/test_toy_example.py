@@ -24,6 +24,7 @@ def run(*arguments):
 
 
 def test_train_check_and_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr("toy.check.PROBE_SAMPLES", 16)
     net = tmp_path / "new/student.safetensors"
     result = run("train", "--out", net, *TINY, "--no-adversarial", "--gamma", "0.2")
     assert result.exit_code == 0, result.output

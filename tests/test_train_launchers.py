@@ -22,6 +22,7 @@ from PIL import Image
 
 import networks
 from networks.encoders import RGBEncoder
+from tests import warm
 from tests.edm2_pickles import write_edm2_pickle
 from tests.golden_utils import fill_by_name
 from tests.servers import serving
@@ -50,7 +51,9 @@ def environment(python=Path(sys.executable).parent, **variables):
 
 def launch(script, *arguments, **variables):
     command = ["bash", str(ROOT / "quick_start" / script), *map(str, arguments)]
-    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command, env=warm.environment(**environment(**variables)), capture_output=True, text=True, timeout=280
+    )
 
 
 @pytest.fixture(scope="session")
@@ -173,12 +176,11 @@ def test_two_nodes_train_together(prepared, tmp_path):
         port = free.getsockname()[1]
     out, script = tmp_path / "run", str(ROOT / "quick_start/train-ffhq256-xs.sh")
     options = ["--batch=8", "--batch-gpu=4", "--duration=16", "--status=8", "--quiet"]
+    master = dict(OUT=out, DEVICE="cpu", NNODES=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     nodes = [
         subprocess.Popen(
             ["bash", script, "1", *options],
-            env=environment(
-                OUT=out, DEVICE="cpu", NNODES=2, NODE_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **prepared
-            ),
+            env=warm.environment(**environment(**master, NODE_RANK=rank, **prepared)),
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -233,7 +235,7 @@ def test_a_signal_to_the_launcher_saves_and_the_exit_code_tells(moment, number, 
     out = tmp_path / "run"
     options = ["--batch=8", "--batch-gpu=4", "--duration=8000", "--status=8", "--checkpoint=8000", "--quiet"]
     command = ["bash", str(ROOT / "quick_start/train-img64-s.sh"), "2", *options]
-    variables = environment(OUT=out, DEVICE="cpu", **prepared)
+    variables = warm.environment(server=False, **environment(OUT=out, DEVICE="cpu", **prepared))
     with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, start_new_session=True) as process:
 
         def reached():

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -10,30 +10,32 @@ from typing import Any
 import click
 
 SEED = click.IntRange(0, (1 << 63) - 1)
-DTYPES = ("auto", "float32", "bf16", "fp16")  # `torch_utils.distributed.compute_dtype` reads them
+COUNT = click.IntRange(min=1)
+DTYPE = click.Choice(("auto", "float32", "bf16", "fp16"))  # `torch_utils.distributed.compute_dtype` reads them
 
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 
-def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY is set. Call it before importing PyTorch."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def running() -> int:
+    """Processes that want a core at this moment, with this one; 2 where the system does not say."""
+    with suppress(OSError):
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    return 2
+
+
+AT_FIRST = running()
+
+
+def set_wait_policy() -> None:
+    """Before importing PyTorch: where others are busy, let OpenMP's threads sleep while they wait, unless set."""
+    if min(AT_FIRST, running()) > 1:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def options(*added: Callable) -> Callable[[Callable], Callable]:
     """Decorator with several options of click, in the order of --help."""
     return lambda command: reduce(lambda known, option: option(known), reversed(added), command)
-
-
-def dtype_option(help: str = "Of the U-Nets.") -> Callable:
-    """--dtype, one of DTYPES."""
-    return click.option("--dtype", type=click.Choice(DTYPES), default="auto", help=help)
-
-
-def batch_option(default: int, help: str) -> Callable:
-    """--batch, at least 1."""
-    return click.option("--batch", type=click.IntRange(min=1), default=default, help=help)
 
 
 @contextmanager

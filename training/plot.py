@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from torch_utils.errors import user_errors
-from torch_utils.options import wait_passively
+from torch_utils.options import set_wait_policy
 
 DEFAULT_KEYS = "Loss/*,Discriminator/*,Metrics/*,Gradients/*,Nonfinite/*_total,Progress/img_per_s,Progress/lr"
 
@@ -29,5 +29,5 @@ def main(run_dirs: tuple[str, ...], out: str | None, keys: str) -> None:
 
 
 if __name__ == "__main__":
-    wait_passively()
+    set_wait_policy()
     main()

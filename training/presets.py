@@ -53,7 +53,7 @@ def setting(default: Any, text: str, *, si: bool = False, flags: tuple[str, ...]
     return field(default=default, metadata={"help": text, "si": si, "flags": flags})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)  # the kinds of training have theirs
 class TrainingConfig:
     """What teacher pretraining and distillation share. Image counts n advance by `batch` per iteration."""
 
@@ -121,7 +121,7 @@ class TrainingConfig:
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Recipe:
     """How the generator is driven: the published way by default. Shared by images and the toy."""
 

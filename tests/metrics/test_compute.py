@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from metrics.distances import FeatureMoments, inception_score, kernel_distance, 
 from metrics.features.detectors import DetectorError, LoadedDetector, load_detector
 from metrics.kinds import KINDS, Kind, Metric, parse_metrics
 from metrics.references import ReferenceFileError, check_reference, compute_metrics, load_reference
+from tests import warm
 from tests.metrics.feature_utils import Linear, linear_detector, pixels, reference_of
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,7 @@ def test_two_processes_agree_with_one(tmp_path, fashion, demo):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command in ([sys.executable, *arguments], [sys.executable, *launcher, *arguments]):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        result = warm.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stderr
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert alone.pop("progress") == first.pop("progress") == second.pop("progress") == 50

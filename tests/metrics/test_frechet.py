@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 import metrics
 from metrics.distances import FeatureMoments, frechet_distance
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,7 +150,7 @@ def test_two_processes_merge_into_one(tmp_path):
     script = tmp_path / "merge.py"
     script.write_text(MERGE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run(
+    result = warm.run(
         [*command, json.dumps(cases), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,13 +1,13 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
 from torch_utils import distributed
-from torch_utils.options import DTYPES
+from torch_utils.options import DTYPE
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +66,7 @@ def test_two_processes_form_a_gloo_group(tmp_path):
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = warm.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["main of 2: 3"]
 
@@ -90,7 +90,7 @@ def test_environments_of_no_group_name_the_variable(variables, message, monkeypa
 def test_every_choice_of_dtype_has_a_torch_dtype_and_fp16_is_for_cuda():
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     dtypes = [None, torch.float32, torch.bfloat16, torch.float16]
-    assert [distributed.compute_dtype(name, cuda) for name in DTYPES] == dtypes
-    assert [distributed.compute_dtype(name, cpu) for name in DTYPES[:3]] == dtypes[:3]
+    assert [distributed.compute_dtype(name, cuda) for name in DTYPE.choices] == dtypes
+    assert [distributed.compute_dtype(name, cpu) for name in DTYPE.choices[:3]] == dtypes[:3]
     with pytest.raises(ValueError, match="--dtype fp16 needs a CUDA device, and this run is on cpu: use bf16"):
         distributed.compute_dtype("fp16", cpu)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys, click
@@ -30,7 +32,7 @@ main()
 
 def run(tmp_path, **streams):
     out = tmp_path / "r.json"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], cwd=ROOT, **streams)
+    process = warm.Popen([sys.executable, "-c", SCRIPT, str(out)], cwd=ROOT, **streams)
     return process, out
 
 

@@ -1,4 +1,4 @@
-"""OMP_WAIT_POLICY is set by every script before PyTorch is there, and by no import."""
+"""OMP_WAIT_POLICY is set by every script before PyTorch is there, where others are busy, and by no import."""
 
 import ast
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_utils.options import wait_passively
+from torch_utils import options
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TORCH = {
@@ -27,13 +27,34 @@ SCRIPTS = [
 ]
 
 
-def test_the_users_choice_stays(monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "now", "policy"),
+    [(1, 1, None), (3, 1, None), (1, 2, None), (2, 2, "PASSIVE"), (5, 2, "PASSIVE")],
+)
+def test_threads_sleep_where_others_are_busy_all_the_time(first, now, policy, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    wait_passively()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    wait_passively()
+    monkeypatch.setattr(options, "AT_FIRST", first)
+    monkeypatch.setattr(options, "running", lambda: now)
+    options.set_wait_policy()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # a user's choice stays
+    options.set_wait_policy()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_where_the_system_does_not_say_others_are_taken_for_busy(monkeypatch):
+    monkeypatch.setattr(options, "Path", lambda _: Path("/absent"))
+    assert options.running() == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say")
+def test_a_busy_process_is_seen():
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as busy:
+        busy.stdout.readline()
+        assert options.running() >= 2
+        busy.kill()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -42,7 +63,7 @@ def test_a_script_sets_it_before_anything_else(path):
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     assert not imported & {"torch", "torch.nn"}
     calls = [node for node in tree.body[-1].body if isinstance(node, ast.Expr)]
-    assert calls[0].value.func.id == "wait_passively" and len(calls) == 2
+    assert calls[0].value.func.id == "set_wait_policy" and len(calls) == 2
 
 
 def test_scripts_can_be_imported_without_effect_and_without_torch():

@@ -1,14 +1,8 @@
-"""What the tests of training share: small sample sheets, and the tiny data set."""
+"""What the tests of training share."""
 
 import pytest
 
 from data.dataset import ImageDataset
-from training.run import session
-
-
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(session, "GRID_SEEDS", range(2))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from data.dataset import ImageDataset
+from tests import warm
 from tests.training.tiny_runs import (
     NCVSD,
     ROOT,
@@ -34,7 +34,7 @@ PROCESSES = [sys.executable, "quick_start/processes.py", "--standalone", "--npro
 
 def fails(arguments):
     """What a command that must fail, and end, says on stderr."""
-    result = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    result = warm.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 1, result
     return result.stderr
 

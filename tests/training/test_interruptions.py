@@ -16,6 +16,7 @@ import pytest
 
 import networks
 from data.dataset import ImageDataset
+from tests import warm
 from tests.training.tiny_runs import (
     NCVSD,
     ROOT,
@@ -78,7 +79,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_result(tmp_path, tiny_
     rng, during_write, reached = random.Random(0), 0, 0
     for kill in range(KILLS):
         wanted = count_lines(log) + rng.randint(1, 6)
-        with subprocess.Popen(slow, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as process:
+        with warm.Popen(slow, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 120
             while count_lines(log) < wanted and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -123,11 +124,11 @@ def test_a_folder_in_use_is_refused_until_its_run_has_ended(tmp_path, tiny_data,
     folder = tmp_path / "run"
     options = dict(duration=80000, checkpoint=8, workers=1)
     arguments = [sys.executable, *command(folder, tiny_data, tiny_teacher, **options)]
-    with subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as first:
+    with warm.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + 120
         while not list_states(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
-        second = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        second = warm.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
         assert first.poll() is None, "the second run ended the first"
         first.kill()  # its loader process lives on for a while
     assert second.returncode == 1 and f"{folder} is in use by another run (process {first.pid} on " in second.stderr
@@ -164,7 +165,7 @@ import train_ncvsd
 train_ncvsd.main()
 """
     arguments = command(tmp_path / "run", tiny_data, tiny_teacher, duration=80)[1:]
-    execute([sys.executable, "-c", early, *arguments])
+    subprocess.run([sys.executable, "-c", early, *arguments], cwd=ROOT, env=environment(), check=True)
     assert "stopped (SIGTERM): the same command goes on at 0 images" in (tmp_path / "run/log.txt").read_text()
     assert not list(tmp_path.glob("run/network-*")) and not list_states(tmp_path / "run")
     execute([sys.executable, "train_ncvsd.py", *arguments])
@@ -196,7 +197,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_and_its_exit_code_tells(
 ):
     options = dict(duration=8000, checkpoint=8000, workers=1)
     arguments = [sys.executable, *command(tmp_path / "run", tiny_data, tiny_teacher, **options)]
-    with subprocess.Popen(
+    with warm.Popen(
         arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 120
@@ -209,7 +210,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_and_its_exit_code_tells(
 
 def test_training_saves_and_stops_before_its_time_is_over(tmp_path, dataset, tiny_teacher, monkeypatch):
     monkeypatch.setattr("training.run.stop.clock", itertools.count(0, 100).__next__)  # each look takes 100 seconds
-    config, deadline = dataclasses.replace(NCVSD, duration=8000), 10_000
+    config, deadline = dataclasses.replace(NCVSD, duration=8000), 1_500
     run_training(make_task(config, tiny_teacher), dataset, config, tmp_path, stop=StopRequest(deadline))
     iterations = load_newest_state(tmp_path)["nimg"] / config.batch
     assert 0 < iterations * 100 < deadline

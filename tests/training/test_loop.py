@@ -117,19 +117,19 @@ RECIPE = dataclasses.replace(
 @pytest.mark.parametrize("config", [NCVSD, EDM2, RECIPE], ids=["ncvsd", "edm2", "recipe"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_resume_is_exact(tmp_path, dataset, tiny_teacher, config, dropout):
-    config = dataclasses.replace(config, duration=40, dropout=dropout, batch_gpu=4)
+    config = dataclasses.replace(config, duration=24, dropout=dropout, batch_gpu=4)
     whole = run_training(make_task(config, tiny_teacher), dataset, config, tmp_path / "whole")
-    for part in (16, 24, 40):
+    for part in (8, 16, 24):
         short = dataclasses.replace(config, duration=part)
         task = make_task(short, tiny_teacher)
         with torch.no_grad():  # whatever a fresh process starts from is replaced
             for phase in task.phases:
                 for tensor in phase.net.state_dict().values():
-                    tensor.add_(float(part > 16))
+                    tensor.add_(float(part > 8))
         resumed = run_training(task, dataset, short, tmp_path / "parts")
     assert differing(weights(whole), weights(resumed)) == []
     compare_states(tmp_path / "whole", tmp_path / "parts")
-    assert [line["nimg"] for line in stats(tmp_path / "parts")] == [8, 16, 24, 32, 40]
+    assert [line["nimg"] for line in stats(tmp_path / "parts")] == [8, 16, 24]
 
 
 def test_a_run_that_is_done_stays_as_it_is(tmp_path, dataset, tiny_teacher):

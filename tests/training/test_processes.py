@@ -21,7 +21,6 @@ from tests.training.tiny_runs import (
 )
 from tests.training.two_processes import GRADIENTS, STEPS
 from training import phema
-from training.run import session
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -35,9 +34,8 @@ def runs(tmp_path_factory, tiny_data, tiny_teacher):
 
 
 @pytest.fixture
-def one_process(tmp_path, monkeypatch, tiny_data, tiny_teacher):
+def one_process(tmp_path, tiny_data, tiny_teacher):
     """Trains in this process alone."""
-    monkeypatch.setattr(session, "GRID_SEEDS", range(2))
 
     def run(config, folder=tmp_path / "one"):
         return run_training(make_task(config, tiny_teacher), ImageDataset(tiny_data), config, folder)

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import warm
 from training.run.record import Recorder
 
 SHEET = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6)
@@ -194,6 +194,6 @@ for nimg in range(3):
 recorder.close()
 """
     root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, timeout=60).returncode == 0
+    assert warm.run([sys.executable, "-c", code, tmp_path], cwd=root, timeout=60).returncode == 0
     assert (tmp_path / "log.txt").read_text().count("a line") == 3
     assert len((tmp_path / "stats.jsonl").read_text().splitlines()) == 3

@@ -1,14 +1,13 @@
 """Runs on the tiny problem of the fixtures, in this process or as a command, and comparisons of what they leave."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import torch
 
 import networks
 from networks.encoders import RGBEncoder
+from tests import warm
 from training.loop import train
 from training.presets import EDM2Config, NCVSDConfig
 from training.run.options import RunOptions
@@ -81,12 +80,10 @@ def command(folder, tiny_data, tiny_teacher, **options):
 
 def execute(arguments, **options):
     """Run a command in the repository's root; it must succeed."""
-    result = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, **options
-    )
+    result = warm.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280, **options)
     assert result.returncode == 0, result.stderr
     return result
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return warm.environment()

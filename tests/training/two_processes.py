@@ -11,7 +11,6 @@ import torch
 from data.dataset import ImageDataset
 from tests.training.tiny_runs import NCVSD, make_task, run_training
 from torch_utils import distributed
-from training.run import session
 
 GRADIENTS = dataclasses.replace(NCVSD, batch_gpu=2, rampup_mimg=1, gan_warmup_kimg=0)  # its first update has rate 0
 STEPS = dataclasses.replace(NCVSD, batch_gpu=4, duration=24, ref_lr=1e-3, dropout=0.1, checkpoint=8)
@@ -20,7 +19,6 @@ STEPS = dataclasses.replace(NCVSD, batch_gpu=4, duration=24, ref_lr=1e-3, dropou
 def main(out: Path, data: str, teacher: str) -> None:
     torch.set_num_threads(1)
     distributed.init("cpu")
-    session.GRID_SEEDS = range(2)
     dataset = ImageDataset(data)
     run_training(make_task(GRADIENTS, teacher), dataset, GRADIENTS, out / "gradients")
     run_training(make_task(STEPS, teacher), dataset, STEPS, out / "whole")

@@ -13,7 +13,7 @@ import click
 
 from dnnlib.text import parse_duration
 from torch_utils.errors import user_errors
-from torch_utils.options import DTYPES, FOLDER, options
+from torch_utils.options import DTYPE, FOLDER, options
 from training.presets import Config, TrainingConfig, load_config, preset_names
 from training.run.stop import StopRequest
 
@@ -33,7 +33,7 @@ class RunOptions:
     preset: str | None = option("Settings to start from: {presets}, or a .json file.", metavar="NAME|FILE")
     seed: int = option("Of weights, order and noise.", 0, type=click.IntRange(0, 2**31 - 2))
     device: str = option("auto, cpu, cuda, cuda:N or mps.", "auto")
-    dtype: str = option("Of the U-Nets; auto = fp16 on CUDA, else float32.", "auto", type=click.Choice(DTYPES))
+    dtype: str = option("Of the U-Nets; auto = fp16 on CUDA, else float32.", "auto", type=DTYPE)
     workers: int | None = option("Loader processes.  [default: 2 on CUDA, else 0]", type=click.IntRange(0))
     dry_run: bool = option("Check options, networks and data, print the settings and stop.", False, ("-n", "--dry-run"))
     quiet: bool = option("No progress bar.", False)
