@@ -1,5 +1,5 @@
 """Images per second of a short generation, alone and beside busy processes, with OpenMP's threads asleep or spinning
-while they wait for one another. The scripts let them sleep: OMP_WAIT_POLICY=PASSIVE, unless the user has set it.
+while they wait for one another, and as the scripts choose: asleep where others are busy when they start.
 
 python bench/bench_busy.py --out bench/results/cpu_busy.json
 """
@@ -20,10 +20,17 @@ from bench_options import out_option
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-POLICIES = {"PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"}, "default": {}}  # spinning is what OpenMP does of itself
+POLICIES = {  # so long OpenMP spins of itself
+    "asleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "spinning": {"GOMP_SPINCOUNT": "300000"},
+    "scripts": {},
+}
 SPIN = "while True: pass"
 DRAW = """
 import sys, time
+from torch_utils.options import set_wait_policy
+
+set_wait_policy()
 import torch
 import networks
 from generation.images import generate_images
@@ -70,7 +77,7 @@ def measure(policy: dict[str, str], num: int, batch: int, threads: int) -> tuple
 @click.option("--repeats", type=click.IntRange(1), default=3, help="Measurements of each, in turn; medians are shown.")
 @out_option()
 def main(num: int, batch: int, others: int, threads: int, repeats: int, out: str | None) -> None:
-    """Print images per second of both policies on the machine as it is and beside busy processes, and their ratios."""
+    """Print images per second of each policy on the machine as it is and beside busy processes, and their ratios."""
     load, used = os.getloadavg()[0], threads
     found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for _ in range(repeats):  # in turn, so that what else the machine does falls on all alike
@@ -80,11 +87,11 @@ def main(num: int, batch: int, others: int, threads: int, repeats: int, out: str
                     seconds, processor, used = measure(policy, num, batch, threads)
                 found.setdefault((count, name), []).append((num / seconds, processor / num))
     print(f"{num} images, batch {batch}, {used} threads on {os.cpu_count()} cores, load {load:.1f} at the start")
-    print(f"{'busy beside':>11}  {'policy':8}  {'img/s':>8}  {'CPU ms/img':>10}  {'against PASSIVE':>15}")
+    print(f"{'busy beside':>11}  {'policy':8}  {'img/s':>8}  {'CPU ms/img':>10}  {'against asleep':>15}")
     rows = []
     for (count, name), values in found.items():
         rate, cost = (statistics.median(column) for column in zip(*values, strict=True))
-        passive = statistics.median(value for value, _ in found[count, "PASSIVE"])
+        passive = statistics.median(value for value, _ in found[count, "asleep"])
         rows.append({"busy": count, "policy": name, "img_per_s": rate, "cpu_s_per_img": cost, "ratio": rate / passive})
         print(f"{count:11}  {name:8}  {rate:8.2f}  {1000 * cost:10.1f}  {rate / passive:15.2f}")
     if out:

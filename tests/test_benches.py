@@ -79,21 +79,22 @@ def test_the_loader_bench_prints_its_table_alone(tmp_path, tiny_data):
     assert [row["workers"] for row in json.loads(out.read_text())["rows"]] == [0, 3]
 
 
-def test_the_bench_beside_busy_processes_compares_both_policies(tmp_path, monkeypatch):
-    seconds = {"PASSIVE": [1.0, 2.0], None: [2.0, 8.0]}
+def test_the_bench_beside_busy_processes_compares_policies(tmp_path, monkeypatch):
+    seconds = {"OMP_WAIT_POLICY": [1.0, 2.0], "GOMP_SPINCOUNT": [2.0, 8.0], "": [0.5, 2.0]}
     calls = []
 
     def measure(policy, num, batch, threads):
         calls.append(policy)
-        return seconds[policy.get("OMP_WAIT_POLICY")][len(calls) > 2], 0.5, 2
+        return seconds["".join(policy)][len(calls) > 3], 0.5, 2
 
     monkeypatch.setattr(bench_busy, "measure", measure)
     out = tmp_path / "busy.json"
     result = CliRunner().invoke(bench_busy.main, ["--num", "8", "--repeats", "1", "--out", str(out)])
-    assert result.exit_code == 0 and len(result.output.splitlines()) == 6, result.output
+    assert result.exit_code == 0 and len(result.output.splitlines()) == 8, result.output
     rows = json.loads(out.read_text())["rows"]
     assert [(row["busy"], row["policy"], row["ratio"]) for row in rows] == [
-        (0, "PASSIVE", 1.0), (0, "default", 0.5), (1, "PASSIVE", 1.0), (1, "default", 0.25),
+        (0, "asleep", 1.0), (0, "spinning", 0.5), (0, "scripts", 2.0),
+        (1, "asleep", 1.0), (1, "spinning", 0.25), (1, "scripts", 1.0),
     ]  # fmt: skip
 
 

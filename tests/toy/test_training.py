@@ -117,7 +117,7 @@ def test_training_repeats_and_a_file_restores_the_student(tmp_path, short):
 
 
 def test_switches_take_their_ingredient_away():
-    base = dict(iterations=10, pretraining=5, batch=32, width=16, g_delay=0.0, gan_start=0.0)
+    base = dict(iterations=20, pretraining=5, batch=32, width=16, g_delay=0.0, gan_start=0.0)
     y, other = points(5), points(5, 1)
     model = train(spiral_arms(), ToySettings(**base, control=False)).generator.model
     assert torch.equal(model(y, 0.4, y, 0.3), model(y, 0.4, other, 0.3))
