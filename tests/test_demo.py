@@ -54,7 +54,7 @@ def start(python, **variables):
     kept = {k: v for k, v in os.environ.items() if k not in ("OUT", "NUM", "DURATION", "RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         ["bash", str(ROOT / "quick_start/demo.sh")],
-        env=warm.environment(server=False, **kept | {"PATH": f"{python}:{os.environ['PATH']}"} | variables),
+        env=warm.environment(kept | {"PATH": f"{python}:{os.environ['PATH']}"} | variables, server=False),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

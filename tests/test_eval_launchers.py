@@ -26,7 +26,7 @@ def launch(*arguments, root=ROOT, preset="img64", python=Path(sys.executable).pa
     environment |= {"PATH": f"{python}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment |= {k: str(v) for k, v in variables.items()}
     command = ["bash", str(root / "quick_start" / f"eval-{preset}.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=warm.environment(**environment), capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=warm.environment(environment), capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def launch(*arguments, root=ROOT, python=Path(sys.executable).parent, cwd=ROOT, 
     environment |= {k: str(v) for k, v in variables.items()}
     command = ["bash", str(root / "quick_start" / "posterior-sample.sh"), *map(str, arguments)]
     return subprocess.run(
-        command, env=warm.environment(**environment), cwd=cwd, capture_output=True, text=True, timeout=240
+        command, env=warm.environment(environment), cwd=cwd, capture_output=True, text=True, timeout=240
     )
 
 

@@ -52,7 +52,7 @@ def environment(python=Path(sys.executable).parent, **variables):
 def launch(script, *arguments, **variables):
     command = ["bash", str(ROOT / "quick_start" / script), *map(str, arguments)]
     return subprocess.run(
-        command, env=warm.environment(**environment(**variables)), capture_output=True, text=True, timeout=280
+        command, env=warm.environment(environment(**variables)), capture_output=True, text=True, timeout=280
     )
 
 
@@ -180,7 +180,7 @@ def test_two_nodes_train_together(prepared, tmp_path):
     nodes = [
         subprocess.Popen(
             ["bash", script, "1", *options],
-            env=warm.environment(**environment(**master, NODE_RANK=rank, **prepared)),
+            env=warm.environment(environment(**master, NODE_RANK=rank, **prepared)),
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -235,7 +235,7 @@ def test_a_signal_to_the_launcher_saves_and_the_exit_code_tells(moment, number, 
     out = tmp_path / "run"
     options = ["--batch=8", "--batch-gpu=4", "--duration=8000", "--status=8", "--checkpoint=8000", "--quiet"]
     command = ["bash", str(ROOT / "quick_start/train-img64-s.sh"), "2", *options]
-    variables = warm.environment(server=False, **environment(OUT=out, DEVICE="cpu", **prepared))
+    variables = warm.environment(environment(OUT=out, DEVICE="cpu", **prepared), server=False)
     with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, start_new_session=True) as process:
 
         def reached():

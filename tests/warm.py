@@ -2,8 +2,9 @@
 
 `run` and `Popen` are subprocess's, but Python commands ([sys.executable, SCRIPT | -c CODE | -m MODULE, ...]) and those
 that they start in turn are forked from a server, which has imported PyTorch and nothing of this project. Each has
-arguments, folder, environment, streams, signals and exit code of its own; only the interpreter's options and what
-OpenMP reads when it is loaded are the server's. Tests of imports, or of anything before them, use subprocess.
+arguments, folder, environment, streams, signals and exit code of its own; the interpreter's options, its hash seed and
+what OpenMP reads when it is loaded are the server's. Tests of imports, or of anything before them, and one of what is
+the same in several processes use subprocess.
 """
 
 import array
@@ -45,16 +46,22 @@ class Popen(subprocess.Popen):
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))]
         self._answers.sendmsg([len(message).to_bytes(WORD, "big")], rights)
         self._answers.sendall(message)
-        self.pid = int.from_bytes(self._answers.recv(WORD), "big")
+        self.pid = self._number()
         self._child_created = True
         self._close_pipe_fds(*pipes)
+
+    def _number(self):
+        answer = self._answers.recv(WORD)
+        if len(answer) < WORD:
+            raise ChildProcessError(f"the server lost sight of {self.args}")
+        return int.from_bytes(answer, "big")
 
     def _try_wait(self, wait_flags):
         if self._answers is None:
             return super()._try_wait(wait_flags)
         self._answers.setblocking(not wait_flags)
         try:
-            status = int.from_bytes(self._answers.recv(WORD), "big")
+            status = self._number()
         except BlockingIOError:
             return 0, 0
         self._answers.close()
@@ -88,13 +95,13 @@ def run(command, *, timeout=None, check=False, capture_output=False, **options):
     return done
 
 
-def environment(*, server=True, **variables):
-    """For processes that start Python by themselves: scripts go through the server, unless told not to, and draw small
-    sample sheets when they train.
+def environment(variables=None, *, server=True):
+    """`variables`, or this process's, for one that starts Python by itself: scripts go through the server, unless told
+    not to, and draw small sample sheets when they train.
     """
-    address()
-    folder = str(Path(__file__).parent / "startup")
-    known = {**os.environ, "OMP_NUM_THREADS": "1"} | variables | {"PYTHONPATH": folder}
+    known = {**(os.environ if variables is None else variables), "OMP_NUM_THREADS": "1"}
+    folders = [str(Path(__file__).parent / "startup"), *filter(None, [known.get("PYTHONPATH")])]
+    known |= {"PYTHONPATH": os.pathsep.join(folders), ADDRESS: address()}
     return {name: value for name, value in known.items() if server or name != ADDRESS}
 
 
@@ -111,7 +118,8 @@ def address():
         os.environ[ADDRESS] = path
 
         def end():
-            server.communicate()
+            server.stdin.close()
+            server.wait()
             folder.cleanup()
 
         atexit.register(end)
@@ -128,6 +136,8 @@ def serve(path):
     import PIL.Image  # noqa: F401
     import torch.distributed  # noqa: F401
 
+    import tests.startup.sitecustomize  # noqa: F401
+
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
@@ -140,15 +150,18 @@ def serve(path):
             if sys.stdin in ready:
                 return
             connection, _ = listener.accept()
-            if os.fork() == 0:
-                break
+            with contextlib.suppress(OSError):  # the other side sees that nothing comes
+                if os.fork() == 0:
+                    break
             connection.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request, streams = _receive(connection)
+    begun, begin = os.pipe()
     child = os.fork()
     if child:
-        for fd in (*streams, 0, 1, 2):
+        for fd in (*streams, begin, 0, 1, 2):
             os.close(fd)
+        os.read(begun, 1)  # until it is as it was asked for
         connection.sendall(child.to_bytes(WORD, "big"))
         status = os.waitpid(child, 0)[1]
         with contextlib.suppress(OSError):  # nobody waits any more
@@ -165,6 +178,8 @@ def serve(path):
     os.environ.clear()
     os.environ.update(request["env"] | {ADDRESS: path})
     subprocess.Popen = Popen
+    os.close(begin)
+    os.close(begun)
     _main(request["args"])
 
 
@@ -172,7 +187,10 @@ def _receive(connection):
     head, streams, _, _ = socket.recv_fds(connection, WORD, 3)
     size, message = int.from_bytes(head, "big"), b""
     while len(message) < size:
-        message += connection.recv(size - len(message))
+        part = connection.recv(size - len(message))
+        if not part:  # whoever asked is gone
+            os._exit(1)
+        message += part
     return json.loads(message), streams
 
 
@@ -182,14 +200,11 @@ def _main(args):
         sys.stdout.reconfigure(write_through=True)
         args = args[1:]
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    with contextlib.suppress(ImportError):
-        import sitecustomize  # noqa: F401
     if args[0] == "-c":
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "code.py"
-            path.write_text(args[1])
-            sys.argv, sys.path[0] = ["-c", *args[2:]], ""
-            runpy.run_path(str(path), run_name="__main__")
+        with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
+            file.write(f"import os, sys\nos.unlink(__file__)\nsys.argv[0] = '-c'\ndel os, sys, __file__\n{args[1]}")
+        sys.argv[1:], sys.path[0] = args[2:], ""
+        runpy.run_path(file.name, run_name="__main__")
     elif args[0] == "-m":
         sys.argv, sys.path[0] = args[1:], os.getcwd()
         runpy.run_module(args[1], run_name="__main__", alter_sys=True)

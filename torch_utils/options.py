@@ -18,10 +18,10 @@ quiet_option = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 
 def running() -> int:
-    """Processes that want a core at this moment, with this one; 2 where the system does not say."""
-    with suppress(OSError):
+    """Processes that want a core at this moment, with this one; no end of them where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
-    return 2
+    return 1 << 20
 
 
 AT_FIRST = running()
@@ -29,7 +29,7 @@ AT_FIRST = running()
 
 def set_wait_policy() -> None:
     """Before importing PyTorch: where others are busy, let OpenMP's threads sleep while they wait, unless set."""
-    if min(AT_FIRST, running()) > 1:
+    if 8 * (min(AT_FIRST, running()) - 1) >= (os.cpu_count() or 1):  # on an eighth of the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -28,10 +28,19 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize(
-    ("first", "now", "policy"),
-    [(1, 1, None), (3, 1, None), (1, 2, None), (2, 2, "PASSIVE"), (5, 2, "PASSIVE")],
+    ("cores", "first", "now", "policy"),
+    [
+        (2, 1, 1, None),
+        (2, 3, 1, None),
+        (2, 1, 2, None),
+        (2, 2, 2, "PASSIVE"),
+        (8, 5, 2, "PASSIVE"),
+        (64, 2, 2, None),
+        (64, 9, 9, "PASSIVE"),
+    ],
 )
-def test_threads_sleep_where_others_are_busy_all_the_time(first, now, policy, monkeypatch):
+def test_threads_sleep_where_others_are_busy_all_the_time(cores, first, now, policy, monkeypatch):
+    monkeypatch.setattr(options.os, "cpu_count", lambda: cores)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(options, "AT_FIRST", first)
     monkeypatch.setattr(options, "running", lambda: now)
@@ -42,9 +51,13 @@ def test_threads_sleep_where_others_are_busy_all_the_time(first, now, policy, mo
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
-def test_where_the_system_does_not_say_others_are_taken_for_busy(monkeypatch):
-    monkeypatch.setattr(options, "Path", lambda _: Path("/absent"))
-    assert options.running() == 2
+@pytest.mark.parametrize("content", [None, "", "0.1 0.2 0.3 none 5"])
+def test_where_the_system_does_not_say_others_are_taken_for_busy(content, tmp_path, monkeypatch):
+    path = tmp_path / "loadavg"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(options, "Path", lambda _: path)
+    assert options.running() > 1000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not say")

@@ -93,7 +93,9 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_result(tmp_path, tiny_
         reached = now
     assert 0 < reached < duration and during_write > 0
     print(f"{KILLS} kills, {during_write} of them during a write, the last at {reached} of {duration} images")
-    execute([sys.executable, *command(folder, tiny_data, tiny_teacher, **options)])
+    plain = warm.environment(server=False)  # with a hash seed of its own
+    last = [sys.executable, *command(folder, tiny_data, tiny_teacher, **options)]
+    subprocess.run(last, cwd=ROOT, env=plain, check=True, capture_output=True)
     options["checkpoint"] = duration
     execute([sys.executable, *command(tmp_path / "whole", tiny_data, tiny_teacher, **options)])
     assert f"resuming at {reached} images" in (folder / "log.txt").read_text()
@@ -165,7 +167,8 @@ import train_ncvsd
 train_ncvsd.main()
 """
     arguments = command(tmp_path / "run", tiny_data, tiny_teacher, duration=80)[1:]
-    subprocess.run([sys.executable, "-c", early, *arguments], cwd=ROOT, env=environment(), check=True)
+    plain = warm.environment(server=False)
+    subprocess.run([sys.executable, "-c", early, *arguments], cwd=ROOT, env=plain, check=True, capture_output=True)
     assert "stopped (SIGTERM): the same command goes on at 0 images" in (tmp_path / "run/log.txt").read_text()
     assert not list(tmp_path.glob("run/network-*")) and not list_states(tmp_path / "run")
     execute([sys.executable, "train_ncvsd.py", *arguments])

@@ -1,16 +1,20 @@
 """What can be watched: losses by noise level, accuracy, norms, views, metrics of snapshots, the status line."""
 
 import dataclasses
+import importlib.machinery
+import importlib.util
 import math
 import re
 
 import pytest
 import torch
 
+import training.run
 from data.dataset import ImageDataset
 from generation.pictures import read_image
 from tests.training.tiny_runs import EDM2, NCVSD, ROOT, make_task, run_training, stats
 from training.noise import LogNormalSigma, training_noise
+from training.run import session
 from training.run.evaluation import snapshot_metrics
 from training.run.record import RunningMeans, by_level, status_line
 
@@ -106,3 +110,18 @@ def test_status_line():
     values = {"Progress/img_per_s": 100.0, "Memory/host_gib": 2.0, "Memory/gpu_gib": 30.5, "Loss/score": 0.123456}
     line = status_line(1000, 361_000, values)
     assert line == "1000 of 361000 images  100 img/s  ETA 1h 00m  memory 2.0 GiB  GPU 30.5 GiB  score 0.1235"
+
+
+def test_sheets_show_64_images_and_the_teachers_63_evaluations(tmp_path, dataset, tiny_teacher, monkeypatch):
+    spec = importlib.machinery.PathFinder.find_spec("training.run.session", training.run.__path__)
+    real = importlib.util.module_from_spec(spec)  # the other tests change it: tests/startup/sitecustomize.py
+    spec.loader.exec_module(real)
+    monkeypatch.setattr(session, "GRID_SEEDS", real.GRID_SEEDS)
+    monkeypatch.setattr(session, "draw", real.draw)
+    task, calls = make_task(NCVSD, tiny_teacher), []
+    task.teacher.register_forward_hook(lambda *_: calls.append(1))
+    run_training(task, dataset, NCVSD, tmp_path)
+    whole = session.image_grid(torch.zeros(64, 1, 8, 8, dtype=torch.uint8)).shape
+    assert {read_image(path).shape for path in tmp_path.glob("grid-*.png")} == {whole}
+    batches = 64 // NCVSD.batch_gpu
+    assert len(calls) == batches * 63 + 2 * batches + 1  # its sheet, two views of the student, one update
