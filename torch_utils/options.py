@@ -24,7 +24,7 @@ def running() -> int:
     return 1 << 20
 
 
-AT_FIRST = running()
+AT_FIRST = running()  # of two moments, since one may be chance
 
 
 def set_wait_policy() -> None:
